@@ -1,0 +1,1 @@
+"""What blocks and memories are made of: norms, attention, convolution, MLP, per-row state."""

@@ -1,0 +1,25 @@
+"""Interchangeable memories. Importing this package fills the table of memories."""
+
+from memlm.memory.base import (
+    CallContext,
+    MemoryConfig,
+    MemoryModule,
+    MemoryState,
+    SequenceLayout,
+    memory_class,
+    memory_config,
+    memory_names,
+    register,
+)
+
+__all__ = [
+    "CallContext",
+    "MemoryConfig",
+    "MemoryModule",
+    "MemoryState",
+    "SequenceLayout",
+    "memory_class",
+    "memory_config",
+    "memory_names",
+    "register",
+]

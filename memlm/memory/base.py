@@ -1,0 +1,172 @@
+"""The contract of a memory, and the table of memories by name."""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+
+from memlm.errors import UserError, nearest, require_known
+from memlm.layers.context import CallContext, SequenceLayout
+from memlm.layers.state import MemoryState
+
+__all__ = [
+    "CallContext",
+    "MemoryConfig",
+    "MemoryModule",
+    "MemoryState",
+    "SequenceLayout",
+    "memory_class",
+    "memory_config",
+    "memory_names",
+    "register",
+]
+
+
+@dataclasses.dataclass(kw_only=True)
+class MemoryConfig:
+    """What every memory can be told in `layers`.
+
+    Attributes:
+        parallel: at the `memory` site, read the mixer's normed input instead of its output.
+        gate: start value of a learned gain per channel on the branch; 0.0 starts at exactly the
+            base model's logits (to add a memory to a pretrained model), None has no gain.
+        share: layers with the same name use one owner (a value table, this call's retrievals).
+    """
+
+    parallel: bool = False
+    gate: float | None = None
+    share: str | None = None
+
+    def validate(self, hidden_size: int) -> None:
+        """Raise UserError for sizes that cannot work in a model of width `hidden_size`."""
+
+
+class MemoryModule(nn.Module, ABC):
+    """A branch that reads, and mostly writes, a memory.
+
+    Laws (tests/memory/contract.py): what a token sees depends only on its position in its
+    document, never on how the calls were cut; rows and documents never mix; `forward` never
+    changes the state it is given.
+    """
+
+    config_class: ClassVar[type[MemoryConfig]]
+    name: ClassVar[str]
+
+    def __init__(self, config: MemoryConfig, hidden_size: int, norm_eps: float = 1e-6):
+        super().__init__()
+        config.validate(hidden_size)
+        self.config = config
+        self.hidden_size = hidden_size
+        self.norm_eps = norm_eps
+
+    @abstractmethod
+    def init_state(
+        self,
+        batch_size: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MemoryState | None:
+        """The state before the first token; None for a memory that carries nothing.
+
+        Reads no parameter: learned initial values are substituted in `forward`.
+        """
+
+    @abstractmethod
+    def forward(
+        self, hidden: Tensor, state: MemoryState | None, context: CallContext
+    ) -> tuple[Tensor, MemoryState | None]:
+        """Read and write.
+
+        Args:
+            hidden: [B, T, hidden_size].
+            state: the carried state of the B rows.
+            context: the documents of the call; with `context.write` False the same state object
+                comes back.
+
+        Returns:
+            The branch [B, T, hidden_size] (zero at padding is not required) and the new state.
+        """
+
+    @abstractmethod
+    def init_weights(self) -> None:
+        """Set every own parameter with functions of `transformers.initialization`.
+
+        Those leave loaded weights alone; linear layers and norms are set before this is called.
+        """
+
+    @abstractmethod
+    def flops(self, tokens: int) -> int:
+        """Floating point operations of one forward pass over `tokens` tokens of one row."""
+
+    @classmethod
+    def build_shared(cls, config: MemoryConfig, hidden_size: int) -> nn.Module | None:
+        """The module that all layers with the same `share` use; the model owns it and hands it
+        over as `context.shared[config.share]`. None when only results of a call are shared.
+        """
+        return None
+
+
+_MEMORIES: dict[str, type[MemoryModule]] = {}
+
+
+def register(
+    name: str, config_class: type[MemoryConfig]
+) -> Callable[[type[MemoryModule]], type[MemoryModule]]:
+    """Class decorator that puts a memory into the table under `name`."""
+
+    def add(cls: type[MemoryModule]) -> type[MemoryModule]:
+        cls.name = name
+        cls.config_class = strict(config_class)
+        _MEMORIES[name] = cls
+        return cls
+
+    return add
+
+
+def memory_names() -> list[str]:
+    """The names of all registered memories."""
+    return sorted(_MEMORIES)
+
+
+def memory_class(name: str, where: str = "memory") -> type[MemoryModule]:
+    """The module class registered under `name`.
+
+    Raises:
+        UserError: for an unknown name, with the nearest one.
+    """
+    if name not in _MEMORIES:
+        valid = ", ".join(memory_names())
+        raise UserError(
+            f"{where}: unknown memory {name!r}{nearest(name, _MEMORIES)} (valid: {valid})"
+        )
+    return _MEMORIES[name]
+
+
+def build_config(config_class: type, values: dict[str, Any], where: str) -> Any:
+    """An instance of a strict config dataclass.
+
+    Raises:
+        UserError: for an unknown key or a value of the wrong type, naming `where`.
+    """
+    require_known(values, (field.name for field in dataclasses.fields(config_class)), where)
+    try:
+        return config_class(**values)
+    except (StrictDataclassError, TypeError) as error:
+        reason = str(error.__cause__ or error).splitlines()[-1].strip()
+        raise UserError(f"{where}: {reason}") from error
+
+
+def memory_config(spec: dict[str, Any], where: str = "memory") -> MemoryConfig:
+    """The config of a memory from its entry in `layers`, `{type: NAME, ...}`.
+
+    Raises:
+        UserError: for an unknown memory, an unknown key or a value of the wrong type.
+    """
+    values = dict(spec)
+    cls = memory_class(values.pop("type"), where)
+    return build_config(cls.config_class, values, where)
