@@ -1,0 +1,26 @@
+"""Text and recall tasks as fixed-length rows."""
+
+from memlm.data.config import DataConfig
+from memlm.data.mqar import MqarExample, make_mqar
+from memlm.data.packing import PackedDataset, load_haystack
+from memlm.data.passkey import Needle, make_needle
+from memlm.data.tokenizers import (
+    ByteTokenizer,
+    byte_level,
+    load_tokenizer,
+    register_byte_tokenizer,
+)
+
+__all__ = [
+    "ByteTokenizer",
+    "DataConfig",
+    "MqarExample",
+    "Needle",
+    "PackedDataset",
+    "byte_level",
+    "load_haystack",
+    "load_tokenizer",
+    "make_mqar",
+    "make_needle",
+    "register_byte_tokenizer",
+]

@@ -1,0 +1,160 @@
+"""The data section of a run config and its strict validation."""
+
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from memlm.errors import UserError, nearest, require_known
+
+
+@dataclass
+class StdlibSource:
+    """The running Python's own standard-library sources (real text on every machine)."""
+
+    weight: float = 1.0
+
+
+@dataclass
+class TextSource:
+    """Local text: files, folders or globs of txt, md, jsonl and parquet (others read as text)."""
+
+    files: list[str]
+    column: str = "text"  # field of jsonl records, column of parquet tables
+    weight: float = 1.0
+
+
+@dataclass
+class HubSource:
+    """A dataset of the Hub, streamed in its own order unless told otherwise."""
+
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    streaming: bool = True
+    shuffle_buffer: int = 0  # documents; 0 keeps the stream order
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.shuffle_buffer < 0:
+            raise UserError(f"data.sources: shuffle_buffer must be >= 0, got {self.shuffle_buffer}")
+
+
+@dataclass
+class PasskeySource:
+    """A key hidden in real text and asked for again (memlm.data.passkey)."""
+
+    files: list[str] | None = None  # None: the standard library
+    digits: tuple[int, int] = (5, 30)
+    queries: tuple[int, int] = (1, 3)
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("data.sources: passkey digits", self.digits)
+        check_range("data.sources: passkey queries", self.queries)
+
+
+@dataclass
+class MqarSource:
+    """Multi-query associative recall (Arora et al., 2024; memlm.data.mqar)."""
+
+    pairs: int | None = None  # None: one pair per 16 tokens
+    vocab_size: int | None = None  # None: the tokenizer's, at most 8192
+    random_filler: bool = False
+    weight: float = 1.0
+
+
+Source = StdlibSource | TextSource | HubSource | PasskeySource | MqarSource
+SOURCES: dict[str, type] = {
+    "stdlib": StdlibSource,
+    "text": TextSource,
+    "hub": HubSource,
+    "passkey": PasskeySource,
+    "mqar": MqarSource,
+}
+
+
+@dataclass
+class DataConfig:
+    """What the rows are made of.
+
+    `sources` are mappings `{type: stdlib|text|hub|passkey|mqar, weight: 1.0, ...}` with the
+    fields of the source's dataclass; rows are mixed by weight. `validation_fraction` of the
+    documents, chosen by a hash of their text, is held out. With `carry`, documents go on across
+    the rows of a lane (see PackedDataset). Raises UserError on any unknown or impossible value.
+    """
+
+    tokenizer: str = "bytes"
+    sources: list[dict[str, Any]] = field(default_factory=lambda: [{"type": "stdlib"}])
+    seed: int = 0
+    validation_fraction: float = 0.05
+    carry: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError(f"data.seed must be >= 0, got {self.seed}")
+        if not 0 <= self.validation_fraction < 1:
+            raise UserError(
+                f"data.validation_fraction must be in [0, 1), got {self.validation_fraction}"
+            )
+        self.parsed_sources()
+
+    def parsed_sources(self) -> list[Source]:
+        """The sources as dataclasses; raises UserError naming the bad entry."""
+        if not isinstance(self.sources, list) or not self.sources:
+            raise UserError("data.sources: needs a list of at least one source")
+        return [parse_source(entry, f"data.sources[{i}]") for i, entry in enumerate(self.sources)]
+
+
+def parse_source(entry: dict[str, Any], where: str) -> Source:
+    """One source from its mapping; raises UserError on unknown types and keys or bad values."""
+    if not isinstance(entry, dict) or "type" not in entry:
+        raise UserError(f"{where}: needs a mapping with a type ({', '.join(SOURCES)})")
+    values = dict(entry)
+    kind = values.pop("type")
+    if kind not in SOURCES:
+        hint = nearest(kind, SOURCES) or f" (valid: {', '.join(SOURCES)})"
+        raise UserError(f"{where}: unknown source type {kind!r}{hint}")
+    cls = SOURCES[kind]
+    hints = typing.get_type_hints(cls)
+    require_known(values, hints, f"{where} ({kind})")
+    for item in fields(cls):
+        if item.name in values:
+            values[item.name] = _coerce(values[item.name], hints[item.name], f"{where}.{item.name}")
+        elif item.default is MISSING:
+            raise UserError(f"{where} ({kind}): needs {item.name!r}")
+    source = cls(**values)
+    if source.weight <= 0:
+        raise UserError(f"{where}.weight must be > 0, got {source.weight}")
+    return source
+
+
+def check_range(where: str, bounds: tuple[int, int]) -> None:
+    """Raise UserError unless 1 <= lowest <= highest."""
+    if not 1 <= bounds[0] <= bounds[1]:
+        raise UserError(f"{where}: needs 1 <= lowest <= highest, got {list(bounds)}")
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotated type; YAML gives lists for tuples, ints for floats."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        hint = next(argument for argument in arguments if argument is not types.NoneType)
+        return _coerce(value, hint, where)
+    if origin is list and isinstance(value, str):
+        value = [value]
+    if origin in (list, tuple):
+        length = len(arguments) if origin is tuple else None
+        if isinstance(value, (list, tuple)) and length in (None, len(value)) and len(value):
+            return origin(_coerce(item, arguments[0], where) for item in value)
+        size = f"{length} values" if length else "values"
+        raise UserError(f"{where}: needs a list of {size} ({arguments[0].__name__}), got {value!r}")
+    # bool is an int in Python; a switch given for a number is a mistake.
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise UserError(f"{where}: needs {hint.__name__}, got {value!r}")

@@ -1,0 +1,104 @@
+"""Tokenised documents of a source, split into training and validation."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from memlm.data.hashing import text_fraction
+from memlm.data.tokenizers import ByteTokenizer
+from memlm.errors import UserError
+
+_BATCH = 256  # documents handed to a tokenizer at once
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents back to back: `tokens` [N] (uint16 or int32), `starts` [documents + 1] int64."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per document, int64 [documents]."""
+        return np.diff(self.starts)
+
+
+def split_documents(texts: Iterable[str], split: str, fraction: float) -> list[str]:
+    """The documents of `split` ("train" or "validation"), in their given order.
+
+    A document is held out when the hash of its text falls below `fraction`, whatever else is in
+    the source. Every split gets something to hold: at least one document each when there are two
+    or more, and the tail of the document when there is only one. Raises UserError when nothing
+    can be held out (fraction 0).
+    """
+    texts = list(texts)
+    check_split(split, fraction)
+    if fraction == 0:
+        return texts
+    if len(texts) == 1:
+        cut = max(1, min(len(texts[0]) - 1, round(len(texts[0]) * (1 - fraction))))
+        return [texts[0][:cut] if split == "train" else texts[0][cut:]]
+    places = [text_fraction(text) for text in texts]
+    # Equal texts share a place, so copies of a document never sit on both sides of the limit.
+    limit = min(max(fraction, np.nextafter(min(places), 1)), max(places))
+    return [
+        text
+        for text, place in zip(texts, places, strict=True)
+        if (place < limit) == (split == "validation")
+    ]
+
+
+def check_split(split: str, fraction: float) -> None:
+    """Raise UserError for an unknown split, or for validation when nothing is held out."""
+    if split not in ("train", "validation"):
+        raise UserError(f"data split must be 'train' or 'validation', got {split!r}")
+    if split == "validation" and fraction == 0:
+        raise UserError("data.validation_fraction is 0: there is no validation split")
+
+
+def in_split(text: str, split: str, fraction: float) -> bool:
+    """Whether a streamed document belongs to `split`: by the hash of its text alone."""
+    return (text_fraction(text) < fraction) == (split == "validation")
+
+
+def encode_documents(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[np.ndarray]:
+    """Token ids of each document that has any: 1-D, uint16 up to 65536 tokens, else int32.
+
+    No special token is added but a leading bos where the tokenizer itself starts texts with one.
+    """
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+    if isinstance(tokenizer, ByteTokenizer):
+        for text in texts:
+            if text:
+                yield tokenizer.encode_bytes(text.encode("utf-8", errors="replace"))
+        return
+    prefix = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
+    documents = iter(texts)
+    while batch := list(islice(documents, _BATCH)):
+        encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        for ids in encoded:
+            if ids:
+                yield np.asarray(prefix + ids, dtype=dtype)
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def build_corpus(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, split: str, fraction: float
+) -> Corpus:
+    """Tokenise one split of a source; raises UserError when it holds no token."""
+    documents = list(encode_documents(split_documents(texts, split, fraction), tokenizer))
+    if not documents:
+        raise UserError(f"data: the {split} split holds no text")
+    starts = np.zeros(len(documents) + 1, dtype=np.int64)
+    np.cumsum([len(document) for document in documents], out=starts[1:])
+    return Corpus(np.concatenate(documents), starts)

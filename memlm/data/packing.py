@@ -1,0 +1,254 @@
+"""Rows of fixed length from a mixture of sources; one global row index is the whole data state."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from memlm.data.config import (
+    DataConfig,
+    HubSource,
+    MqarSource,
+    PasskeySource,
+    Source,
+    StdlibSource,
+    TextSource,
+)
+from memlm.data.corpus import Corpus, build_corpus, check_split, encode_documents, in_split
+from memlm.data.mqar import MqarRows
+from memlm.data.passkey import PasskeyRows
+from memlm.data.sources import hub_documents, stdlib_documents, text_documents
+from memlm.data.text_rows import CorpusRows, StreamRows
+from memlm.errors import UserError
+
+_BLOCK = 4096  # rows within which the mixture keeps its weights exactly
+_MQAR_VOCABULARY = 8192  # zoology's
+
+
+class PackedDataset:
+    """Rows `{input_ids, labels, segment_ids, position_ids, loss_groups}`, 1-D int64 [length].
+
+    `labels` are shifted already: labels[t] is the target of position t, the next token, the
+    tokenizer's eos at the end of a document, -100 where there is none. `segment_ids` number the
+    documents of the row from 1; `position_ids` count within the document; `loss_groups` are 0 for
+    text and 1 for answers.
+
+    `row(index)` is a pure function of (config, split, length, lanes, index), for any index >= 0:
+    epochs wrap and reshuffle. The validation split does not depend on the seed. Sources are mixed
+    by weight, exactly within each 4096 rows. With `config.carry`, row index is step
+    `index // lanes` of lane `index % lanes`: a text document goes on in the lane's next row, with
+    its positions, and each lane keeps to one source (lanes are shared out by weight).
+
+    Local text is tokenised once and kept in memory (uint16 or int32). Streamed datasets keep their
+    stream order: going back, or starting at a late row, reads the stream up to there again.
+    Raises UserError for anything the config or its files get wrong.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        split: str,
+        length: int,
+        lanes: int = 1,
+    ) -> None:
+        check_split(split, config.validation_fraction)
+        self.config, self.tokenizer, self.split = config, tokenizer, split
+        self.sources = config.parsed_sources()
+        self.seed = config.seed if split == "train" else 0
+        self._corpora: dict[str, Corpus] = {}
+        self._set_shape(length, lanes)
+
+    def with_length(
+        self,
+        length: int,
+        digits: tuple[int, int] | None = None,
+        lanes: int | None = None,
+    ) -> "PackedDataset":
+        """The same data in rows of another length, sharing the tokenised text.
+
+        `digits` (lowest, highest) replaces the number of digits of passkey rows, `lanes` the
+        number of lanes; None keeps them. Used by the length curriculum.
+        """
+        view = object.__new__(PackedDataset)
+        view.__dict__.update(self.__dict__)
+        if digits is not None:
+            view.sources = [
+                replace(source, digits=tuple(digits))
+                if isinstance(source, PasskeySource)
+                else source
+                for source in self.sources
+            ]
+        view._set_shape(length, self.lanes if lanes is None else lanes)
+        return view
+
+    def row(self, index: int) -> dict[str, Tensor]:
+        """Row `index` >= 0 as a dict of int64 tensors [length]."""
+        return {name: values[0] for name, values in self.batch([index]).items()}
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The rows `indices` stacked: a dict of int64 tensors [len(indices), length]."""
+        if min(indices) < 0:
+            raise UserError(f"data row index must be >= 0, got {min(indices)}")
+        places = [self._place(int(index)) for index in indices]
+        parts: list[dict[str, np.ndarray]] = []
+        order: list[int] = []
+        for number, rows in enumerate(self._rows):
+            chosen = [i for i, (source, _, _) in enumerate(places) if source == number]
+            if not chosen:
+                continue
+            order += chosen
+            if isinstance(rows, (CorpusRows, StreamRows)):
+                parts += [
+                    {name: values[None] for name, values in rows.row(lane, step).items()}
+                    for _, lane, step in (places[i] for i in chosen)
+                ]
+            else:
+                counters = [self._counter(*places[i]) for i in chosen]
+                parts.append(rows.batch(np.asarray(counters, dtype=np.int64)))
+        back = np.argsort(order)
+        return {
+            name: torch.from_numpy(np.concatenate([part[name] for part in parts])[back])
+            for name in parts[0]
+        }
+
+    @property
+    def epoch_rows(self) -> int | None:
+        """Rows that hold each local text once (None when every source is endless or streamed)."""
+        counts = [
+            int(np.ceil(len(rows.corpus.tokens) / self.length / share))
+            for rows, share in zip(self._rows, self._shares(), strict=True)
+            if isinstance(rows, CorpusRows)
+        ]
+        return max(counts) if counts else None
+
+    def _shares(self) -> np.ndarray:
+        weights = np.asarray([source.weight for source in self.sources])
+        return weights / weights.sum()
+
+    def _set_shape(self, length: int, lanes: int) -> None:
+        if length < 1 or lanes < 1:
+            raise UserError(f"data: length and lanes must be >= 1, got {length} and {lanes}")
+        self.length, self.lanes = length, lanes
+        # A tile of the mixture: the source of each place in a block, before shuffling.
+        parts = lanes if self.config.carry else _BLOCK
+        middles = (np.arange(parts) + 0.5) / parts
+        self._tile = np.searchsorted(np.cumsum(self._shares())[:-1], middles, side="right")
+        self._counts = np.bincount(self._tile, minlength=len(self.sources))
+        for source, count in zip(self.sources, self._counts, strict=True):
+            if count == 0:
+                where = f"{lanes} lanes" if self.config.carry else f"{_BLOCK} rows"
+                raise UserError(
+                    f"data.sources: weight {source.weight} gives a source none of {where}"
+                )
+        # Number of earlier places of the same source in the tile.
+        self._ranks = _ranks(self._tile)
+        self._block: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._rows = [
+            self._make_rows(source, int(count))
+            for source, count in zip(self.sources, self._counts, strict=True)
+        ]
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        """(source, lane within the source, step within that lane) of a global row index."""
+        if self.config.carry:
+            step, lane = divmod(index, self.lanes)
+            return int(self._tile[lane]), int(self._ranks[lane]), step
+        block, offset = divmod(index, _BLOCK)
+        if len(self.sources) == 1:
+            return 0, 0, index
+        if self._block is None or self._block[0] != block:
+            tile = np.random.default_rng([self.seed, block]).permutation(self._tile)
+            self._block = (block, tile, _ranks(tile))
+        source = int(self._block[1][offset])
+        return source, 0, block * int(self._counts[source]) + int(self._block[2][offset])
+
+    def _counter(self, source: int, lane: int, step: int) -> int:
+        lanes = int(self._counts[source]) if self.config.carry else 1
+        return step * lanes + lane
+
+    def _make_rows(
+        self, source: Source, lanes: int
+    ) -> CorpusRows | StreamRows | PasskeyRows | MqarRows:
+        if isinstance(source, PasskeySource):
+            tokens = self._corpus(source).tokens
+            return PasskeyRows(
+                tokens, self.tokenizer, self.length, self.seed, source.digits, source.queries
+            )
+        if isinstance(source, MqarSource):
+            vocabulary = source.vocab_size or min(_MQAR_VOCABULARY, self.tokenizer.vocab_size)
+            if vocabulary > len(self.tokenizer):
+                raise UserError(
+                    f"mqar: vocab_size {vocabulary} is larger than the tokenizer's "
+                    f"{len(self.tokenizer)}"
+                )
+            return MqarRows(vocabulary, self.length, source.pairs, self.seed, source.random_filler)
+        end = self.tokenizer.eos_token_id
+        carry = self.config.carry
+        lanes = lanes if carry else 1
+        if isinstance(source, HubSource) and source.streaming:
+            return StreamRows(lambda: self._stream(source), self.length, end, carry, lanes)
+        return CorpusRows(self._corpus(source), self.length, self.seed, end, carry, lanes)
+
+    def _stream(self, source: HubSource) -> Iterator[np.ndarray]:
+        fraction = self.config.validation_fraction
+        texts = hub_documents(source, self.config.seed)
+        chosen = (text for text in texts if in_split(text, self.split, fraction))
+        return encode_documents(chosen, self.tokenizer)
+
+    def _corpus(self, source: Source) -> Corpus:
+        texts, key = _local_texts(source)
+        if key not in self._corpora:
+            self._corpora[key] = build_corpus(
+                texts, self.tokenizer, self.split, self.config.validation_fraction
+            )
+        return self._corpora[key]
+
+
+def _ranks(tile: np.ndarray) -> np.ndarray:
+    """How many earlier entries of `tile` have the same value, int64 [len(tile)]."""
+    ranks = np.empty(len(tile), dtype=np.int64)
+    for value in np.unique(tile):
+        places = np.flatnonzero(tile == value)
+        ranks[places] = np.arange(len(places))
+    return ranks
+
+
+def _local_texts(source: Source) -> tuple[Iterator[str], str]:
+    """Documents of a source kept in memory, and a key that equal texts share."""
+    if isinstance(source, HubSource):
+        return hub_documents(source, 0), f"hub {source}"
+    if isinstance(source, StdlibSource) or source.files is None:
+        return stdlib_documents(), "stdlib"
+    column = source.column if isinstance(source, TextSource) else "text"
+    return text_documents(source.files, column), f"text {source.files} {column}"
+
+
+def load_haystack(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str = "validation",
+    limit: int = 4_000_000,
+) -> np.ndarray:
+    """Up to `limit` token ids of real text of `split`, 1-D, for needles to be hidden in.
+
+    The text is that of the first source that has any (the standard library when none has).
+    """
+    check_split(split, config.validation_fraction)
+    sources = [s for s in config.parsed_sources() if not isinstance(s, MqarSource)]
+    source = sources[0] if sources else StdlibSource()
+    fraction = config.validation_fraction
+    if not (isinstance(source, HubSource) and source.streaming):
+        return build_corpus(_local_texts(source)[0], tokenizer, split, fraction).tokens[:limit]
+    pieces: list[np.ndarray] = []
+    texts = (t for t in hub_documents(source, config.seed) if in_split(t, split, fraction))
+    for piece in encode_documents(texts, tokenizer):
+        pieces.append(piece)
+        if sum(map(len, pieces)) >= limit:
+            break
+    if not pieces:
+        raise UserError(f"data: the {split} split of {source.dataset!r} holds no text")
+    return np.concatenate(pieces)[:limit]

@@ -1,0 +1,213 @@
+"""Keys hidden in real text: training rows and the needles of the evaluation.
+
+Both write the same line, "# The pass key is 12345.", at a line boundary of a piece of real text
+cut at an arbitrary offset, and ask by writing the line's beginning again (the passkey task of
+Mohtashami & Jaggi, 2023, in the form of a comment inside source code).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from memlm.data.hashing import uniform
+from memlm.errors import UserError
+
+NEEDLE_PREFIX = "# The pass key is "
+NEEDLE_SUFFIX = ".\n"
+ANSWER_GROUP = 1  # loss group of the digits of a query
+_LARGEST_SHARE = 0.75  # of a row that may be needle and query lines
+
+
+@dataclass(frozen=True)
+class PasskeyTokens:
+    """The pieces of a needle line as token ids, encoded apart so that they join at any digits."""
+
+    prefix: np.ndarray  # "# The pass key is "
+    digits: np.ndarray  # [10], one token per digit
+    stop: np.ndarray  # "."
+    newline: np.ndarray  # "\n"
+    ends_line: np.ndarray  # [vocabulary] bool: the token's text ends in a newline
+
+    @property
+    def overhead(self) -> int:
+        """Tokens of a needle line without its digits."""
+        return len(self.prefix) + len(self.stop) + len(self.newline)
+
+    def line(self, key: np.ndarray) -> np.ndarray:
+        """Token ids of "# The pass key is KEY.\\n" for digit values `key` [digits]."""
+        return np.concatenate([self.prefix, self.digits[key], self.stop, self.newline])
+
+
+@lru_cache(maxsize=4)
+def passkey_tokens(tokenizer: PreTrainedTokenizerBase) -> PasskeyTokens:
+    """The pieces for `tokenizer`; raises UserError when a digit is not a single token of it."""
+
+    def encode(text: str) -> np.ndarray:
+        return np.asarray(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+
+    vocabulary = tokenizer.get_vocab()
+    missing = [digit for digit in "0123456789" if digit not in vocabulary]
+    if missing:
+        raise UserError(
+            f"passkey: the tokenizer has no token for the digit {missing[0]!r}; choose one with "
+            "single-digit tokens, such as 'bytes'"
+        )
+    texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
+    return PasskeyTokens(
+        prefix=encode(NEEDLE_PREFIX),
+        digits=np.asarray([vocabulary[digit] for digit in "0123456789"], dtype=np.int64),
+        stop=encode(NEEDLE_SUFFIX[0]),
+        newline=encode(NEEDLE_SUFFIX[1]),
+        ends_line=np.asarray([text.endswith("\n") for text in texts]),
+    )
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One trial: the model reads `context_ids` and `question_ids` and must write `answer_ids`."""
+
+    context_ids: np.ndarray  # int64, text with the needle line inside
+    question_ids: np.ndarray  # int64, "\n# The pass key is "
+    answer_ids: np.ndarray  # int64, the digits and the full stop
+    answer_text: str  # "12345."
+    position: int  # where the needle line starts in context_ids
+
+
+def make_needle(
+    tokenizer: PreTrainedTokenizerBase,
+    haystack_ids: np.ndarray,
+    length: int,
+    depth: float,
+    rng: np.random.Generator,
+    digits: int = 5,
+) -> Needle:
+    """A key hidden in text, asked for at the end; `length` tokens in all.
+
+    The text is a piece of `haystack_ids` [N] from a random offset (repeated when N is too short).
+    The needle goes to the line boundary nearest to `depth` (0 = start, 1 = end) of the text.
+    `len(context) + len(question) + len(answer) == length`. Raises UserError when `length` leaves
+    no room for text, or on a depth outside [0, 1].
+    """
+    if not 0 <= depth <= 1:
+        raise UserError(f"needle depth must be in [0, 1], got {depth}")
+    pieces = passkey_tokens(tokenizer)
+    key = rng.integers(0, 10, size=digits)
+    line = pieces.line(key)
+    question = np.concatenate([pieces.newline, pieces.prefix])
+    answer = np.concatenate([pieces.digits[key], pieces.stop])
+    room = length - len(question) - len(answer) - len(line)
+    if room < 1:
+        least = length - room + 1
+        raise UserError(f"needle length {length} is too short: {digits} digits need {least} tokens")
+    if len(haystack_ids) == 0:
+        raise UserError("needle: the haystack is empty")
+    offset = int(rng.integers(0, max(1, len(haystack_ids) - room + 1)))
+    text = np.take(haystack_ids, np.arange(offset, offset + room), mode="wrap").astype(np.int64)
+    boundaries = np.concatenate([[0], np.flatnonzero(pieces.ends_line[text]) + 1])
+    position = int(boundaries[np.argmin(np.abs(boundaries - depth * room))])
+    return Needle(
+        context_ids=np.concatenate([text[:position], line, text[position:]]),
+        question_ids=question,
+        answer_ids=answer,
+        answer_text="".join(str(digit) for digit in key) + NEEDLE_SUFFIX[0],
+        position=position,
+    )
+
+
+class PasskeyRows:
+    """Training rows of `length` tokens, each hiding one key and asking for it a few times.
+
+    A row is one document: text from a random offset, the needle line, and one to three copies of
+    it further on, whose digits are the answers (loss group 1). The needle sits early more often
+    than late (squared uniform depth), because long distances are the ones that need practice;
+    the last copy comes at the last line boundary of the row and the others anywhere between, so
+    all distances up to the row length occur. Fewer digits and copies are drawn where a row is too
+    short for more. Row `index` is a pure function of (corpus, length, seed, digits, queries).
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        seed: int,
+        digits: tuple[int, int],
+        queries: tuple[int, int],
+    ) -> None:
+        self.pieces = passkey_tokens(tokenizer)
+        self.length, self.seed, self.digits, self.queries = length, seed, digits, queries
+        self.room = int(_LARGEST_SHARE * length)
+        least = (queries[0] + 1) * (self.pieces.overhead + digits[0])
+        if least > self.room:
+            raise UserError(
+                f"passkey rows of {length} tokens are too short: {queries[0]} queries of "
+                f"{digits[0]} digits need {int(np.ceil(least / _LARGEST_SHARE))}"
+            )
+        # Every piece of text must fit behind its offset, also in a tiny corpus.
+        self.tokens = np.resize(tokens, max(len(tokens), 2 * (length + 1)))
+        self.boundaries = np.flatnonzero(self.pieces.ends_line[self.tokens]) + 1
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows `indices` as arrays [len(indices), length] int64."""
+        low, high = self.queries
+        # Columns: digits, queries, offset of the text, depth, later queries, the key.
+        draws = uniform(self.seed, indices, 4 + high + self.digits[1])
+        most = min(self.digits[1], self.room // (low + 1) - self.pieces.overhead)
+        digits = self.digits[0] + (draws[:, 0] * (most - self.digits[0] + 1)).astype(np.int64)
+        lines = self.pieces.overhead + digits
+        most_queries = np.minimum(high, self.room // lines - 1)
+        queries = low + (draws[:, 1] * (most_queries - low + 1)).astype(np.int64)
+        texts = self.length + 1 - (queries + 1) * lines
+        offsets = (draws[:, 2] * (len(self.tokens) - texts + 1)).astype(np.int64)
+        # Wanted places in the text: column 0 the needle, then the queries in order; columns
+        # beyond a row's queries stay at the end, where the last query belongs anyway.
+        depths = np.ones((len(indices), high + 1))
+        depths[:, 0] = draws[:, 3] ** 2
+        between = depths[:, :1] + draws[:, 4 : 4 + high] * (1 - depths[:, :1])
+        asked = np.arange(1, high + 1)[None, :] < queries[:, None]
+        depths[:, 1:] = np.sort(np.where(asked, between, 1.0), axis=1)
+        wanted = offsets[:, None] + (depths * texts[:, None]).astype(np.int64)
+        found = np.searchsorted(self.boundaries, wanted, side="right") - 1
+        snapped = np.where(found >= 0, self.boundaries[found], 0) if len(self.boundaries) else 0
+        places = np.maximum(snapped - offsets[:, None], 0)
+        keys = (draws[:, 4 + high :] * 10).astype(np.int64)
+        return self._write(offsets, texts, places, queries, keys, digits)
+
+    def _write(
+        self,
+        offsets: np.ndarray,
+        texts: np.ndarray,
+        places: np.ndarray,
+        queries: np.ndarray,
+        keys: np.ndarray,
+        digits: np.ndarray,
+    ) -> dict[str, np.ndarray]:
+        rows = len(offsets)
+        sequence = np.empty((rows, self.length + 1), dtype=np.int64)
+        groups = np.zeros((rows, self.length), dtype=np.int64)
+        answer_start = len(self.pieces.prefix)
+        for row in range(rows):
+            text = self.tokens[offsets[row] : offsets[row] + texts[row]]
+            line = self.pieces.line(keys[row, : digits[row]])
+            read = write = 0
+            for query in range(queries[row] + 1):
+                place = places[row, query]
+                after = write + place - read
+                sequence[row, write:after] = text[read:place]
+                sequence[row, after : after + len(line)] = line
+                if query > 0:
+                    # A target sits one position before its token.
+                    first = after + answer_start - 1
+                    groups[row, first : first + digits[row]] = ANSWER_GROUP
+                read, write = place, after + len(line)
+            sequence[row, write:] = text[read:]
+        positions = np.arange(self.length, dtype=np.int64)
+        return {
+            "input_ids": sequence[:, :-1],
+            "labels": sequence[:, 1:],
+            "segment_ids": np.ones((rows, self.length), dtype=np.int64),
+            "position_ids": np.broadcast_to(positions, (rows, self.length)),
+            "loss_groups": groups,
+        }

@@ -1,0 +1,128 @@
+"""Tokenizers: bytes (the default, no files), SentencePiece models, all AutoTokenizer knows."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from memlm.errors import UserError
+
+BYTE_VALUES = 256
+
+
+class ByteTokenizer(PreTrainedTokenizer):
+    """One token per UTF-8 byte (ids 0..255) plus `<eos>`, `<bos>` and `<pad>` behind them.
+
+    Encoding adds no special tokens and never reads special tokens out of the text, so
+    `decode(encode(text)) == text` for every text. `len(tokenizer)` is 259. Byte sequences that are
+    not UTF-8 (a character cut in half) decode to U+FFFD.
+    """
+
+    vocab_files_names: ClassVar[dict[str, str]] = {}
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        eos_token: str = "<eos>",
+        bos_token: str = "<bos>",
+        pad_token: str = "<pad>",
+        split_special_tokens: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            eos_token=eos_token,
+            bos_token=bos_token,
+            pad_token=pad_token,
+            split_special_tokens=split_special_tokens,
+            **kwargs,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of byte tokens, without the special tokens."""
+        return BYTE_VALUES
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token string to id: byte b is the character chr(b)."""
+        return {chr(byte): byte for byte in range(BYTE_VALUES)} | self.added_tokens_encoder
+
+    def encode_bytes(self, data: bytes) -> np.ndarray:
+        """Ids [len(data)] uint16 of raw bytes: the fast path for whole corpora."""
+        return np.frombuffer(data, dtype=np.uint8).astype(np.uint16)
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return list(text.encode("utf-8", errors="replace").decode("latin-1"))
+
+    def _convert_token_to_id(self, token: str) -> int | None:
+        return ord(token) if len(token) == 1 and ord(token) < BYTE_VALUES else None
+
+    def _convert_id_to_token(self, index: int) -> str:
+        # Ids past the vocabulary exist when a model pads its embedding; they stand for nothing.
+        return chr(index) if index < BYTE_VALUES else ""
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Text of byte tokens; special tokens appear by name."""
+        special = self._added_tokens_encoder
+        data = b"".join(
+            token.encode("utf-8" if token in special else "latin-1") for token in tokens
+        )
+        return data.decode("utf-8", errors="replace")
+
+    def save_vocabulary(
+        self, save_directory: str, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """Nothing to save: the vocabulary is the byte values."""
+        return ()
+
+
+def register_byte_tokenizer(config_class: type[PreTrainedConfig]) -> None:
+    """Let `AutoTokenizer.from_pretrained` find ByteTokenizer; `config_class` is the model's."""
+    AutoTokenizer.register(config_class, tokenizer_class=ByteTokenizer, exist_ok=True)
+
+
+def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+    """The tokenizer named by `spec`.
+
+    `"bytes"` is ByteTokenizer, a path ending in `.model` a SentencePiece model, anything else a
+    folder or Hub id for AutoTokenizer. Raises UserError when it cannot be loaded.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    if spec.endswith(".model"):
+        return _load_sentencepiece(Path(spec))
+    try:
+        return AutoTokenizer.from_pretrained(spec)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"tokenizer {spec!r} could not be loaded ({reason}); valid: 'bytes', a SentencePiece "
+            "file ending in .model, a folder or a Hub id"
+        ) from error
+
+
+def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
+    if not path.is_file():
+        raise UserError(f"tokenizer: SentencePiece model file {str(path)!r} does not exist")
+    import sentencepiece
+    from transformers import SentencePieceBackend
+
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.Load(str(path))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"tokenizer: {str(path)!r} is not a SentencePiece model") from error
+    ids = {
+        "unk_token": processor.unk_id(),
+        "bos_token": processor.bos_id(),
+        "eos_token": processor.eos_id(),
+        "pad_token": processor.pad_id(),
+    }
+    named = {name: processor.IdToPiece(index) for name, index in ids.items() if index >= 0}
+    return SentencePieceBackend(vocab_file=str(path), **named)
+
+
+def byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether every token is one byte, so that bits per token are bits per byte."""
+    return isinstance(tokenizer, ByteTokenizer)
