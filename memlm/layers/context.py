@@ -151,7 +151,9 @@ class CallContext:
     input_ids: Tensor | None = None
 
     @classmethod
-    def plain(cls, batch_size: int, length: int, first_position: int = 0, **kwargs) -> "CallContext":
+    def plain(
+        cls, batch_size: int, length: int, first_position: int = 0, **kwargs
+    ) -> "CallContext":
         """A call of unpadded rows of one document each, from `first_position` on."""
         positions = torch.arange(first_position, first_position + length).expand(batch_size, -1)
         valid = torch.ones(batch_size, length, dtype=torch.bool)

@@ -77,7 +77,9 @@ class ShortConvolution(nn.Module):
             stretch = x.new_zeros(x.shape[1] + count * reach, x.shape[2])
             stretch = stretch.index_copy(0, token_place, x.squeeze(0))
             stretch = stretch.index_copy(0, tail_place.flatten(), tail.to(x.dtype).flatten(0, 1))
-            end_place = (layout.cu_seqlens[1:] + torch.arange(count, device=x.device) * reach)[:, None]
+            end_place = (layout.cu_seqlens[1:] + torch.arange(count, device=x.device) * reach)[
+                :, None
+            ]
             new_tail = stretch[end_place + steps]
             y = F.conv1d(stretch.t().unsqueeze(0), self.weight, groups=x.shape[-1])
             y = y.squeeze(0).t().index_select(0, token_place - reach).unsqueeze(0)

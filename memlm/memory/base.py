@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from memlm.errors import UserError, nearest, require_known
+from memlm.errors import UserError, nearest
 from memlm.layers.context import CallContext, SequenceLayout
 from memlm.layers.state import MemoryState
+from memlm.specification import build_config
 
 __all__ = [
     "CallContext",
@@ -42,7 +42,7 @@ class MemoryConfig:
     gate: float | None = None
     share: str | None = None
 
-    def validate(self, hidden_size: int) -> None:
+    def check_sizes(self, hidden_size: int) -> None:
         """Raise UserError for sizes that cannot work in a model of width `hidden_size`."""
 
 
@@ -59,7 +59,7 @@ class MemoryModule(nn.Module, ABC):
 
     def __init__(self, config: MemoryConfig, hidden_size: int, norm_eps: float = 1e-6):
         super().__init__()
-        config.validate(hidden_size)
+        config.check_sizes(hidden_size)
         self.config = config
         self.hidden_size = hidden_size
         self.norm_eps = norm_eps
@@ -145,20 +145,6 @@ def memory_class(name: str, where: str = "memory") -> type[MemoryModule]:
             f"{where}: unknown memory {name!r}{nearest(name, _MEMORIES)} (valid: {valid})"
         )
     return _MEMORIES[name]
-
-
-def build_config(config_class: type, values: dict[str, Any], where: str) -> Any:
-    """An instance of a strict config dataclass.
-
-    Raises:
-        UserError: for an unknown key or a value of the wrong type, naming `where`.
-    """
-    require_known(values, (field.name for field in dataclasses.fields(config_class)), where)
-    try:
-        return config_class(**values)
-    except (StrictDataclassError, TypeError) as error:
-        reason = str(error.__cause__ or error).splitlines()[-1].strip()
-        raise UserError(f"{where}: {reason}") from error
 
 
 def memory_config(spec: dict[str, Any], where: str = "memory") -> MemoryConfig:

@@ -1,0 +1,365 @@
+"""Causal self-attention: grouped queries, optional rotary positions, sliding window, short
+convolution, and its own key/value state, so that any split of a document gives the same result.
+
+Who sees whom is decided from positions and documents alone. The keys of the carried document live
+in the state; padding and other documents are masked, never trusted to be absent.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+
+from memlm.errors import UserError
+from memlm.layers.context import CallContext, SequenceLayout
+from memlm.layers.convolution import ConvolutionState, ShortConvolution
+from memlm.layers.state import MemoryState
+
+
+@dataclasses.dataclass(kw_only=True)
+class AttentionConfig:
+    """Sizes of the `attention` mixer.
+
+    Attributes:
+        num_heads: query heads; None = one per 64 channels (at least 1).
+        num_key_value_heads: key/value heads; None = num_heads.
+        head_dim: channels per head; None = hidden_size / num_heads.
+        rope: rotary positions, or no position encoding.
+        rope_theta: base of the rotary frequencies.
+        qk_norm: RMSNorm on the queries and keys of each head.
+        conv_size: kernel of a causal depthwise convolution added to the input; None = none.
+        window: how many tokens a query sees, itself included; None = all.
+    """
+
+    num_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rope: bool = True
+    rope_theta: float = 10000.0
+    qk_norm: bool = False
+    conv_size: int | None = None
+    window: int | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class SlidingAttentionConfig(AttentionConfig):
+    """Sizes of the `sliding_attention` mixer: as `attention`, with a window."""
+
+    window: int | None = 512
+
+
+@dataclasses.dataclass
+class AttentionState(MemoryState):
+    """Keys and values that later tokens of the carried document may still see.
+
+    Attributes:
+        keys, values: [B, S, num_key_value_heads, head_dim].
+        positions: int64 [B, S], position within the document, -1 = empty.
+        tail: [B, conv_size - 1, hidden_size], inputs of the short convolution (0 wide without).
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    tail: Tensor
+
+    def reset(self, rows: Tensor | None = None) -> "AttentionState":
+        if rows is None:
+            rows = torch.ones(self.batch_size, dtype=torch.bool, device=self.positions.device)
+        return AttentionState(
+            self.keys,
+            self.values,
+            self.positions.masked_fill(rows[:, None], -1),
+            self.tail.masked_fill(rows[:, None, None], 0),
+        )
+
+
+class Attention(nn.Module):
+    """Multi-head attention through transformers' AttentionInterface (sdpa, eager, flash)."""
+
+    is_causal = True
+
+    def __init__(
+        self,
+        spec: AttentionConfig,
+        config: PreTrainedConfig,
+        norm_eps: float = 1e-6,
+        where: str = "attention",
+    ):
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.config = config  # AttentionInterface functions read the implementation's name here
+        self.num_heads = spec.num_heads or max(1, hidden_size // 64)
+        self.num_key_value_heads = spec.num_key_value_heads or self.num_heads
+        self._check(spec, hidden_size, where)
+        self.head_dim = spec.head_dim or hidden_size // self.num_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.rope_theta = spec.rope_theta if spec.rope else None
+        self.configured_window = spec.window
+        self.window = spec.window
+
+        self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(hidden_size, self.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(hidden_size, self.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
+        self.convolution = (
+            ShortConvolution(hidden_size, spec.conv_size, activation=None)
+            if spec.conv_size
+            else None
+        )
+
+    def _check(self, spec: AttentionConfig, hidden_size: int, where: str) -> None:
+        if spec.head_dim is None and hidden_size % self.num_heads:
+            raise UserError(
+                f"{where}: hidden_size {hidden_size} is not a multiple of num_heads "
+                f"{self.num_heads}; set num_heads to a divisor or give head_dim"
+            )
+        if self.num_heads % self.num_key_value_heads:
+            raise UserError(
+                f"{where}: num_heads {self.num_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if spec.window is not None and spec.window < 1:
+            raise UserError(f"{where}: window must be at least 1, got {spec.window}")
+        head_dim = spec.head_dim or hidden_size // self.num_heads
+        if spec.rope and head_dim % 2:
+            raise UserError(f"{where}: rotary positions need an even head_dim, got {head_dim}")
+
+    def init_state(
+        self,
+        batch_size: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> AttentionState:
+        """No keys yet."""
+        empty = torch.zeros(
+            batch_size, 0, self.num_key_value_heads, self.head_dim, device=device, dtype=dtype
+        )
+        reach = self.convolution.kernel_size - 1 if self.convolution else 0
+        tail = torch.zeros(batch_size, reach, self.q_proj.in_features, device=device, dtype=dtype)
+        positions = torch.zeros(batch_size, 0, dtype=torch.int64, device=device)
+        return AttentionState(empty, empty, positions, tail)
+
+    def forward(
+        self, hidden: Tensor, state: AttentionState, context: CallContext
+    ) -> tuple[Tensor, AttentionState]:
+        """Attend to the carried document and to the documents of this call.
+
+        Args:
+            hidden: [B, T, hidden_size].
+            state: what the B rows carry.
+            context: positions and documents.
+
+        Returns:
+            [B, T, hidden_size] and the new state.
+        """
+        layout = context.layout
+        tail = state.tail
+        if self.convolution is not None:
+            hidden, tail = self._convolve(hidden, state, layout)
+        batch_size, length, _ = hidden.shape
+        query = self.q_norm(self.q_proj(hidden).view(batch_size, length, -1, self.head_dim))
+        key = self.k_norm(self.k_proj(hidden).view(batch_size, length, -1, self.head_dim))
+        value = self.v_proj(hidden).view(batch_size, length, -1, self.head_dim)
+        if self.rope_theta is not None:
+            cos, sin = self._rotary(context.position_ids, hidden.dtype)
+            query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
+
+        keys = torch.cat([state.keys.to(key.dtype), key], dim=1)
+        values = torch.cat([state.values.to(value.dtype), value], dim=1)
+        positions = torch.cat([state.positions, context.position_ids], dim=1)
+        continued = (layout.document == 0).any(1, keepdim=True)
+        carried = torch.where((state.positions >= 0) & continued, 0, -1)
+        documents = torch.cat([carried, layout.document], dim=1)
+
+        if "flash" in (self.config._attn_implementation or ""):
+            output = self._packed(query, keys, values, documents, layout)
+        elif self.window is not None and length > self.window and bool(layout.valid.all()):
+            output = self._banded(query, keys, values, positions, documents)
+        else:
+            output = self._masked(query, keys, values, positions, documents, layout)
+        new_state = self._next_state(state, keys, values, positions, documents, tail, layout)
+        return self.o_proj(output.reshape(batch_size, length, -1)), new_state
+
+    def _convolve(
+        self, hidden: Tensor, state: AttentionState, layout: SequenceLayout
+    ) -> tuple[Tensor, Tensor]:
+        carried = ConvolutionState(state.tail)
+        incoming = layout.incoming(carried)
+        mixed, tails = self.convolution(layout.pack(hidden), incoming.tail, layout)
+        return hidden + layout.unpack(mixed), layout.outgoing(ConvolutionState(tails), carried).tail
+
+    def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        # Computed from the positions of the call: a buffer of frequencies would be left
+        # uninitialised by loading on the meta device.
+        steps = torch.arange(0, self.head_dim, 2, device=position_ids.device, dtype=torch.float64)
+        angles = position_ids[..., None] * self.rope_theta ** (-steps / self.head_dim)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _visible(
+        self, position: Tensor, document: Tensor, key_position: Tensor, key_document: Tensor
+    ) -> Tensor:
+        """bool [..., Q, K]: same document, not later, within the window."""
+        distance = position[..., :, None] - key_position[..., None, :]
+        visible = (document[..., :, None] == key_document[..., None, :]) & (distance >= 0)
+        if self.window is not None:
+            visible &= distance < self.window
+        return visible & (key_document >= 0)[..., None, :]
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, Q, H, D] x [B, K, Hkv, D] -> [B, Q, H, D] through the AttentionInterface."""
+        name = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        if mask is not None and name != "sdpa":
+            lowest = torch.finfo(query.dtype).min
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
+        output, _ = attend(
+            self,
+            query.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            mask,
+            scaling=self.scaling,
+        )
+        return output
+
+    def _masked(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        documents: Tensor,
+        layout: SequenceLayout,
+    ) -> Tensor:
+        """Every key against every query."""
+        length = query.shape[1]
+        whole = layout.uniform and keys.shape[1] == length
+        reaches_all = self.window is None or self.window >= length
+        if whole and reaches_all and self.config._attn_implementation == "sdpa":
+            return self._attend(query, keys, values, None)  # plain causal: sdpa's own fast path
+        document = documents[:, documents.shape[1] - length :]
+        position = positions[:, positions.shape[1] - length :]
+        visible = self._visible(position, document, positions, documents)
+        # A padded query would otherwise see nothing, and softmax of nothing is NaN.
+        padded = (document < 0)[:, :, None]
+        diagonal = torch.eye(length, dtype=torch.bool, device=query.device)
+        diagonal = F.pad(diagonal, (keys.shape[1] - length, 0))
+        return self._attend(query, keys, values, (visible | (padded & diagonal))[:, None])
+
+    def _banded(
+        self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, documents: Tensor
+    ) -> Tensor:
+        """Blocks of `window` queries against two blocks of keys: cost linear in length.
+
+        Without padding the `window` columns before a query hold everything it may see.
+        """
+        window = self.window
+        batch_size, length = query.shape[:2]
+        blocks = -(-length // window)
+        extra = blocks * window - length
+        front = window - (keys.shape[1] - length)
+
+        def key_blocks(tensor: Tensor, fill: int = 0) -> Tensor:
+            if front < 0:
+                tensor = tensor[:, -front:]
+            pad = [0, 0] * (tensor.ndim - 2) + [max(front, 0), extra]
+            tensor = F.pad(tensor, pad, value=fill).unfold(1, 2 * window, window)
+            return tensor.movedim(-1, 2).flatten(0, 1)
+
+        def query_blocks(tensor: Tensor) -> Tensor:
+            tensor = F.pad(tensor, [0, 0] * (tensor.ndim - 2) + [0, extra])
+            return tensor.unflatten(1, (blocks, window)).flatten(0, 1)
+
+        visible = self._visible(
+            query_blocks(positions[:, positions.shape[1] - length :]),
+            query_blocks(documents[:, documents.shape[1] - length :]),
+            key_blocks(positions, -1),
+            key_blocks(documents, -1),
+        )
+        # The padding of the last block sees nothing; any visible key keeps its softmax finite.
+        visible[:, :, window] |= ~visible.any(-1)
+        output = self._attend(
+            query_blocks(query), key_blocks(keys), key_blocks(values), visible[:, None]
+        )
+        return output.unflatten(0, (batch_size, blocks)).flatten(1, 2)[:, :length]
+
+    def _packed(
+        self, query: Tensor, keys: Tensor, values: Tensor, documents: Tensor, layout: SequenceLayout
+    ) -> Tensor:
+        """Flash attention takes the borders of packed documents instead of a mask."""
+        batch_size, length = query.shape[:2]
+        columns = documents.shape[1]
+        key_index = (documents >= 0).flatten().nonzero().squeeze(1)
+        key_label = (key_index // columns) * (columns + 1) + documents.flatten()[key_index]
+        _, key_lengths = torch.unique_consecutive(key_label, return_counts=True)
+        if layout.uniform:
+            query_lengths = torch.full((batch_size,), length, device=query.device)
+            packed_query = query.flatten(0, 1)[None]
+        else:
+            query_lengths = layout.cu_seqlens.diff()
+            packed_query = layout.pack(query)
+        borders = [
+            F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+            for lengths in (query_lengths, key_lengths)
+        ]
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        output, _ = attend(
+            self,
+            packed_query.transpose(1, 2),
+            keys.flatten(0, 1)[key_index][None].transpose(1, 2),
+            values.flatten(0, 1)[key_index][None].transpose(1, 2),
+            None,
+            scaling=self.scaling,
+            sliding_window=self.window,
+            cu_seq_lens_q=borders[0],
+            cu_seq_lens_k=borders[1],
+            max_length_q=int(query_lengths.max()),
+            max_length_k=int(key_lengths.max()),
+        )
+        if layout.uniform:
+            return output.squeeze(0).unflatten(0, (batch_size, length))
+        return layout.unpack(output)
+
+    def _next_state(
+        self,
+        state: AttentionState,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        documents: Tensor,
+        tail: Tensor,
+        layout: SequenceLayout,
+    ) -> AttentionState:
+        """Keep the last document of each row, and of it what the window can still reach."""
+        last = layout.document.amax(1, keepdim=True)
+        untouched = F.pad(state.positions >= 0, (0, layout.document.shape[1]))
+        keep = torch.where(last < 0, untouched, documents == last)
+        positions = torch.where(keep, positions, -1)
+        if self.window is None:
+            return AttentionState(keys, values, positions, tail)
+        if not layout.uniform:
+            # Padding may lie between kept tokens: move them to the right end, in order.
+            order = keep.to(torch.int8).sort(dim=1, stable=True).indices
+            positions = positions.gather(1, order)
+            gather = order[:, :, None, None].expand(-1, -1, *keys.shape[2:])
+            keys, values = keys.gather(1, gather), values.gather(1, gather)
+        start = max(0, keys.shape[1] - (self.window - 1))
+        return AttentionState(keys[:, start:], values[:, start:], positions[:, start:], tail)
+
+    def flops(self, tokens: int) -> int:
+        """Floating point operations of one forward pass over one row of `tokens` tokens."""
+        projections = sum(
+            layer.weight.numel() for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        )
+        window = min(self.window or tokens, tokens)
+        seen = tokens * window - window * (window - 1) // 2
+        return 2 * tokens * projections + 4 * seen * self.num_heads * self.head_dim

@@ -1,0 +1,7 @@
+"""The model, its configuration, and the cache that carries its states in generation."""
+
+from memlm.models.cache import MemLMCache
+from memlm.models.configuration import MemLMConfig
+from memlm.models.modeling import MemLMForCausalLM, MemLMModel, MemLMOutput
+
+__all__ = ["MemLMCache", "MemLMConfig", "MemLMForCausalLM", "MemLMModel", "MemLMOutput"]

@@ -1,0 +1,411 @@
+"""The language model: embedding, blocks, norm and head, with the states of all memories."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from memlm.errors import UserError
+from memlm.layers.attention import Attention
+from memlm.layers.context import CallContext, SequenceLayout
+from memlm.layers.state import MemoryState
+from memlm.memory import MemoryModule, memory_class
+from memlm.models.block import Block
+from memlm.models.cache import MemLMCache
+from memlm.models.configuration import MemLMConfig
+
+States = dict[str, MemoryState]
+
+
+@dataclasses.dataclass
+class PositionState(MemoryState):
+    """next_position: int64 [B], position in its document of the next token of each row."""
+
+    next_position: Tensor
+
+    def reset(self, rows: Tensor | None = None) -> "PositionState":
+        if rows is None:
+            return PositionState(torch.zeros_like(self.next_position))
+        return PositionState(self.next_position.masked_fill(rows, 0))
+
+
+@dataclasses.dataclass
+class MemLMOutput(CausalLMOutputWithPast):
+    """Adds `memory_states`: every state of the batch by name, when they were asked for."""
+
+    memory_states: States | None = None
+
+
+class MemLMPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what transformers has to know."""
+
+    config_class = MemLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values", "memory_states"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
+            if module.weight is not None:
+                init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
+            module.init_weights()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
+        """As in transformers; only the non-reentrant form, the one that sees states."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise UserError("gradient checkpointing with memories needs use_reentrant=False")
+        super().gradient_checkpointing_enable(options)
+
+
+class MemLMModel(MemLMPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: MemLMConfig):
+        super().__init__(config)
+        plans = config.plan()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, plan, index) for index, plan in enumerate(plans))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.shared = nn.ModuleDict()
+        self._build_shared()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def _build_shared(self) -> None:
+        owners: dict[str, Any] = {}
+        for block in self.layers:
+            for branch in block.branches().values():
+                name = getattr(getattr(branch.module, "config", None), "share", None)
+                if not branch.is_memory or name is None:
+                    continue
+                spec = (branch.module.name, branch.module.config)
+                if name in owners and owners[name] != spec:
+                    raise UserError(
+                        f"layers: the memories that share {name!r} differ; layers with the same "
+                        "share need the same type and sizes"
+                    )
+                if name not in owners:
+                    owners[name] = spec
+                    module = memory_class(spec[0]).build_shared(spec[1], self.config.hidden_size)
+                    if module is not None:
+                        self.shared[name] = module
+
+    def init_states(self, batch_size: int) -> States:
+        """The states of `batch_size` rows before their first token."""
+        weight = self.embed_tokens.weight
+        states: States = {
+            "position": PositionState(
+                torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+            )
+        }
+        for block in self.layers:
+            for name, branch in block.branches().items():
+                state = branch.init_state(batch_size, weight.device, weight.dtype)
+                if state is not None:
+                    states[name] = state
+        return states
+
+    def memory_state_names(self) -> list[str]:
+        """The names in `memory_states` that belong to memories."""
+        return [
+            name
+            for block in self.layers
+            for name, branch in block.branches().items()
+            if branch.is_memory and branch.init_state(1) is not None
+        ]
+
+    def memories(self) -> dict[str, MemoryModule]:
+        """All memory modules by the name of their site."""
+        return {
+            name: branch.module
+            for block in self.layers
+            for name, branch in block.branches().items()
+            if branch.is_memory
+        }
+
+    @property
+    def max_context(self) -> int | None:
+        """Longest context in tokens, None where nothing limits it."""
+        full = any(
+            isinstance(module, Attention) and module.configured_window is None
+            for module in self.modules()
+        )
+        return self.config.max_position_embeddings if full else None
+
+    def set_attention_window(self, window: int | None) -> None:
+        """Cap the window of every sliding attention (None = as configured)."""
+        for module in self.modules():
+            if isinstance(module, Attention) and module.configured_window is not None:
+                module.window = min(module.configured_window, window or module.configured_window)
+
+    def flops(self, tokens: int) -> int:
+        """Floating point operations of a forward pass over one row, without the head."""
+        return sum(
+            branch.module.flops(tokens)
+            for block in self.layers
+            for branch in block.branches().values()
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        memory_states: States | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_memory: bool = True,
+        write_memory: bool = True,
+    ) -> tuple[Tensor, States]:
+        """Hidden states [B, T, hidden_size] after the last norm, and the new states.
+
+        Arguments as in `MemLMForCausalLM.forward`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch_size, length = hidden.shape[:2]
+        fresh = memory_states is None
+        states = self.init_states(batch_size) if fresh else memory_states
+        next_position = states["position"].next_position
+        valid = _valid_tokens(attention_mask, segment_ids, batch_size, length, hidden.device)
+        starts, position_ids = _documents(valid, segment_ids, position_ids, next_position, fresh)
+        self._check_length(position_ids, valid)
+        context = CallContext(
+            SequenceLayout.build(position_ids, valid, starts),
+            position_ids,
+            write=write_memory,
+            shared=dict(self.shared.items()),
+            input_ids=input_ids,
+        )
+        new_states: States = {"position": _advance(states["position"], position_ids, valid)}
+        for block in self.layers:
+            own = {name: states[name] for name in block.branches() if name in states}
+            hidden, block_states = block(hidden, own, context, use_memory)
+            new_states.update(block_states)
+        return self.norm(hidden), new_states
+
+    def _check_length(self, position_ids: Tensor, valid: Tensor) -> None:
+        limit = self.max_context
+        if limit is not None and valid.numel() and int((position_ids * valid).max()) >= limit:
+            raise UserError(
+                f"the context has {int((position_ids * valid).max()) + 1} tokens, but this model's "
+                f"full attention allows {limit} (max_position_embeddings)"
+            )
+
+
+def _valid_tokens(
+    attention_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    batch_size: int,
+    length: int,
+    device: torch.device,
+) -> Tensor:
+    """bool [B, T]: which tokens are not padding."""
+    valid = torch.ones(batch_size, length, dtype=torch.bool, device=device)
+    if attention_mask is not None:
+        if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+            raise ValueError(
+                "attention_mask must be [B, T] (or [B, past + T]) of 0 and 1; documents packed in "
+                "a row are told apart by segment_ids"
+            )
+        valid &= attention_mask[:, attention_mask.shape[1] - length :].bool()
+    if segment_ids is not None:
+        valid &= segment_ids != 0
+    return valid
+
+
+def _documents(
+    valid: Tensor,
+    segment_ids: Tensor | None,
+    position_ids: Tensor | None,
+    next_position: Tensor,
+    fresh: bool,
+) -> tuple[Tensor, Tensor]:
+    """Where documents start, bool [B, T], and the position of each token within its document.
+
+    A document starts where segment_ids change between two tokens of a row and where a given
+    position is 0. The first token of a row otherwise continues the carried document.
+    """
+    starts = torch.zeros_like(valid)
+    if segment_ids is not None:
+        # Compare with the last token that was not padding.
+        labels = torch.where(valid, segment_ids, 0)
+        columns = torch.arange(valid.shape[1], device=valid.device)
+        last = torch.where(valid, columns, -1).cummax(1).values
+        previous = F.pad(last, (1, 0), value=-1)[:, :-1]
+        before = labels.gather(1, previous.clamp(min=0))
+        starts = valid & (previous >= 0) & (before != labels)
+    if position_ids is not None:
+        position_ids = position_ids.expand(valid.shape)
+        starts = starts | (valid & (position_ids == 0))
+    if fresh:
+        # A row's first token finds the initial state anyway.
+        starts = starts & (valid.cumsum(1) > 1)
+    if position_ids is None:
+        count = valid.cumsum(1) - 1
+        base = torch.where(starts, count, 0).cummax(1).values
+        continues = starts.cumsum(1) == 0
+        position_ids = torch.where(continues, count + next_position[:, None], count - base)
+        position_ids = position_ids.clamp(min=0)
+    return starts, position_ids
+
+
+def _advance(state: PositionState, position_ids: Tensor, valid: Tensor) -> PositionState:
+    if valid.shape[1] == 0:
+        return state
+    columns = torch.arange(valid.shape[1], device=valid.device)
+    last = torch.where(valid, columns, -1).amax(1)
+    following = position_ids.gather(1, last.clamp(min=0)[:, None]).squeeze(1) + 1
+    return PositionState(torch.where(last >= 0, following, state.next_position))
+
+
+class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MemLMConfig):
+        super().__init__(config)
+        self.model = MemLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        memory_states: States | None = None,
+        past_key_values: MemLMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        use_memory: bool = True,
+        write_memory: bool = True,
+        logits_to_keep: int | Tensor = 0,
+        return_memory_states: bool = False,
+        **kwargs: Any,
+    ) -> MemLMOutput:
+        """Predict the next token.
+
+        Args:
+            input_ids: int64 [B, T]; or inputs_embeds [B, T, hidden_size].
+            attention_mask: [B, T] or [B, past + T], 0 at padding.
+            segment_ids: int64 [B, T], 0 at padding, another number for every document of a row.
+            position_ids: int64 [B, T], position within the document; 0 starts a document.
+            labels: int64 [B, T], the input shifted inside as in transformers, -100 = no target.
+            memory_states: what an earlier call returned; the tokens continue its rows.
+            past_key_values: the same as a Cache, as generate() uses it.
+            use_memory: False = every memory branch is exactly zero and no memory is written.
+            write_memory: False = memories are read, never written.
+            logits_to_keep: logits of the last so many tokens only (0 = all), or their indices.
+            return_memory_states: return the states also when none were passed.
+
+        Raises:
+            UserError: when full attention does not allow so long a context, or for a Cache that
+                cannot hold memories.
+        """
+        if past_key_values is not None and not isinstance(past_key_values, MemLMCache):
+            raise UserError(
+                f"past_key_values is a {type(past_key_values).__name__}, which cannot hold "
+                "memories; pass a memlm.models.MemLMCache, or nothing"
+            )
+        if past_key_values is not None and memory_states is not None:
+            raise ValueError("give memory_states or past_key_values, not both")
+        wants_states = return_memory_states or memory_states is not None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not wants_states
+        if use_cache and past_key_values is None and memory_states is None:
+            past_key_values = MemLMCache()
+        states = past_key_values.states if past_key_values is not None else memory_states
+
+        hidden, states = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            position_ids=position_ids,
+            memory_states=states,
+            inputs_embeds=inputs_embeds,
+            use_memory=use_memory,
+            write_memory=write_memory,
+        )
+        if past_key_values is not None:
+            past_key_values.store(states, hidden.shape[1])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return MemLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            memory_states=states if wants_states else None,
+        )
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config,
+        model_kwargs: dict,
+        generation_mode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        if given is not None or generation_config.use_cache is False:
+            return
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise UserError(
+                f"cache_implementation {generation_config.cache_implementation!r} cannot hold "
+                "memories; leave it unset"
+            )
+        model_kwargs["past_key_values"] = MemLMCache()
+
+    def init_states(self, batch_size: int) -> States:
+        """The states of `batch_size` rows before their first token."""
+        return self.model.init_states(batch_size)
+
+    def memory_state_names(self) -> list[str]:
+        """The names in `memory_states` that belong to memories."""
+        return self.model.memory_state_names()
+
+    def memories(self) -> dict[str, MemoryModule]:
+        """All memory modules by the name of their site."""
+        return self.model.memories()
+
+    @property
+    def max_context(self) -> int | None:
+        """Longest context in tokens, None where nothing limits it."""
+        return self.model.max_context
+
+    def set_attention_window(self, window: int | None) -> None:
+        """Cap the window of every sliding attention (None = as configured)."""
+        self.model.set_attention_window(window)
+
+    def flops(self, tokens: int) -> int:
+        """Floating point operations of a forward pass over one row of `tokens` tokens."""
+        return self.model.flops(tokens) + 2 * tokens * self.lm_head.weight.numel()
