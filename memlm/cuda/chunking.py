@@ -1,8 +1,8 @@
 """Sequences of different lengths cut into chunks that a serial loop can walk through together.
 
-Chunks lie in step-major order: step ``j`` holds chunk ``j`` of every sequence that has one, and the
-sequences are sorted by their number of chunks, descending. The sequences active at a step are thus a
-prefix of those active at the step before, and a loop over time takes contiguous pieces
+Chunks lie in step-major order: step ``j`` holds chunk ``j`` of every sequence that has one, and
+the sequences are sorted by their number of chunks, descending. The sequences active at a step are
+thus a prefix of those active at the step before, and a loop over time takes contiguous pieces
 (`torch.split` by `counts`). Equal lengths degenerate to ``[steps, sequences]``.
 
 Slots no token falls into (the rest of a last chunk, the start of a chunk resumed at an offset) are

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ FLOAT64 = torch.float64
 
 
 def make(lengths, H=1, HV=2, K=5, V=3, packed=False, seed=0, gate=1.0):
-    """Random float64 inputs with unit keys; lengths are packed in one row or all equal in a batch."""
+    """Random float64 inputs with unit keys; `lengths` packed in one row, or equal in a batch."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -78,7 +80,7 @@ def test_packed_sequences(monkeypatch, lengths):
 def test_packed_equals_one_by_one():
     inputs, boundaries = make([9, 0, 80, 1], packed=True)
     together, states = linear_recurrence(**inputs, cu_seqlens=boundaries, return_state=True)
-    for i, (start, end) in enumerate(zip(boundaries[:-1], boundaries[1:], strict=True)):
+    for i, (start, end) in enumerate(itertools.pairwise(boundaries.tolist())):
         part = {name: x[:, start:end] for name, x in inputs.items() if name != "initial_state"}
         state = inputs["initial_state"][i : i + 1]
         alone, last = linear_recurrence(**part, initial_state=state, return_state=True)

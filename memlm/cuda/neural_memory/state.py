@@ -1,0 +1,38 @@
+"""What a neural memory carries from one call to the next."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NORM_EPS = 1e-5  # of the layer norm inside the depth-2 memory
+
+
+@dataclasses.dataclass
+class NeuralMemoryState:
+    """Constant size, exact at any cut of a sequence.
+
+    Attributes:
+        anchor: per layer ``[N, H, d_in, d_out]``, the weights at the start of the current chunk,
+            where its gradients are taken.
+        weights: the weights now.
+        momentum: the momentum of the updates.
+        offset: int64 ``[N]``, tokens of the current chunk seen so far.
+    """
+
+    anchor: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    momentum: tuple[Tensor, ...]
+    offset: Tensor
+
+    @classmethod
+    def initial(cls, weights: tuple[Tensor, ...]) -> "NeuralMemoryState":
+        """The state before the first token of sequences that start from `weights`."""
+        offset = torch.zeros(len(weights[0]), dtype=torch.int64, device=weights[0].device)
+        return cls(weights, weights, tuple(torch.zeros_like(w) for w in weights), offset)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "NeuralMemoryState":
+        """Apply `function` to all weights and momenta (not to the offset)."""
+        parts = (self.anchor, self.weights, self.momentum)
+        return NeuralMemoryState(*(tuple(map(function, part)) for part in parts), self.offset)

@@ -1,0 +1,186 @@
+import itertools
+
+import pytest
+import torch
+
+from memlm.cuda import NeuralMemoryState, neural_memory
+from memlm.cuda.dispatch import VARIABLE
+
+FLOAT64 = torch.float64
+INPUTS = ("q", "k", "v", "alpha", "eta", "theta")
+
+
+def make(lengths, depth, H=2, D=3, hidden=5, packed=False, offset=None, seed=0):
+    """Float64 inputs in a stable regime (unit keys, small steps) and a state in mid-stream."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=FLOAT64)
+
+    B, T = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
+    N = len(lengths)
+    inputs = {name: normal(B, T, H, D) for name in ("q", "k", "v")}
+    inputs["k"] = torch.nn.functional.normalize(inputs["k"], dim=-1)
+    inputs["alpha"] = 0.1 * normal(B, T, H).sigmoid()
+    inputs["eta"] = normal(B, T, H).sigmoid()
+    inputs["theta"] = 0.05 * normal(B, T, H).sigmoid()
+    shapes = [(N, H, D, D)] if depth == 1 else [(N, H, D, hidden), (N, H, hidden, D)]
+    layers = [tuple(normal(*shape) for shape in shapes) for _ in range(2)]
+    momentum = tuple(0.1 * normal(*shape) for shape in shapes)
+    offset = torch.zeros(N, dtype=torch.int64) if offset is None else torch.tensor(offset)
+    boundaries = torch.tensor([0, *lengths]).cumsum(0) if packed else None
+    return inputs, NeuralMemoryState(*layers, momentum, offset), boundaries
+
+
+def run(monkeypatch, implementation, inputs, state, chunk_size, cu_seqlens=None):
+    """Outputs, final state, and gradients of a fixed random function of both."""
+    monkeypatch.setenv(VARIABLE, implementation)
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    state = state.map(lambda x: x.clone().requires_grad_())
+    o, final = neural_memory(**leaves, state=state, chunk_size=chunk_size, cu_seqlens=cu_seqlens)
+    results = {"o": o}
+    names = ("anchor", "weights", "momentum")
+    for name in names:
+        results |= {f"{name}{i}": x for i, x in enumerate(getattr(final, name))}
+        leaves |= {f"{name}{i}": x for i, x in enumerate(getattr(state, name))}
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum()
+        for x in results.values()
+    )
+    gradients = torch.autograd.grad(
+        loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
+    results |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+    return {"offset": final.offset} | {name: x.detach() for name, x in results.items()}
+
+
+def assert_equal(monkeypatch, inputs, state, chunk_size, cu_seqlens=None):
+    expected = run(monkeypatch, "reference", inputs, state, chunk_size, cu_seqlens)
+    got = run(monkeypatch, "eager", inputs, state, chunk_size, cu_seqlens)
+    assert expected.keys() == got.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            got[name], expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("T, chunk_size", [(0, 4), (1, 4), (4, 4), (11, 4), (5, 8), (6, 1)])
+def test_eager_equals_reference(monkeypatch, depth, T, chunk_size):
+    inputs, state, _ = make([T, T], depth)
+    assert_equal(monkeypatch, inputs, state, chunk_size)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [3, 0, 9, 1], [0, 0, 0], [1, 1, 1], [0, 5, 2]])
+def test_packed_sequences_resumed_inside_a_chunk(monkeypatch, depth, lengths):
+    offset = [0, 3, 1, 2][: len(lengths)]
+    inputs, state, boundaries = make(lengths, depth, packed=True, offset=offset)
+    assert_equal(monkeypatch, inputs, state, 4, boundaries)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_batch_of_rows_at_different_offsets(monkeypatch, depth):
+    inputs, state, _ = make([6, 6, 6], depth, offset=[0, 2, 3])
+    assert_equal(monkeypatch, inputs, state, 4)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("split", [(23,), (1,) * 23, (5, 13, 5), (8, 8, 7), (1, 0, 7, 9, 6)])
+def test_ragged_splits_are_exact(depth, split):
+    inputs, state, _ = make([23, 23], depth)
+    whole, last = neural_memory(**inputs, state=state, chunk_size=8)
+    pieces, start = [], 0
+    for length in split:
+        part = {name: x[:, start : start + length] for name, x in inputs.items()}
+        o, state = neural_memory(**part, state=state, chunk_size=8)
+        pieces.append(o)
+        start += length
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-10, atol=1e-10)
+    assert torch.equal(state.offset, last.offset) and state.offset.tolist() == [7, 7]
+    for part in ("anchor", "weights", "momentum"):
+        for a, b in zip(getattr(state, part), getattr(last, part), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_packed_equals_one_by_one():
+    lengths = [5, 0, 9, 1]
+    inputs, state, boundaries = make(lengths, 2, packed=True, offset=[1, 0, 2, 3])
+    together, final = neural_memory(**inputs, state=state, chunk_size=4, cu_seqlens=boundaries)
+    for i, (start, end) in enumerate(itertools.pairwise(boundaries.tolist())):
+        alone = NeuralMemoryState(
+            *(
+                tuple(x[i : i + 1] for x in p)
+                for p in (state.anchor, state.weights, state.momentum)
+            ),
+            state.offset[i : i + 1],
+        )
+        part = {name: x[:, start:end] for name, x in inputs.items()}
+        o, last = neural_memory(**part, state=alone, chunk_size=4)
+        torch.testing.assert_close(together[:, start:end], o)
+        torch.testing.assert_close(final.weights[1][i : i + 1], last.weights[1])
+        assert final.offset[i] == last.offset[0]
+
+
+def test_linear_memory_by_hand():
+    # One head, one channel, one token: everything is a number.
+    one = torch.ones(1, 1, 1, 1, dtype=FLOAT64)
+    w, s, k, v, q, alpha, eta, theta = 0.5, 0.25, 2.0, 3.0, 1.5, 0.1, 0.8, 0.05
+    state = NeuralMemoryState((w * one,), (w * one,), (s * one,), torch.zeros(1, dtype=torch.int64))
+    gates = [x * one[..., 0] for x in (alpha, eta, theta)]
+    o, final = neural_memory(q * one, k * one, v * one, *gates, state, chunk_size=4)
+    momentum = eta * s - theta * 2 * (k * w - v) * k
+    weight = (1 - alpha) * w + momentum
+    assert o.item() == pytest.approx(weight * q)
+    assert final.momentum[0].item() == pytest.approx(momentum)
+    assert final.anchor[0].item() == w and final.offset.item() == 1
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_gates_at_their_limits_stay_finite(monkeypatch, depth):
+    inputs, state, _ = make([11], depth)
+    inputs["alpha"][:, 5] = 1.0  # forget everything
+    inputs["eta"][:, 5] = 0.0
+    inputs["alpha"][:, 2] = 0.0
+    inputs["eta"][:, 2] = 1.0
+    inputs["theta"][:, 3] = 0.0
+    expected = run(monkeypatch, "reference", inputs, state, 8)
+    got = run(monkeypatch, "eager", inputs, state, 8)
+    assert all(x.isfinite().all() for x in got.values())
+    torch.testing.assert_close(got["o"], expected["o"])
+    torch.testing.assert_close(got["dtheta"], expected["dtheta"])
+
+
+def test_low_precision_inputs_keep_a_float32_state():
+    inputs, state, _ = make([9, 9], 2)
+    exact, _ = neural_memory(**inputs, state=state, chunk_size=4)
+    low = {name: x.bfloat16() for name, x in inputs.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        o, final = neural_memory(**low, state=state, chunk_size=4)
+    assert o.dtype == torch.bfloat16
+    assert {w.dtype for w in (*final.anchor, *final.weights, *final.momentum)} == {torch.float32}
+    torch.testing.assert_close(o.double(), exact, rtol=0.05, atol=0.05)
+
+
+def test_without_grad_the_reference_returns_plain_tensors(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "reference")
+    inputs, state, _ = make([3], 2)
+    with torch.no_grad():
+        o, final = neural_memory(**inputs, state=state, chunk_size=4)
+    assert not o.requires_grad and not final.weights[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k": torch.zeros(1, 3, 2, 4)}, "k is"),
+        ({"theta": torch.zeros(1, 3, 1)}, "theta is"),
+        ({"cu_seqlens": torch.tensor([0, 2])}, "cu_seqlens"),
+        ({"state": make([3, 3], 2)[1]}, "the state's layers"),
+    ],
+)
+def test_shapes_are_checked(change, message):
+    inputs, state, _ = make([3], 2)
+    with pytest.raises(ValueError, match=message):
+        neural_memory(**inputs | {"state": state, "chunk_size": 4} | change)
