@@ -1,0 +1,433 @@
+"""The configuration of a run, and its strict loading from YAML and dotted overrides."""
+
+import copy
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from memlm.data.config import DataConfig
+from memlm.errors import UserError, nearest
+
+if typing.TYPE_CHECKING:
+    from memlm.evaluation.config import EvaluationConfig
+
+LOSS_GROUPS = ("text", "answer")
+
+
+@dataclass
+class Stage:
+    """One stage of the length curriculum.
+
+    Attributes:
+        length: tokens per row.
+        window: cap on every sliding attention window in tokens; None = as the model has it.
+        digits: lowest and highest number of digits of the training pass keys; None = as the data
+            section has it.
+        until: the stage ends at this fraction of all steps at the latest.
+        until_answer_bits: it ends earlier once the loss of the answers, averaged over the last
+            steps, is below this many bits per token.
+    """
+
+    length: int
+    window: int | None = None
+    digits: tuple[int, int] | None = None
+    until: float = 1.0
+    until_answer_bits: float | None = None
+
+
+@dataclass
+class TrainConfig:
+    """How a model is trained.
+
+    Attributes:
+        output_dir: run folder; None = runs/NAME for configs/NAME.yaml.
+        seed: of the initial weights and of every random number drawn in a step.
+        steps: optimizer steps.
+        length: tokens per row when there is no curriculum.
+        tokens_per_step: tokens of one optimizer step over all processes.
+        micro_batch_rows: most rows of one forward pass on one process; a step that has more is
+            accumulated. None = all at once.
+        curriculum: stages of growing length; empty = one stage of `length`.
+        carry_state: rows continue documents, and the memory states go from row to row.
+        loss_weights: {group: weight} with groups text and answer: the loss is the weighted sum of
+            the groups' mean losses. None = the mean over all targets.
+        optimizer: adamw, or muon for the hidden matrices with AdamW for everything else.
+        learning_rate: of AdamW.
+        muon_learning_rate: of Muon.
+        value_learning_rate: of the value tables of product-key memories, constant, no decay.
+        warmup_steps: linear warm-up.
+        final_learning_rate: where the cosine ends, as a fraction of the learning rate.
+        weight_decay: of everything but norms, biases, gates' rates and value tables.
+        betas: of AdamW.
+        clip_norm: largest norm of the gradient; 0 = no clipping.
+        mixed_precision: no, or bf16.
+        gradient_checkpointing: recompute the blocks in the backward pass to save memory.
+        log_every: steps between two log lines and metric records.
+        evaluate_every: steps between two evaluations on held-out rows; 0 = before and after only.
+        evaluation_rows: held-out rows of one evaluation; 0 = no evaluation.
+        save_every: steps between two checkpoints; 0 = at the end only.
+        keep_checkpoints: how many of the latest checkpoints stay.
+        trackers: accelerate's trackers to log to, such as tensorboard or wandb.
+    """
+
+    output_dir: str | None = None
+    seed: int = 0
+    steps: int = 1000
+    length: int = 1024
+    tokens_per_step: int = 8192
+    micro_batch_rows: int | None = None
+    curriculum: list[Stage] = field(default_factory=list)
+    carry_state: bool = False
+    loss_weights: dict[str, float] | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-4
+    muon_learning_rate: float = 5e-3
+    value_learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    final_learning_rate: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = 1.0
+    mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    log_every: int = 10
+    evaluate_every: int = 0
+    evaluation_rows: int = 32
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    trackers: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"train.{name}: must be at least {least}, got {value}")
+        ends = [stage.until for stage in self.stages()]
+        if ends != sorted(ends) or not 0 < ends[0] <= ends[-1] == 1.0:
+            raise UserError(
+                f"train.curriculum: the `until` of the stages must grow to 1.0, got {ends}"
+            )
+        for stage in self.stages():
+            if stage.length < 1 or self.tokens_per_step % stage.length:
+                raise UserError(
+                    f"train.tokens_per_step: {self.tokens_per_step} is not a multiple of the row "
+                    f"length {stage.length}"
+                )
+        for group in self.loss_weights or {}:
+            if group not in LOSS_GROUPS:
+                hint = nearest(group, LOSS_GROUPS) or f" (valid: {', '.join(LOSS_GROUPS)})"
+                raise UserError(f"train.loss_weights: unknown group {group!r}{hint}")
+
+    def stages(self) -> list[Stage]:
+        """The curriculum; one stage when none is configured."""
+        return self.curriculum or [Stage(length=self.length)]
+
+
+_LEAST = {
+    "seed": 0,
+    "steps": 1,
+    "tokens_per_step": 1,
+    "micro_batch_rows": 1,
+    "warmup_steps": 0,
+    "clip_norm": 0,
+    "log_every": 1,
+    "evaluate_every": 0,
+    "evaluation_rows": 0,
+    "save_every": 0,
+    "keep_checkpoints": 1,
+}
+
+
+@dataclass
+class RunConfig:
+    """Everything about one run: the sections of its YAML file.
+
+    Attributes:
+        model: fields of MemLMConfig; vocab_size and special tokens default to the tokenizer's.
+        data: what the rows are made of.
+        train: how the model is trained.
+        evaluate: what to evaluate after training; None = nothing.
+        name: name of the file without its ending, or "run".
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: "EvaluationConfig | None" = None
+    name: str = "run"
+
+    @property
+    def output_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.train.output_dir or f"runs/{self.name}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sections as plain values, as a YAML file holds them."""
+        sections = dataclasses.asdict(self)
+        del sections["name"]
+        return _plain(sections)
+
+
+def load_config(
+    path: str | Path, overrides: Iterable[str] = (), preset: str | None = None
+) -> RunConfig:
+    """Read a run config.
+
+    Args:
+        path: a YAML file with the sections model, data, train, evaluate and presets.
+        overrides: command-line words: `--train.steps 200 --model.layers.0.memory=titans`. Values
+            are YAML; numbers in a key are places in a list.
+        preset: name of an entry of `presets`, nested values that are laid over the sections
+            before the overrides. Lists of mappings of equal length merge element by element,
+            other lists are replaced; so is a mapping that names another `type`.
+
+    Raises:
+        UserError: for a missing or broken file, an unknown key or a wrong value; the message
+            names the file (or the override) and the dotted key.
+    """
+    path = Path(path)
+    sections = _read_yaml(path)
+    presets = sections.pop("presets", None) or {}
+    if preset is not None:
+        if preset not in presets:
+            valid = ", ".join(presets) or "none"
+            raise UserError(
+                f"{path}: no preset {preset!r}{nearest(preset, presets)} (presets: {valid})"
+            )
+        sections = _merge(sections, presets[preset])
+    changed = _parse_overrides(overrides)
+    for key, value in changed.items():
+        _set(sections, key, value)
+    return _build(sections, path, changed)
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write the sections as YAML that `load_config` reads back to the same config."""
+    Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-3 is a number, `no` and `on` are words, keys are unique."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {
+        first: [entry for entry in entries if entry[0].rpartition(":")[2] not in ("bool", "float")]
+        for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"true|false|True|False"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*\.[\d_]*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.inf|\.nan"),
+    list("-+0123456789."),
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" in line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}: not valid YAML{place}: {problem}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        siblings = sorted(str(other) for other in path.parent.glob("*.yaml"))
+        hint = nearest(str(path), siblings)
+        raise UserError(f"{path}: no such config file{hint}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable text file") from error
+    sections = _parse_yaml(text, str(path))
+    if not isinstance(sections, dict):
+        raise UserError(f"{path}: needs the sections model, data, train")
+    return sections
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if isinstance(base, dict) and isinstance(over, dict):
+        if over.get("type", base.get("type")) != base.get("type"):
+            return over
+        return base | {key: _merge(base.get(key), value) for key, value in over.items()}
+    lists = isinstance(base, list) and isinstance(over, list)
+    if lists and len(base) == len(over) and all(isinstance(item, dict) for item in base + over):
+        return [_merge(*pair) for pair in zip(base, over, strict=True)]
+    return over
+
+
+def _parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise UserError(f"unexpected argument {word!r}; overrides look like --train.steps 200")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"{word}: needs a value, as in {word} VALUE")
+            text = words.pop(0)
+        changed[key] = _parse_yaml(text, word)
+    return changed
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node: Any = tree
+    for depth, part in enumerate(parents):
+        here = ".".join(parents[: depth + 1])
+        if isinstance(node, list):
+            node = node[_place(node, part, key)]
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise UserError(
+                f"--{key}: {here} is {node!r}, which has no {last!r}; give {here} as a mapping"
+            )
+    if isinstance(node, list):
+        node[_place(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _place(items: list, part: str, key: str) -> int:
+    if not part.isdecimal() or int(part) >= len(items):
+        raise UserError(
+            f"--{key}: {part!r} is not a place in a list of {len(items)} (the first is 0)"
+        )
+    return int(part)
+
+
+def _build(sections: dict[str, Any], path: Path, changed: Mapping[str, Any]) -> RunConfig:
+    from memlm.evaluation.config import EvaluationConfig
+    from memlm.models.configuration import MemLMConfig
+
+    def where(key: str) -> str:
+        """Who set `key`."""
+        if any(f"{key}.".startswith(f"{given}.") for given in changed):
+            return "command line"
+        if any(given.startswith(f"{key}.") for given in changed):
+            return f"{path} and command line"
+        return str(path)
+
+    _refuse_unknown(sections, ["model", "data", "train", "evaluate", "presets"], "", where)
+    model = sections.get("model") or {}
+    if not isinstance(model, dict):
+        raise UserError(f"{path}: model: expected a mapping, got {model!r}")
+    built: dict[str, Any] = {"model": model}
+    for section, section_class in (
+        ("data", DataConfig),
+        ("train", TrainConfig),
+        ("evaluate", EvaluationConfig),
+    ):
+        if sections.get(section) is not None:
+            built[section] = _typed(section_class, sections[section], section, where)
+    try:
+        MemLMConfig.from_mapping(model)
+    except UserError as error:
+        raise UserError(f"{where('model')}: {error}") from error
+    if "evaluate" in built:
+        try:
+            built["evaluate"].validate()
+        except UserError as error:
+            raise UserError(f"{where('evaluate')}: evaluate.{error}") from error
+    return RunConfig(**built, name=path.stem)
+
+
+def _refuse_unknown(values: Mapping, known: list[str], prefix: str, where) -> None:
+    for key in values:
+        if key not in known:
+            dotted = f"{prefix}{key}"
+            hint = nearest(key, known) or f" (valid: {', '.join(known)})"
+            raise UserError(f"{where(dotted)}: unknown key {dotted!r}{hint}")
+
+
+def _typed(hint: Any, value: Any, key: str, where) -> Any:
+    """`value` as the annotated type `hint`, dataclasses and lists of them included."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{where(key)}: {key}: expected a mapping, got {value!r}")
+        fields = {item.name: item for item in dataclasses.fields(hint)}
+        _refuse_unknown(value, list(fields), f"{key}.", where)
+        for name, item in fields.items():
+            if item.default is MISSING and item.default_factory is MISSING and name not in value:
+                raise UserError(f"{where(key)}: {key} needs {name!r}")
+        hints = typing.get_type_hints(hint)
+        values = {
+            name: _typed(hints[name], item, f"{key}.{name}", where) for name, item in value.items()
+        }
+        try:
+            return hint(**values)
+        except UserError as error:
+            raise UserError(f"{where(key)}: {error}") from error
+    if typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+        if not isinstance(value, list):
+            raise UserError(f"{where(key)}: {key}: expected a list, got {value!r}")
+        item_class = typing.get_args(hint)[0]
+        return [_typed(item_class, item, f"{key}.{i}", where) for i, item in enumerate(value)]
+    return _checked(hint, value, key, where)
+
+
+def _checked(hint: Any, value: Any, key: str, where) -> Any:
+    """`value` converted and checked by jsonargparse."""
+    import jsonargparse
+
+    optional = types.NoneType in typing.get_args(hint)
+    if hint == list[dict[str, Any]]:
+        # Mappings of free content are checked by their owner; nothing may be converted inside.
+        return value
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=hint)
+    try:
+        if value is None and not optional:
+            raise jsonargparse.ArgumentError(None, "no value")
+        return parser.parse_object({"value": copy.deepcopy(value)})["value"]
+    except jsonargparse.ArgumentError as error:
+        raise UserError(f"{where(key)}: {key}: expected {_name(hint)}, got {value!r}") from error
+
+
+def _name(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is types.UnionType:
+        return " or ".join(_name(item) for item in arguments)
+    if origin is tuple:
+        return f"a list of {len(arguments)} ({_name(arguments[0])})"
+    if origin is list:
+        return f"a list ({_name(arguments[0])})"
+    if origin is dict:
+        return f"a mapping to {_name(arguments[1])}"
+    return "null" if hint is types.NoneType else hint.__name__
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
