@@ -44,6 +44,35 @@ class AttentionConfig:
     conv_size: int | None = None
     window: int | None = None
 
+    def heads(self, hidden_size: int) -> tuple[int, int, int]:
+        """Query heads, key/value heads and channels per head in a model of that width."""
+        num_heads = self.num_heads or max(1, hidden_size // 64)
+        return (
+            num_heads,
+            self.num_key_value_heads or num_heads,
+            (self.head_dim or hidden_size // num_heads),
+        )
+
+    def check_sizes(self, hidden_size: int) -> None:
+        """Raise UserError for sizes that cannot work in a model of width `hidden_size`."""
+        for name in ("num_heads", "num_key_value_heads", "head_dim", "window", "conv_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        num_heads, num_key_value_heads, head_dim = self.heads(hidden_size)
+        if self.head_dim is None and hidden_size % num_heads:
+            raise UserError(
+                f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}; "
+                "choose a divisor or give head_dim"
+            )
+        if num_heads % num_key_value_heads:
+            raise UserError(
+                f"num_heads {num_heads} is not a multiple of num_key_value_heads "
+                f"{num_key_value_heads}"
+            )
+        if self.rope and head_dim % 2:
+            raise UserError(f"rotary positions need an even head_dim, got {head_dim}")
+
 
 @dataclasses.dataclass(kw_only=True)
 class SlidingAttentionConfig(AttentionConfig):
@@ -88,15 +117,12 @@ class Attention(nn.Module):
         spec: AttentionConfig,
         config: PreTrainedConfig,
         norm_eps: float = 1e-6,
-        where: str = "attention",
     ):
         super().__init__()
         hidden_size = config.hidden_size
         self.config = config  # AttentionInterface functions read the implementation's name here
-        self.num_heads = spec.num_heads or max(1, hidden_size // 64)
-        self.num_key_value_heads = spec.num_key_value_heads or self.num_heads
-        self._check(spec, hidden_size, where)
-        self.head_dim = spec.head_dim or hidden_size // self.num_heads
+        spec.check_sizes(hidden_size)
+        self.num_heads, self.num_key_value_heads, self.head_dim = spec.heads(hidden_size)
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.scaling = self.head_dim**-0.5
         self.rope_theta = spec.rope_theta if spec.rope else None
@@ -114,23 +140,6 @@ class Attention(nn.Module):
             if spec.conv_size
             else None
         )
-
-    def _check(self, spec: AttentionConfig, hidden_size: int, where: str) -> None:
-        if spec.head_dim is None and hidden_size % self.num_heads:
-            raise UserError(
-                f"{where}: hidden_size {hidden_size} is not a multiple of num_heads "
-                f"{self.num_heads}; set num_heads to a divisor or give head_dim"
-            )
-        if self.num_heads % self.num_key_value_heads:
-            raise UserError(
-                f"{where}: num_heads {self.num_heads} is not a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}"
-            )
-        if spec.window is not None and spec.window < 1:
-            raise UserError(f"{where}: window must be at least 1, got {spec.window}")
-        head_dim = spec.head_dim or hidden_size // self.num_heads
-        if spec.rope and head_dim % 2:
-            raise UserError(f"{where}: rotary positions need an even head_dim, got {head_dim}")
 
     def init_state(
         self,

@@ -26,7 +26,7 @@ class Branch(nn.Module):
         name, spec = entry
         width, eps = config.hidden_size, config.rms_norm_eps
         if name in ("attention", "sliding_attention"):
-            self.module = Attention(spec, config, eps, where=site)
+            self.module = Attention(spec, config, eps)
         elif name == "swiglu":
             self.module = SwiGLU(width, spec.intermediate_size or config.intermediate_size)
         else:

@@ -71,13 +71,6 @@ class MemLMPreTrainedModel(PreTrainedModel):
         elif hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
             module.init_weights()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
-        """As in transformers; only the non-reentrant form, the one that sees states."""
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
-            raise UserError("gradient checkpointing with memories needs use_reentrant=False")
-        super().gradient_checkpointing_enable(options)
-
 
 class MemLMModel(MemLMPreTrainedModel):
     """The decoder without a head."""
