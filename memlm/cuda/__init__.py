@@ -2,5 +2,14 @@
 
 from memlm.cuda.linear_recurrence import linear_recurrence
 from memlm.cuda.neural_memory import NeuralMemoryState, neural_memory
+from memlm.cuda.product_key import product_key_select, weighted_bag
+from memlm.cuda.topk_search import topk_search
 
-__all__ = ["NeuralMemoryState", "linear_recurrence", "neural_memory"]
+__all__ = [
+    "NeuralMemoryState",
+    "linear_recurrence",
+    "neural_memory",
+    "product_key_select",
+    "topk_search",
+    "weighted_bag",
+]

@@ -1,0 +1,58 @@
+"""Product keys: exact top-k among n * n slots from two lists of n half keys, and the weighted bag.
+
+Lample et al. 2019, "Large Memory Layers with Product Keys".
+"""
+
+from torch import Tensor
+
+from memlm.cuda.dispatch import choose
+from memlm.cuda.product_key import eager, reference
+from memlm.errors import UserError
+
+
+def product_key_select(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Choose the k best of n * n product keys for every token and head.
+
+    Slot i1 * n + i2 scores query[t, h, 0] . sub_keys[h, 0, i1] + query[t, h, 1] . sub_keys[h, 1,
+    i2], computed in at least float32. The choice is exact. Equal scores are ordered by the rank of
+    i1 in its half, then by the rank of i2; equal half scores rank by lowest index.
+
+    Args:
+        query: [T, H, 2, D / 2].
+        sub_keys: [H, 2, n, D / 2].
+        k: slots per token and head, at most n.
+
+    Returns:
+        indices: int32 [T, H, k], best first.
+        weights: [T, H, k], softmax of the chosen scores over k, float32 (float64 for float64
+            inputs), differentiable with respect to query and sub_keys.
+
+    Raises:
+        UserError: k is not in 1..n, or n * n does not fit into int32.
+    """
+    n = sub_keys.shape[2]
+    if not 1 <= k <= n:
+        raise UserError(f"product_key_select: k = {k} must lie in 1..{n}, the number of half keys")
+    if n * n > 2**31:
+        raise UserError(f"product_key_select: {n} half keys make more slots than int32 can name")
+    select = choose(
+        "product_key_select",
+        {"reference": reference.product_key_select, "eager": eager.product_key_select},
+    )
+    return select(query, sub_keys, k)
+
+
+def weighted_bag(indices: Tensor, weights: Tensor, values: Tensor) -> Tensor:
+    """Sum rows of a table: out[t] = sum over b of weights[t, b] * values[indices[t, b]].
+
+    Args:
+        indices: integer [T, bag], rows of `values`.
+        weights: [T, bag].
+        values: [N, V].
+
+    Returns:
+        [T, V] in the dtype of `values`; differentiable with respect to weights and values (a
+        dense gradient of the whole table).
+    """
+    bag = choose("weighted_bag", {"reference": reference.weighted_bag, "eager": eager.weighted_bag})
+    return bag(indices, weights, values)
