@@ -6,9 +6,9 @@ from memlm.data.packing import PackedDataset, load_haystack
 from memlm.data.passkey import Needle, make_needle
 from memlm.data.tokenizers import (
     ByteTokenizer,
-    byte_level,
+    SentencePieceTokenizer,
     load_tokenizer,
-    register_byte_tokenizer,
+    register_tokenizers,
 )
 
 __all__ = [
@@ -17,10 +17,10 @@ __all__ = [
     "MqarExample",
     "Needle",
     "PackedDataset",
-    "byte_level",
+    "SentencePieceTokenizer",
     "load_haystack",
     "load_tokenizer",
     "make_mqar",
     "make_needle",
-    "register_byte_tokenizer",
+    "register_tokenizers",
 ]

@@ -47,6 +47,12 @@ def passkey_tokens(tokenizer: PreTrainedTokenizerBase) -> PasskeyTokens:
     def encode(text: str) -> np.ndarray:
         return np.asarray(tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
 
+    def encode_after_digit(text: str) -> np.ndarray:
+        # SentencePiece writes a space before whatever starts a text; here nothing starts.
+        digit, both = encode("0"), encode("0" + text)
+        joins = np.array_equal(both[: len(digit)], digit)
+        return both[len(digit) :] if joins else encode(text)
+
     vocabulary = tokenizer.get_vocab()
     missing = [digit for digit in "0123456789" if digit not in vocabulary]
     if missing:
@@ -58,8 +64,8 @@ def passkey_tokens(tokenizer: PreTrainedTokenizerBase) -> PasskeyTokens:
     return PasskeyTokens(
         prefix=encode(NEEDLE_PREFIX),
         digits=np.asarray([vocabulary[digit] for digit in "0123456789"], dtype=np.int64),
-        stop=encode(NEEDLE_SUFFIX[0]),
-        newline=encode(NEEDLE_SUFFIX[1]),
+        stop=encode_after_digit(NEEDLE_SUFFIX[0]),
+        newline=encode_after_digit(NEEDLE_SUFFIX[1]),
         ends_line=np.asarray([text.endswith("\n") for text in texts]),
     )
 

@@ -4,6 +4,7 @@ import glob
 import json
 import sysconfig
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from memlm.data.config import HubSource
@@ -155,6 +156,6 @@ def hub_documents(source: HubSource, seed: int) -> Iterator[str]:
     if source.column not in first:
         hint = nearest(source.column, first) or f" (valid: {', '.join(first)})"
         raise UserError(f"source hub: {source.dataset!r} has no column {source.column!r}{hint}")
-    yield first[source.column]
-    for row in rows:
-        yield row[source.column]
+    for row in chain([first], rows):
+        if isinstance(row[source.column], str):
+            yield row[source.column]

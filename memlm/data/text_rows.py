@@ -101,10 +101,11 @@ class CorpusRows:
         place = part + offset
         which = int(np.searchsorted(ends, place, side="right"))
         document, end = int(order[which]), int(ends[which])
-        begin = end - int(self.corpus.lengths[document])
+        start, stop = (int(edge) for edge in self.corpus.starts[document : document + 2])
+        begin = end - (stop - start)
         count = min(writer.missing, end - place, part + self.part - place)
         last = place + count == end
-        start = int(self.corpus.starts[document]) + place - begin
+        start += place - begin
         tokens = self.corpus.tokens[start : start + count + (not last)]
         writer.add(tokens, last, place - max(begin, part) if self.carry else 0)
         return count

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizer, SentencePieceBackend
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from memlm.errors import UserError
@@ -77,9 +77,18 @@ class ByteTokenizer(PreTrainedTokenizer):
         return ()
 
 
-def register_byte_tokenizer(config_class: type[PreTrainedConfig]) -> None:
-    """Let `AutoTokenizer.from_pretrained` find ByteTokenizer; `config_class` is the model's."""
-    AutoTokenizer.register(config_class, tokenizer_class=ByteTokenizer, exist_ok=True)
+class SentencePieceTokenizer(SentencePieceBackend):
+    """A SentencePiece model file; byte-fallback pieces decode to the characters they spell."""
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Text that the pieces spell."""
+        return self.sp_model.decode(tokens)
+
+
+def register_tokenizers(config_class: type[PreTrainedConfig]) -> None:
+    """Let `AutoTokenizer.from_pretrained` find the classes above; `config_class` is the model's."""
+    for tokenizer_class in (SentencePieceTokenizer, ByteTokenizer):
+        AutoTokenizer.register(config_class, tokenizer_class=tokenizer_class, exist_ok=True)
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
@@ -106,7 +115,6 @@ def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
     if not path.is_file():
         raise UserError(f"tokenizer: SentencePiece model file {str(path)!r} does not exist")
     import sentencepiece
-    from transformers import SentencePieceBackend
 
     processor = sentencepiece.SentencePieceProcessor()
     try:
@@ -120,9 +128,4 @@ def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
         "pad_token": processor.pad_id(),
     }
     named = {name: processor.IdToPiece(index) for name, index in ids.items() if index >= 0}
-    return SentencePieceBackend(vocab_file=str(path), **named)
-
-
-def byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether every token is one byte, so that bits per token are bits per byte."""
-    return isinstance(tokenizer, ByteTokenizer)
+    return SentencePieceTokenizer(vocab_file=str(path), **named)

@@ -1,0 +1,125 @@
+"""Tokenizers: bytes are lossless, everything survives a run folder."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
+
+from memlm.data import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, register_tokenizers
+from memlm.errors import UserError
+
+
+class FolderConfig(PreTrainedConfig):
+    model_type = "memlm_tokenizer_test"
+
+
+register_tokenizers(FolderConfig)
+
+
+def save_run(tokenizer, folder: Path) -> None:
+    FolderConfig().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@given(st.text())
+def test_bytes_round_trip(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    ids = tokenizer(text)["input_ids"]
+    assert ids == list(text.encode())
+    assert tokenizer.encode_bytes(text.encode()).tolist() == ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_names_of_special_tokens_in_a_text_stay_text() -> None:
+    tokenizer = load_tokenizer("bytes")
+    ids = tokenizer("a<eos><pad>").input_ids
+    assert max(ids) < 256
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a<eos><pad>"
+
+
+def test_byte_vocabulary() -> None:
+    tokenizer = ByteTokenizer()
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    assert special == {256, 257, 258}
+    assert len(tokenizer) == 259
+    assert tokenizer.vocab_size == 256
+    assert tokenizer.convert_tokens_to_ids("<eos>") == tokenizer.eos_token_id
+    assert tokenizer.convert_tokens_to_ids("no token") is None
+
+
+def test_decoding_what_is_no_text() -> None:
+    tokenizer = ByteTokenizer()
+    half = list("é".encode())[:1]
+    assert tokenizer.decode([*half, 65]) == "\ufffdA"
+    # A model with a padded embedding may pick ids that stand for nothing.
+    assert tokenizer.decode([65, 300, 66]) == "AB"
+    assert tokenizer.decode([65, tokenizer.eos_token_id]) == "A<eos>"
+    assert tokenizer.decode([65, tokenizer.eos_token_id], skip_special_tokens=True) == "A"
+
+
+def test_byte_tokenizer_pads() -> None:
+    tokenizer = ByteTokenizer()
+    batch = tokenizer(["ab", "c"], padding=True, padding_side="left", return_tensors="pt")
+    assert batch["input_ids"].tolist() == [[97, 98], [tokenizer.pad_token_id, 99]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [0, 1]]
+
+
+def test_byte_tokenizer_from_a_run_folder(tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    save_run(tokenizer, tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is ByteTokenizer
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded.eos_token_id == tokenizer.eos_token_id
+    assert loaded("é<eos>").input_ids == tokenizer("é<eos>").input_ids
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    lines = [f"line {i} speaks of the number {i * 7919 % 10007}" for i in range(300)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "small"),
+        vocab_size=310,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    return folder / "small.model"
+
+
+def test_sentencepiece_file(sentencepiece_file: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(sentencepiece_file))
+    assert type(tokenizer) is SentencePieceTokenizer
+    assert tokenizer.eos_token == "</s>"
+    text = "the number 12 speaks é"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text
+    save_run(tokenizer, tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(loaded) is SentencePieceTokenizer
+    assert loaded(text).input_ids == ids
+    assert loaded.decode(ids) == text
+
+
+def test_tokenizers_library_tokenizer_in_a_run_folder(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    core = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    save_run(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>"), tmp_path)
+    assert load_tokenizer(str(tmp_path))("b a c").input_ids == [1, 0, 2]
+
+
+@pytest.mark.parametrize("spec", ["no/such-tokenizer", "missing.model", "broken.model"])
+def test_tokenizers_that_cannot_be_loaded(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.model").write_bytes(b"not a model")
+    with pytest.raises(UserError, match=spec):
+        load_tokenizer(spec)
