@@ -1,22 +1,12 @@
-"""The gated delta recurrence in chunks, plain torch.
-
-Within a chunk of C tokens with start state S (rows are tokens)::
-
-    G_i = sum_{j<=i} g_j        Gamma_ij = exp(G_i - G_j) for i >= j, else 0
-    L = tril_{-1}(diag(beta) K K^T * Gamma)           [U | W] = (I + L)^-1 [beta V | beta e^G K]
-    V~ = U - W S                                      O = (e^G Q) S + (Q K^T * Gamma) V~
-    S' = e^{G_C} S + Khat^T V~  with  Khat_j = e^{G_C - G_j} K_j
-
-The update is affine in S, so ``S' = A S + B`` with ``A = e^{G_C} I - Khat^T W`` and
-``B = Khat^T U`` leaves one small product per chunk in the serial loop; all else is batched.
-"""
+"""Linear recurrences in chunks, plain torch."""
 
 import torch
 from torch import Tensor
 
 from memlm.cuda.chunking import ChunkLayout
+from memlm.cuda.linear_recurrence.delta_chunks import LOG_ZERO, DeltaChunks, decays
 
-LOG_ZERO = -60.0  # exp of less counts as zero, which keeps denormal numbers out of the products
+MAX_CHUNK = 64  # longer chunks cost digits in the cumulative log decays, and time
 
 
 def linear_recurrence_eager(
@@ -32,25 +22,22 @@ def linear_recurrence_eager(
     """Same arguments and results as `linear_recurrence_reference`."""
     if len(q) == 0:
         return torch.zeros_like(v), state
-    if log_decay is not None:
-        log_decay = log_decay.clamp_min(LOG_ZERO)
+    if log_decay is None:
+        log_decay = torch.zeros(v.shape[:2], dtype=v.dtype, device=v.device)
+    log_decay = log_decay.clamp_min(LOG_ZERO)
     if len(q) == len(lengths) and bool((lengths == 1).all()):
         return _step(q, k, v, log_decay, beta, scale, state)
     longest = int(lengths.max())
-    size = min(64, max(4, 1 << (longest - 1).bit_length()))
-    layout = ChunkLayout.build(lengths, size)
+    layout = ChunkLayout.build(lengths, min(MAX_CHUNK, 1 << (longest - 1).bit_length()))
     heads = v.shape[1]
     active = layout.counts[0]
+    chunks = [layout.to_chunks(x) for x in (q * scale, k, v, log_decay)]
     S = state[layout.order[:active]].flatten(0, 1)  # [sequences * HV, K, V]
-    o, last = _chunked(
-        layout.to_chunks(q) * scale,
-        layout.to_chunks(k),
-        layout.to_chunks(v),
-        None if log_decay is None else layout.to_chunks(log_decay),
-        None if beta is None else layout.to_chunks(beta),
-        S,
-        [count * heads for count in layout.counts],
-    )
+    counts = [count * heads for count in layout.counts]
+    if beta is None:
+        o, last = _additive_chunks(*chunks, S, counts)
+    else:
+        o, last = DeltaChunks.apply(*chunks, layout.to_chunks(beta), S, counts)
     last = torch.cat((last.view(active, *state.shape[1:]), state[layout.order[active:]]))
     return layout.from_chunks(o, heads), last[layout.inverse_order]
 
@@ -59,14 +46,13 @@ def _step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    log_decay: Tensor | None,
+    log_decay: Tensor,
     beta: Tensor | None,
     scale: float,
     S: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """One token for every sequence: the recurrence itself."""
-    if log_decay is not None:
-        S = log_decay.exp()[:, :, None, None] * S
+    S = log_decay.exp()[:, :, None, None] * S
     delta = v
     if beta is not None:
         delta = beta[:, :, None] * (v - (k[:, :, None, :] @ S).squeeze(2))
@@ -74,48 +60,20 @@ def _step(
     return (scale * q[:, :, None, :] @ S).squeeze(2), S
 
 
-def _chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor | None,
-    S: Tensor,
-    counts: list[int],
+def _additive_chunks(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor, counts: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """q, k ``[M, C, K]``, v ``[M, C, V]``, g, beta ``[M, C]``, S ``[counts[0], K, V]``."""
-    C, K = q.shape[1:]
-    if g is None:
-        g = q.new_zeros(q.shape[:2])
-    G = g.cumsum(1)
-    difference = G[:, :, None] - G[:, None, :]
-    upper = torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1)
-    gamma = difference.masked_fill(upper | (difference < LOG_ZERO), -torch.inf).exp()
-    G = G.masked_fill(G < LOG_ZERO, -torch.inf).exp()[:, :, None]  # [M, C, 1]
-    end = gamma[:, -1, :, None]  # e^{G_C - G_j}
-    total = G[:, -1:]  # [M, 1, 1]
-    K_end = (end * k).mT
-    if beta is None:
-        U, W = v, None
-        A = total
-    else:
-        lower = (k * beta[:, :, None]) @ k.mT * gamma
-        right = torch.cat((v, k * G), -1) * beta[:, :, None]
-        U, W = torch.linalg.solve_triangular(
-            lower.tril(-1), right, upper=False, unitriangular=True
-        ).split((v.shape[-1], K), -1)
-        A = total * torch.eye(K, dtype=q.dtype, device=q.device) - K_end @ W
-    B = K_end @ U
+    """The recurrence without the delta rule; arguments and results as of `DeltaChunks`."""
+    gamma, decay = decays(g)
+    B = (gamma[:, -1, :, None] * k).mT @ v
     starts, ends = [], []
-    for a, b, count, after in zip(
-        A.split(counts), B.split(counts), counts, [*counts[1:], 0], strict=True
+    for b, a, after in zip(
+        B.split(counts), decay[:, -1:].split(counts), [*counts[1:], 0], strict=True
     ):
         starts.append(S)
-        S = torch.baddbmm(b, a, S) if beta is not None else b + a * S
-        ends.append(S[after:count])
-        S = S[:after]
-    states = torch.cat(starts)
-    if W is not None:
-        U = torch.baddbmm(U, W, states, alpha=-1)
-    o = torch.baddbmm((q * G) @ states, q @ k.mT * gamma, U)
+        S = torch.addcmul(b, a, S)
+        if after < len(S):  # some sequences end here
+            ends.append(S[after:])
+            S = S[:after]
+    o = torch.baddbmm((q * decay) @ torch.cat(starts), q @ k.mT * gamma, v)
     return o, torch.cat(ends[::-1])
