@@ -11,6 +11,8 @@ from memlm.memory.base import (
     memory_names,
     register,
 )
+from memlm.memory.gated_delta import GatedDelta, GatedDeltaConfig
+from memlm.memory.titans import Titans, TitansConfig
 
 __all__ = [
     "CallContext",
