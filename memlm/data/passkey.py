@@ -17,7 +17,7 @@ from memlm.errors import UserError
 NEEDLE_PREFIX = "# The pass key is "
 NEEDLE_SUFFIX = ".\n"
 ANSWER_GROUP = 1  # loss group of the digits of a query
-_LARGEST_SHARE = 0.75  # of a row that may be needle and query lines
+_LARGEST_SHARE = 0.8  # of a row that may be needle and query lines
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,16 @@ def passkey_tokens(tokenizer: PreTrainedTokenizerBase) -> PasskeyTokens:
             "single-digit tokens, such as 'bytes'"
         )
     texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
+    ends_line = np.asarray([text.endswith("\n") for text in texts])
+    if not ends_line.any():
+        # A vocabulary without newlines writes no lines: any place will do.
+        ends_line[:] = True
     return PasskeyTokens(
         prefix=encode(NEEDLE_PREFIX),
         digits=np.asarray([vocabulary[digit] for digit in "0123456789"], dtype=np.int64),
         stop=encode_after_digit(NEEDLE_SUFFIX[0]),
         newline=encode_after_digit(NEEDLE_SUFFIX[1]),
-        ends_line=np.asarray([text.endswith("\n") for text in texts]),
+        ends_line=ends_line,
     )
 
 
@@ -151,9 +155,11 @@ class PasskeyRows:
                 f"passkey rows of {length} tokens are too short: {queries[0]} queries of "
                 f"{digits[0]} digits need {int(np.ceil(least / _LARGEST_SHARE))}"
             )
-        # Every piece of text must fit behind its offset, also in a tiny corpus.
-        self.tokens = np.resize(tokens, max(len(tokens), 2 * (length + 1)))
-        self.boundaries = np.flatnonzero(self.pieces.ends_line[self.tokens]) + 1
+        # A tiny corpus is repeated until a row's text fits behind any offset.
+        least = 2 * (length + 1)
+        self.tokens = tokens if len(tokens) >= least else np.resize(tokens, least)
+        ends = np.flatnonzero(self.pieces.ends_line[self.tokens])
+        self.boundaries = np.concatenate([[0], ends + 1])
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The rows `indices` as arrays [len(indices), length] int64."""
@@ -176,8 +182,8 @@ class PasskeyRows:
         depths[:, 1:] = np.sort(np.where(asked, between, 1.0), axis=1)
         wanted = offsets[:, None] + (depths * texts[:, None]).astype(np.int64)
         found = np.searchsorted(self.boundaries, wanted, side="right") - 1
-        snapped = np.where(found >= 0, self.boundaries[found], 0) if len(self.boundaries) else 0
-        places = np.maximum(snapped - offsets[:, None], 0)
+        # Before the first line end of the text, its start is the only line boundary.
+        places = np.maximum(self.boundaries[found] - offsets[:, None], 0)
         keys = (draws[:, 4 + high :] * 10).astype(np.int64)
         return self._write(offsets, texts, places, queries, keys, digits)
 
