@@ -2,11 +2,12 @@
 
 from memlm.data.config import DataConfig
 from memlm.data.mqar import MqarExample, make_mqar
-from memlm.data.packing import PackedDataset, load_haystack
+from memlm.data.packing import PackedDataset
 from memlm.data.passkey import Needle, make_needle
 from memlm.data.tokenizers import (
     ByteTokenizer,
     SentencePieceTokenizer,
+    byte_level,
     load_tokenizer,
     register_tokenizers,
 )
@@ -18,7 +19,7 @@ __all__ = [
     "Needle",
     "PackedDataset",
     "SentencePieceTokenizer",
-    "load_haystack",
+    "byte_level",
     "load_tokenizer",
     "make_mqar",
     "make_needle",

@@ -8,7 +8,7 @@ import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from memlm.data.hashing import text_fraction
-from memlm.data.tokenizers import ByteTokenizer
+from memlm.data.tokenizers import byte_level
 from memlm.errors import UserError
 
 _BATCH = 256  # documents handed to a tokenizer at once
@@ -73,7 +73,7 @@ def encode_documents(
     No special token is added but a leading bos where the tokenizer itself starts texts with one.
     """
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
-    if isinstance(tokenizer, ByteTokenizer):
+    if byte_level(tokenizer):
         for text in texts:
             if text:
                 yield tokenizer.encode_bytes(text.encode("utf-8", errors="replace"))

@@ -225,30 +225,3 @@ def _local_texts(source: Source) -> tuple[Iterator[str], str]:
         return stdlib_documents(), "stdlib"
     column = source.column if isinstance(source, TextSource) else "text"
     return text_documents(source.files, column), f"text {source.files} {column}"
-
-
-def load_haystack(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    split: str = "validation",
-    limit: int = 4_000_000,
-) -> np.ndarray:
-    """Up to `limit` token ids of real text of `split`, 1-D, for needles to be hidden in.
-
-    The text is that of the first source that has any (the standard library when none has).
-    """
-    check_split(split, config.validation_fraction)
-    sources = [s for s in config.parsed_sources() if not isinstance(s, MqarSource)]
-    source = sources[0] if sources else StdlibSource()
-    fraction = config.validation_fraction
-    if not (isinstance(source, HubSource) and source.streaming):
-        return build_corpus(_local_texts(source)[0], tokenizer, split, fraction).tokens[:limit]
-    pieces: list[np.ndarray] = []
-    texts = (t for t in hub_documents(source, config.seed) if in_split(t, split, fraction))
-    for piece in encode_documents(texts, tokenizer):
-        pieces.append(piece)
-        if sum(map(len, pieces)) >= limit:
-            break
-    if not pieces:
-        raise UserError(f"data: the {split} split of {source.dataset!r} holds no text")
-    return np.concatenate(pieces)[:limit]

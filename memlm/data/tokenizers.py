@@ -129,3 +129,8 @@ def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
     }
     named = {name: processor.IdToPiece(index) for name, index in ids.items() if index >= 0}
     return SentencePieceTokenizer(vocab_file=str(path), **named)
+
+
+def byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether every token is one byte, so that bits per token are bits per byte."""
+    return isinstance(tokenizer, ByteTokenizer)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlm.data import ByteTokenizer, DataConfig, PackedDataset, load_haystack
+from memlm.data import ByteTokenizer, DataConfig, PackedDataset
 from memlm.data.corpus import Corpus, build_corpus, split_documents
 from memlm.data.hashing import text_fraction
 from memlm.data.text_rows import CorpusRows, StreamRows
@@ -279,8 +279,6 @@ def test_hub_streams_split_by_document(tmp_path: Path) -> None:
         seen[split] = [TOKENIZER.decode(row) for row in rows]
         assert seen[split] == sorted(seen[split])
     assert not set(seen["train"]) & set(seen["validation"])
-    haystack = load_haystack(DataConfig(sources=sources), TOKENIZER, limit=40)
-    assert len(haystack) == 40
     # Loaded as a whole, the same documents are held out and epochs are shuffled.
     sources[0]["streaming"] = False
     data = dataset(tmp_path, 15, "train", sources=sources, validation_fraction=0.2)
@@ -295,9 +293,6 @@ def test_streams_without_text_for_the_split(tmp_path: Path) -> None:
     split = "validation" if text_fraction("one") >= 0.5 else "train"
     with pytest.raises(UserError, match="holds no text"):
         dataset(tmp_path, 15, split, sources=sources, validation_fraction=0.5).row(0)
-    with pytest.raises(UserError, match=f"the {split} split of .* holds no text"):
-        config = DataConfig(sources=sources, validation_fraction=0.5)
-        load_haystack(config, TOKENIZER, split)
 
 
 def test_tokenizers_that_add_bos(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlm.data import ByteTokenizer, DataConfig, PackedDataset, load_haystack, make_needle
+from memlm.data import ByteTokenizer, DataConfig, PackedDataset, make_needle
 from memlm.data.passkey import PasskeyRows
 from memlm.errors import UserError
 
@@ -141,17 +141,6 @@ def test_needle_mistakes() -> None:
     make_needle(TOKENIZER, HAYSTACK, 51, 0.5, rng)
     with pytest.raises(UserError, match="haystack is empty"):
         make_needle(TOKENIZER, HAYSTACK[:0], 300, 0.5, rng)
-
-
-def test_haystack_is_held_out_text() -> None:
-    config = DataConfig(sources=[{"type": "passkey"}])
-    held_out = load_haystack(config, TOKENIZER)
-    assert len(held_out) > 100_000
-    trained = load_haystack(config, TOKENIZER, "train", limit=2**30)
-    assert len(trained) > 10 * len(held_out)
-    held_out, trained = (ids.astype(np.uint8).tobytes() for ids in (held_out, trained))
-    assert held_out[1000:1200] not in trained
-    assert len(load_haystack(DataConfig(sources=[{"type": "mqar"}]), TOKENIZER, limit=50)) == 50
 
 
 def test_tokenizers_without_digits() -> None:

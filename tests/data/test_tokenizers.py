@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
-from memlm.data import ByteTokenizer, SentencePieceTokenizer, load_tokenizer, register_tokenizers
+from memlm.data import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    byte_level,
+    load_tokenizer,
+    register_tokenizers,
+)
 from memlm.errors import UserError
 
 
@@ -45,6 +51,7 @@ def test_byte_vocabulary() -> None:
     assert special == {256, 257, 258}
     assert len(tokenizer) == 259
     assert tokenizer.vocab_size == 256
+    assert byte_level(tokenizer)
     assert tokenizer.convert_tokens_to_ids("<eos>") == tokenizer.eos_token_id
     assert tokenizer.convert_tokens_to_ids("no token") is None
 
@@ -94,6 +101,7 @@ def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_sentencepiece_file(sentencepiece_file: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(sentencepiece_file))
+    assert not byte_level(tokenizer)
     assert type(tokenizer) is SentencePieceTokenizer
     assert tokenizer.eos_token == "</s>"
     text = "the number 12 speaks é"
