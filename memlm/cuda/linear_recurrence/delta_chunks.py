@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 LOG_ZERO = -60.0  # exp of less counts as zero, which keeps denormal numbers out of the products
-BASE = 32  # side of the blocks that are inverted by substitution
+BASE = 16  # side of the blocks that are inverted by substitution
 
 
 class DeltaChunks(torch.autograd.Function):
