@@ -1,0 +1,206 @@
+"""Checkpoints: written beside their place and renamed, so that each one is complete."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedConfig
+
+from memlm.errors import UserError
+
+STATE_FILE = "state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+# What transformers adds to config.json says nothing about the shape of the weights.
+_NOT_ARCHITECTURE = {"transformers_version", "architectures", "dtype", "auto_map", "use_cache"}
+
+
+@dataclass
+class RunState:
+    """Where a run stands, besides weights, optimizer and memory states.
+
+    Attributes:
+        step: steps done.
+        data_index: the global row index the next step starts at.
+        stage: stage of the curriculum.
+        answer_bits: recent losses of the answers (CurriculumState).
+        before: the evaluation before training, if there was one.
+        seconds: time spent training so far.
+        config: the run config.
+
+    Random numbers need no entry: those of a step are a function of (seed, step, process).
+    """
+
+    step: int
+    data_index: int
+    stage: int
+    answer_bits: list[float]
+    before: dict[str, float] | None
+    seconds: float
+    config: dict[str, Any]
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` steps."""
+    return run / "checkpoints" / f"step_{step:06d}"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """All complete checkpoints of a run, oldest first."""
+    found = [path.parent for path in (run / "checkpoints").glob(f"step_*/{STATE_FILE}")]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def find_checkpoint(resume: str | Path | None, run: Path) -> Path:
+    """The checkpoint to resume: `resume` (a checkpoint or a run folder), or the run's latest.
+
+    Raises:
+        UserError: when there is none.
+    """
+    place = Path(resume) if resume else run
+    if (place / STATE_FILE).is_file():
+        return place
+    found = complete_checkpoints(place)
+    if not found:
+        raise UserError(f"{place}: no complete checkpoint to resume from")
+    return found[-1]
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Fill a new folder with `write` and put it in the place of `target` in one step.
+
+    Files are on disk before the rename, so an interruption leaves the old state or the new one.
+    """
+    temporary = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    for path in [*temporary.rglob("*"), temporary]:
+        _sync(path)
+    if target.exists():
+        shutil.rmtree(target)
+    temporary.rename(target)
+    _sync(target.parent)
+
+
+def keep_latest(run: Path, count: int) -> None:
+    """Delete all but the latest `count` checkpoints, and partial ones."""
+    for path in complete_checkpoints(run)[:-count]:
+        shutil.rmtree(path)
+    for path in (run / "checkpoints").glob(".step_*.partial"):
+        shutil.rmtree(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_state(folder: Path, state: RunState) -> None:
+    """Write the run state."""
+    text = json.dumps(dataclasses.asdict(state), indent=2)
+    (folder / STATE_FILE).write_text(text, encoding="utf-8")
+
+
+def read_state(folder: Path) -> RunState:
+    """Read the run state.
+
+    Raises:
+        UserError: for a file that is not one.
+    """
+    try:
+        values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        return RunState(**values)
+    except (OSError, json.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{folder}: {STATE_FILE} is not the state of a run") from error
+
+
+def check_architecture(folder: Path, config: PreTrainedConfig) -> None:
+    """Raise UserError naming the fields in which a checkpoint's model differs from `config`."""
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    wanted = json.loads(config.to_json_string(use_diff=False))
+    names = (saved.keys() & wanted.keys()) - _NOT_ARCHITECTURE
+    there = _leaves({name: saved[name] for name in names})
+    here = _leaves({name: wanted[name] for name in names})
+    differing = [
+        f"{name} is {there.get(name)!r} there and {here.get(name)!r} in the config"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise UserError(f"{folder}: checkpoint of another architecture: {'; '.join(differing)}")
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings and lists by dotted name."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        nested = (_leaves(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in items)
+        return {name: leaf for leaves in nested for name, leaf in leaves.items()}
+    return {prefix: value}
+
+
+def optimizer_tensors(
+    optimizers: Iterable[torch.optim.Optimizer], model: nn.Module
+) -> dict[str, Tensor]:
+    """The optimizers' state by `entry/parameter name`, whole tensors on the CPU.
+
+    Sharded entries are gathered: every process has to call this.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {}
+    for optimizer in optimizers:
+        for parameter, entries in optimizer.state.items():
+            for entry, value in entries.items():
+                whole = value.full_tensor() if isinstance(value, DTensor) else value
+                tensors[f"{entry}/{names[parameter]}"] = whole.detach().cpu().contiguous()
+    return tensors
+
+
+def load_optimizers(
+    folder: Path, optimizers: Iterable[torch.optim.Optimizer], model: nn.Module
+) -> None:
+    """Give the optimizers the state they were saved with.
+
+    Raises:
+        UserError: when the checkpoint holds the state of other optimizers or parameters.
+    """
+    tensors = load_file(folder / OPTIMIZER_FILE)
+    entries: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        entry, name = key.split("/", 1)
+        entries.setdefault(name, {})[entry] = tensor
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        wanted = "momentum_buffer" if isinstance(optimizer, torch.optim.Muon) else "exp_avg"
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                saved = entries.get(names[parameter], {})
+                if saved and wanted not in saved:
+                    raise UserError(
+                        f"{folder}: saved with another optimizer (its {names[parameter]} has "
+                        f"{', '.join(saved)}); resume with the train.optimizer it was trained with"
+                    )
+                for entry, tensor in saved.items():
+                    optimizer.state[parameter][entry] = _placed(tensor, parameter)
+
+
+def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """An entry of the state on the device, and in the shards, of its parameter."""
+    if tensor.ndim == 0:
+        return tensor  # AdamW counts its steps on the CPU
+    if isinstance(parameter, DTensor):
+        tensor = tensor.to(parameter.device_mesh.device_type)
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor.to(parameter.device)

@@ -1,0 +1,139 @@
+"""What a run says about itself: metric records, one log line, trackers and a picture."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from memlm.config import LOSS_GROUPS, RunConfig
+from memlm.errors import UserError, nearest
+
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "training.png"
+LN2 = math.log(2)
+
+
+def bits(sums: list[float], counts: list[float]) -> dict[str, float]:
+    """Mean loss per target in bits: over all targets, and of each group that has any."""
+    total = {"bits": sum(sums) / max(1.0, sum(counts)) / LN2}
+    groups = {
+        f"{name}_bits": group_sum / count / LN2
+        for name, group_sum, count in zip(LOSS_GROUPS, sums, counts, strict=True)
+        if count
+    }
+    return total | groups
+
+
+class RunLog:
+    """Writes metrics.jsonl, the progress bar and the log lines of one run.
+
+    Args:
+        folder: the run folder.
+        steps: steps of the run.
+        step: steps done already; later records of an interrupted run are dropped.
+        silent: write nothing (every process but the first).
+    """
+
+    def __init__(self, folder: Path, steps: int, step: int = 0, silent: bool = False):
+        self.path, self.steps, self.silent = folder / METRICS_FILE, steps, silent
+        self._start = (time.perf_counter(), step)
+        self._bar: tqdm | None = None
+        if not silent:
+            _drop_after(self.path, step)
+            # On a terminal only: elsewhere the log lines say the same.
+            self._bar = tqdm(
+                total=steps, initial=step, unit="step", disable=None, leave=False, file=sys.stderr
+            )
+
+    def line(self, text: str) -> None:
+        """Print one line above the progress bar."""
+        if not self.silent:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def tick(self, tokens_per_second: float) -> None:
+        """One step is done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{_short(tokens_per_second)} tokens/s", refresh=False)
+            self._bar.update()
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Append a record to metrics.jsonl."""
+        if not self.silent:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+    def step_line(self, metrics: dict[str, Any], stages: int) -> None:
+        """The readable line of one step's metrics."""
+        step = metrics["step"]
+        started, first = self._start
+        left = (time.perf_counter() - started) / max(1, step - first) * (self.steps - step)
+        groups = [name for name in LOSS_GROUPS if f"{name}_bits" in metrics]
+        losses = "  ".join(f"{name} {metrics[f'{name}_bits']:.3f}" for name in groups)
+        stage = f"  stage {metrics['stage'] + 1}/{stages}" if stages > 1 else ""
+        window = f":{metrics['window']}" if metrics["window"] else ""
+        self.line(
+            f"step {step:>{len(str(self.steps))}}/{self.steps} ({100 * step // self.steps:>3} %)  "
+            f"loss {metrics['loss']:.4f}  {losses} bits  lr {metrics['learning_rate']:.2e}  "
+            f"grad {metrics['grad_norm']:.2f}{stage}  length {metrics['length']}{window}  "
+            f"{_short(metrics['tokens_per_second'])} tokens/s  left {_clock(left)}"
+        )
+
+    def close(self) -> None:
+        """Remove the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records of a metrics.jsonl, in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if path.exists():
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raise UserError for a tracker that accelerate does not know or that is not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = [tracker.value for tracker in get_available_trackers()]
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            valid = ", ".join(LOGGER_TYPE_TO_CLASS)
+            hint = nearest(name, LOGGER_TYPE_TO_CLASS) or f" (valid: {valid})"
+            raise UserError(f"train.trackers: unknown tracker {name!r}{hint}")
+        if name not in available:
+            raise UserError(f"train.trackers: {name!r} is not installed: pip install {name}")
+
+
+def flat_config(config: RunConfig) -> dict[str, str | int | float | bool]:
+    """The config by dotted key, as trackers take it."""
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                add(f"{prefix}.{key}" if prefix else key, item)
+        else:
+            flat[prefix] = value if isinstance(value, str | int | float | bool) else str(value)
+
+    add("", config.to_dict())
+    return flat

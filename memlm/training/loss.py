@@ -1,0 +1,78 @@
+"""Losses of packed rows, summed per group of targets."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memlm.config import LOSS_GROUPS
+from memlm.layers.state import MemoryState
+
+IGNORED = -100
+MODEL_INPUTS = ("input_ids", "segment_ids", "position_ids")
+
+
+def group_counts(batch: dict[str, Tensor]) -> Tensor:
+    """Targets of each loss group, int64 [groups]."""
+    groups = batch["loss_groups"][batch["labels"] != IGNORED]
+    return torch.bincount(groups, minlength=len(LOSS_GROUPS))
+
+
+def group_coefficients(counts: Tensor, weights: dict[str, float] | None) -> Tensor:
+    """Factors, float32 [groups], that turn the groups' summed losses into the loss of a step.
+
+    Args:
+        counts: int64 [groups], targets of each group in the whole step, over all processes and
+            micro-batches.
+        weights: weight of each group's mean; a group that is not named has weight 0 and one
+            without targets is left out. None = the mean over all targets.
+    """
+    if weights is None:
+        return torch.ones(len(counts)) / counts.sum().clamp(min=1)
+    weight = torch.tensor([weights.get(name, 0.0) for name in LOSS_GROUPS])
+    return weight / counts.clamp(min=1)
+
+
+class RowLoss(nn.Module):
+    """A language model that returns the summed losses of a batch.
+
+    Data parallelism wraps this module, so it sees exactly the graph of the loss: returned states
+    are detached and logits never leave.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        batch: dict[str, Tensor],
+        memory_states: dict[str, MemoryState] | None = None,
+        carry: bool = False,
+        use_memory: bool = True,
+    ) -> tuple[Tensor, dict[str, MemoryState] | None]:
+        """Sum the negative log-likelihoods, in nats, of each loss group.
+
+        Args:
+            batch: int64 [B, T] input_ids, segment_ids, position_ids, labels (shifted already,
+                -100 = no target) and loss_groups.
+            memory_states: states the rows continue from; None = none.
+            carry: whether to return the new states, detached.
+            use_memory: False switches every memory off.
+
+        Returns:
+            float32 [groups], and the states or None.
+        """
+        output = self.model(
+            **{name: batch[name] for name in MODEL_INPUTS},
+            memory_states=memory_states,
+            return_memory_states=carry,
+            use_memory=use_memory,
+            use_cache=False,
+        )
+        labels, groups = batch["labels"].flatten(), batch["loss_groups"].flatten()
+        logits = output.logits.flatten(0, 1).float()
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        sums = torch.stack([losses[groups == group].sum() for group in range(len(LOSS_GROUPS))])
+        if not carry:
+            return sums, None
+        return sums, {name: state.detach() for name, state in output.memory_states.items()}

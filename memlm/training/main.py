@@ -1,0 +1,49 @@
+"""The command line of training: `memlm-train`, or `python train.py`."""
+
+import argparse
+from collections.abc import Sequence
+
+from memlm.cli import run_entry_point
+from memlm.config import RunConfig, load_config
+from memlm.training.trainer import Trainer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says; returns the exit code (2 for a mistake of the user)."""
+    return run_entry_point(lambda: _train(argv))
+
+
+def _train(argv: Sequence[str] | None) -> None:
+    options, overrides = _parser().parse_known_args(argv)
+    config = load_config(options.config, overrides, options.preset)
+    Trainer(config, resume=options.resume).run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a language model with memory.",
+        epilog=_keys(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file")
+    parser.add_argument("--preset", metavar="NAME", help="an entry of the file's presets")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="continue the run's latest checkpoint, or the one given",
+    )
+    return parser
+
+
+def _keys() -> str:
+    """The overrides with their defaults, for --help."""
+    lines = ["Every key of the file can be given, as in --model.layers.0.memory titans:"]
+    for section, values in RunConfig().to_dict().items():
+        for key, value in (values or {}).items():
+            lines.append(f"  --{section}.{key} (default: {value})")
+    return "\n".join(lines)

@@ -1,0 +1,63 @@
+"""Learning rate and curriculum as functions of the step."""
+
+import math
+from dataclasses import dataclass, field
+
+from memlm.config import Stage
+
+# Steps over which the answers' loss is averaged before it may end a stage.
+ANSWER_STEPS = 8
+
+
+def learning_rate_factor(step: int, steps: int, warmup_steps: int, final: float) -> float:
+    """Factor on the learning rate of step 0 <= `step` < `steps`.
+
+    Grows linearly to 1 over `warmup_steps`, then falls along a cosine to `final` at the last step.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+@dataclass
+class CurriculumState:
+    """Where a run stands in its curriculum.
+
+    Attributes:
+        stage: index of the current stage.
+        answer_bits: loss of the answers in the stage's last steps, in bits per token.
+    """
+
+    stage: int = 0
+    answer_bits: list[float] = field(default_factory=list)
+
+    def advance(
+        self, stages: list[Stage], step: int, steps: int, answer_bits: float | None
+    ) -> bool:
+        """Account for `step` steps done and leave the stage if it is over.
+
+        Args:
+            stages: the curriculum.
+            step: steps done so far.
+            steps: steps of the run.
+            answer_bits: this step's loss of the answers; None when it had no answers.
+
+        Returns:
+            Whether a new stage begins.
+        """
+        if answer_bits is not None:
+            self.answer_bits = [*self.answer_bits, answer_bits][-ANSWER_STEPS:]
+        if self.stage == len(stages) - 1:
+            return False
+        stage = stages[self.stage]
+        solved = (
+            stage.until_answer_bits is not None
+            and len(self.answer_bits) == ANSWER_STEPS
+            and sum(self.answer_bits) / ANSWER_STEPS < stage.until_answer_bits
+        )
+        if not solved and step < stage.until * steps:
+            return False
+        self.stage += 1
+        self.answer_bits = []
+        return True

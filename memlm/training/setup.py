@@ -1,0 +1,156 @@
+"""What has to be right before a run starts."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from memlm.config import RunConfig, TrainConfig, save_config
+from memlm.data import PackedDataset
+from memlm.errors import UserError
+from memlm.models import MemLMConfig, MemLMForCausalLM
+from memlm.training.checkpoint import check_architecture, find_checkpoint
+from memlm.training.logs import check_trackers
+
+_CPU_HINT = "on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ..."
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """The processes and devices of a run.
+
+    Raises:
+        UserError: for a tracker that is missing, or when not all processes that the launcher was
+            asked for take part, or when they cannot share the rows of a step.
+    """
+    check_trackers(config.train.trackers)
+    accelerator = Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        log_with=config.train.trackers or None,
+        project_dir=config.output_dir,
+        kwargs_handlers=[
+            # Memory parameters have no gradient in a step whose rows never reach them.
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+        ],
+    )
+    _check_processes(accelerator.num_processes, config.train)
+    if accelerator.is_fsdp2:
+        _keep_states_in_fp32(accelerator)
+    return accelerator
+
+
+def _check_processes(started: int, options: TrainConfig) -> None:
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != asked:
+        raise UserError(f"asked for {asked} processes but {started} take part; {_CPU_HINT}")
+    # `accelerate launch --cpu --num_processes 2` announces an address but starts one process.
+    launcher = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
+    if started == 1 and launcher and "WORLD_SIZE" not in os.environ:
+        raise UserError(f"asked for several processes but only one was started; {_CPU_HINT}")
+    for stage in options.stages():
+        rows = options.tokens_per_step // stage.length
+        if rows % started:
+            raise UserError(
+                f"train.tokens_per_step: {rows} rows of {stage.length} tokens cannot be shared "
+                f"by {started} processes"
+            )
+
+
+def _keep_states_in_fp32(accelerator: Accelerator) -> None:
+    """FSDP2 would cast the inputs of every block, the memory states among them."""
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy,
+            reduce_dtype=torch.float32,
+            output_dtype=None,
+            cast_forward_inputs=False,
+        )
+
+
+def claim_folder(
+    config: RunConfig, resume: bool | str | Path, accelerator: Accelerator
+) -> Path | None:
+    """Create the run folder, or find the checkpoint to resume.
+
+    Returns:
+        The checkpoint to start from, None for a new run.
+
+    Raises:
+        UserError: when a new run's folder is in use, or there is nothing to resume.
+    """
+    folder, source = config.output_dir, None
+    if resume:
+        source = find_checkpoint(None if resume is True else resume, folder)
+    elif folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: the run folder is a file")
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder}: the run folder is not empty; continue it with --resume, or choose another "
+            "with --train.output_dir"
+        )
+    # Nobody may create it before everybody has looked.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    return source
+
+
+def open_datasets(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PackedDataset, PackedDataset | None]:
+    """The training rows, and the held-out rows (in the last stage's form) if any are wanted.
+
+    Raises:
+        UserError: for data that do not fit.
+    """
+    data, options = config.data, config.train
+    if data.carry and not options.carry_state:
+        raise UserError("data.carry: rows that continue documents need train.carry_state: true")
+    first, last = options.stages()[0], options.stages()[-1]
+    training = PackedDataset(
+        dataclasses.replace(data, carry=options.carry_state),
+        tokenizer,
+        "train",
+        first.length,
+        lanes=options.tokens_per_step // first.length,
+    )
+    if not options.evaluation_rows:
+        return training, None
+    held_out = PackedDataset(
+        dataclasses.replace(data, carry=False), tokenizer, "validation", last.length
+    )
+    return training, held_out.with_length(last.length, last.digits)
+
+
+def build_model(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Path | None
+) -> PreTrainedModel:
+    """The model with new weights, or with those of the checkpoint `source`.
+
+    Sizes of the vocabulary and special tokens are the tokenizer's where the config has none.
+
+    Raises:
+        UserError: for a wrong model section, or a checkpoint of another architecture.
+    """
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    defaults = {name: getattr(tokenizer, name) for name in names} | {"vocab_size": len(tokenizer)}
+    model_config = MemLMConfig.from_mapping(defaults | config.model)
+    if model_config.vocab_size < len(tokenizer):
+        raise UserError(
+            f"model.vocab_size: {model_config.vocab_size} is smaller than the tokenizer's "
+            f"{len(tokenizer)}"
+        )
+    if source is None:
+        torch.manual_seed(config.train.seed)
+        model = MemLMForCausalLM(model_config)
+    else:
+        check_architecture(source, model_config)
+        model = MemLMForCausalLM.from_pretrained(source, dtype=torch.float32)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model

@@ -1,0 +1,406 @@
+"""The training loop."""
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+
+from memlm.config import LOSS_GROUPS, RunConfig, Stage
+from memlm.data import ByteTokenizer, load_tokenizer
+from memlm.errors import UserError
+from memlm.training import checkpoint as checkpoints
+from memlm.training.feed import Batch, RowFeed
+from memlm.training.lanes import Lanes, save_states
+from memlm.training.logs import METRICS_FILE, PLOT_FILE, RunLog, bits, flat_config, read_metrics
+from memlm.training.loss import RowLoss, group_coefficients, group_counts
+from memlm.training.optimizer import build_optimizers, set_learning_rates
+from memlm.training.plot import plot_metrics
+from memlm.training.schedule import CurriculumState, learning_rate_factor
+from memlm.training.setup import build_accelerator, build_model, claim_folder, open_datasets
+
+
+@dataclass
+class TrainSummary:
+    """What a run came to.
+
+    Attributes:
+        output_dir: the run folder; it holds the final model.
+        steps: steps done in all.
+        loss: loss of the last step.
+        before, after: held-out evaluation (see `Trainer.evaluate`), None without held-out rows.
+        seconds: time in training steps, earlier parts of a resumed run included.
+        tokens_per_second: over those seconds.
+    """
+
+    output_dir: Path
+    steps: int
+    loss: float
+    before: dict[str, float] | None
+    after: dict[str, float] | None
+    seconds: float
+    tokens_per_second: float
+
+
+class Trainer:
+    """Trains the model of a run config.
+
+    A step is the same whatever the number of processes and micro-batches: its rows are given by
+    the step, each group's loss is divided by the group's targets in the whole step, and the
+    gradient is the sum. After `run`, `model` and `tokenizer` hold the result.
+
+    Args:
+        config: the run.
+        resume: False starts a new run; True continues the run's latest complete checkpoint; a
+            path continues that checkpoint, or the latest one of that run folder.
+
+    Raises:
+        UserError: for a run folder that is in use, data or sizes that do not fit, a checkpoint
+            that does not fit, or another number of processes than the launcher was asked for.
+    """
+
+    def __init__(self, config: RunConfig, resume: bool | str | Path = False):
+        self.config, self.options = config, config.train
+        self.folder = config.output_dir
+        self.stages = self.options.stages()
+        self.accelerator = build_accelerator(config)
+        source = claim_folder(config, resume, self.accelerator)
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.dataset, self.held_out = open_datasets(config, self.tokenizer)
+        model = build_model(config, self.tokenizer, source)
+        self.row_loss, *self.optimizers = self.accelerator.prepare(
+            RowLoss(model), *build_optimizers(model, self.options)
+        )
+        # Without DDP's wrapper; FSDP2 shards the module itself.
+        self.plain_loss = self.accelerator.unwrap_model(self.row_loss)
+        self.model: PreTrainedModel = self.plain_loss.model
+
+        self.step = 0
+        self.curriculum = CurriculumState()
+        self.before: dict[str, float] | None = None
+        self.seconds = 0.0
+        self.feed: RowFeed | None = None
+        self._held_out_batches: list[Batch] | None = None
+        if source is not None:
+            self._restore(source)
+        else:
+            self._start_stage()
+
+    # --- stages ---
+
+    @property
+    def stage(self) -> Stage:
+        """The current stage of the curriculum."""
+        return self.stages[self.curriculum.stage]
+
+    def _rows(self, stage: Stage) -> int:
+        return self.options.tokens_per_step // stage.length
+
+    def _start_stage(self) -> None:
+        stage, processes = self.stage, self.accelerator.num_processes
+        rows = self._rows(stage)
+        if self.feed is not None:
+            self.feed.close()
+        dataset = self.dataset.with_length(stage.length, stage.digits, lanes=rows)
+        self.feed = RowFeed(dataset, rows, self.accelerator.process_index, processes)
+        self.lanes = Lanes(self.feed.first, self.feed.share, self.options.micro_batch_rows)
+        self.model.set_attention_window(stage.window)
+
+    # --- a step ---
+
+    def run(self) -> TrainSummary:
+        """Train to the last step, evaluate, and save the model in the run folder."""
+        log = RunLog(
+            self.folder, self.options.steps, self.step, not self.accelerator.is_main_process
+        )
+        self.log = log
+        if self.options.trackers:
+            self.accelerator.init_trackers("memlm", config=flat_config(self.config))
+        log.line(self._opening())
+        if self.step == 0:
+            self.before = self._evaluate_and_record()
+        after, loss, first_step = self.before, float("nan"), self.step
+        self.row_loss.train()
+        try:
+            while self.step < self.options.steps:
+                loss = self._one_step()
+                if self._due(self.options.evaluate_every):
+                    after = self._evaluate_and_record()
+                if self._due(self.options.save_every):
+                    self.save_checkpoint()
+            if self.step > first_step:
+                self.save_checkpoint()
+            if not self._due(self.options.evaluate_every) or self.step == first_step:
+                after = self._evaluate_and_record()
+            self._save_model(self.folder)
+        finally:
+            self.feed.close()
+            log.close()
+        self._plot()
+        self.accelerator.end_training()
+        tokens = self.step * self.options.tokens_per_step
+        rate = tokens / self.seconds if self.seconds else 0.0
+        log.line(
+            f"trained {self.step} steps in {self.seconds:.0f} s ({rate:.0f} tokens/s); "
+            f"model in {self.folder}"
+        )
+        return TrainSummary(self.folder, self.step, loss, self.before, after, self.seconds, rate)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0 and self.step > 0
+
+    def _opening(self) -> str:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        length, rows = self.stage.length, self.feed.rows
+        resumed = f", from step {self.step}" if self.step else ""
+        return (
+            f"{self.folder}: {parameters:,} parameters, {self.options.steps} steps of "
+            f"{self.options.tokens_per_step} tokens ({rows} rows of {length} now, "
+            f"{self.accelerator.num_processes} process(es) x {len(self.lanes.slices)} "
+            f"micro-batch(es)) on {self.accelerator.device}{resumed}"
+        )
+
+    def _one_step(self) -> float:
+        """Do one step; returns its loss."""
+        options, accelerator = self.options, self.accelerator
+        started = time.perf_counter()
+        self._seed()
+        batch = self.feed.get(self.step)
+        counts = self._total(group_counts(batch))
+        coefficients = group_coefficients(counts, options.loss_weights).to(accelerator.device)
+        # Data parallelism averages the gradients; the sum is wanted.
+        scale = coefficients * accelerator.num_processes
+        factor = learning_rate_factor(
+            self.step, options.steps, options.warmup_steps, options.final_learning_rate
+        )
+        set_learning_rates(self.optimizers, factor)
+
+        sums = torch.zeros_like(coefficients)
+        for index, rows in enumerate(self.lanes.slices):
+            last = index == len(self.lanes.slices) - 1
+            part = self._on_device(batch, rows)
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.row_loss):
+                losses, states = self.row_loss(part, self.lanes.states[index], options.carry_state)
+                accelerator.backward((losses * scale).sum())
+            self.lanes.states[index] = states
+            sums += losses.detach()
+        sums = self._total(sums)
+        loss = float((sums * coefficients).sum())
+        grad_norm = self._update()
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise UserError(
+                f"step {self.step + 1}: the loss is {loss} and the gradient norm {grad_norm}; "
+                "lower train.learning_rate, or raise train.warmup_steps"
+            )
+
+        self.step += 1
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        group_bits = bits(sums.tolist(), counts.tolist())
+        self._report(loss, grad_norm, group_bits, seconds, factor)
+        answer = group_bits.get("answer_bits")
+        if self.curriculum.advance(self.stages, self.step, options.steps, answer):
+            self._start_stage()
+        return loss
+
+    def _seed(self) -> None:
+        """Random numbers of a step depend on (seed, step, process), so none need saving."""
+        options = self.options
+        torch.manual_seed(
+            (options.seed * 2**40 + self.step * 2**12 + self.accelerator.process_index) % 2**63
+        )
+
+    def _total(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").to(values.device)
+
+    def _on_device(self, batch: Batch, rows: slice = slice(None)) -> Batch:
+        return {name: part[rows].to(self.accelerator.device) for name, part in batch.items()}
+
+    def _update(self) -> float:
+        """Clip, step the optimizers and clear the gradients; returns the gradient norm."""
+        limit = self.options.clip_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.row_loss.parameters(), limit)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if math.isfinite(norm):
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        return norm
+
+    def _report(
+        self,
+        loss: float,
+        grad_norm: float,
+        group_bits: dict[str, float],
+        seconds: float,
+        factor: float,
+    ) -> None:
+        speed = self.options.tokens_per_step / seconds
+        self.log.tick(speed)
+        if (
+            self.step != 1
+            and self.step % self.options.log_every
+            and self.step != self.options.steps
+        ):
+            return
+        metrics = {
+            "step": self.step,
+            "loss": loss,
+            **group_bits,
+            "learning_rate": self.options.learning_rate * factor,
+            "grad_norm": grad_norm,
+            "tokens_per_second": speed,
+            "stage": self.curriculum.stage,
+            "length": self.stage.length,
+            "window": self.stage.window,
+        }
+        self.log.record(metrics)
+        self.log.step_line(metrics, len(self.stages))
+        self._track(metrics)
+
+    def _track(self, metrics: dict[str, Any]) -> None:
+        if self.options.trackers:
+            numbers = {key: value for key, value in metrics.items() if value is not None}
+            self.accelerator.log(numbers, step=numbers.pop("step"))
+
+    # --- evaluation ---
+
+    @torch.no_grad()
+    def evaluate(self, use_memory: bool = True) -> dict[str, float]:
+        """Loss on the held-out rows (their number rounded up to one for every process).
+
+        Args:
+            use_memory: False = every memory switched off.
+
+        Returns:
+            bits (per target, over all targets), text_bits and answer_bits where there are such
+            targets, and bits_per_byte with the byte tokenizer.
+
+        Raises:
+            UserError: when train.evaluation_rows is 0.
+        """
+        if self.held_out is None:
+            raise UserError("train.evaluation_rows is 0: there is nothing to evaluate on")
+        training = self.model.training
+        self.row_loss.eval()
+        sums = torch.zeros(len(LOSS_GROUPS), device=self.accelerator.device)
+        counts = torch.zeros(len(LOSS_GROUPS), dtype=torch.int64)
+        for batch in self._held_out():
+            counts += group_counts(batch)
+            sums += self.plain_loss(self._on_device(batch), use_memory=use_memory)[0]
+        self.row_loss.train(training)
+        result = bits(self._total(sums).tolist(), self._total(counts).tolist())
+        if isinstance(self.tokenizer, ByteTokenizer):
+            result["bits_per_byte"] = result["bits"]
+        return result
+
+    def _held_out(self) -> list[Batch]:
+        """This process's share of the held-out rows, read once."""
+        if self._held_out_batches is None:
+            processes, process = self.accelerator.num_processes, self.accelerator.process_index
+            share = -(-self.options.evaluation_rows // processes)
+            size = self.options.micro_batch_rows or self._rows(self.stages[-1]) // processes
+            mine = range(process * share, (process + 1) * share)
+            self._held_out_batches = [
+                self.held_out.batch(mine[start : start + size]) for start in range(0, share, size)
+            ]
+        return self._held_out_batches
+
+    def _evaluate_and_record(self) -> dict[str, float] | None:
+        if self.held_out is None:
+            return None
+        result = self.evaluate()
+        metrics = {"step": self.step, "evaluation": True, **result}
+        self.log.record(metrics)
+        losses = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
+        self.log.line(f"held-out after step {self.step}: {losses}")
+        self._track({"step": self.step} | {f"held_out/{k}": v for k, v in result.items()})
+        return result
+
+    def _plot(self) -> None:
+        if self.accelerator.is_main_process:
+            records = read_metrics(self.folder / METRICS_FILE)
+            plot_metrics(records, self.folder / PLOT_FILE, f"Training of {self.folder}")
+
+    # --- checkpoints ---
+
+    def save_checkpoint(self) -> Path:
+        """Write the checkpoint of the current step and delete old ones; returns its folder."""
+        state = checkpoints.RunState(
+            step=self.step,
+            data_index=self.step * self.feed.rows,
+            stage=self.curriculum.stage,
+            answer_bits=self.curriculum.answer_bits,
+            before=self.before,
+            seconds=self.seconds,
+            config=self.config.to_dict(),
+        )
+        # Collective calls: every process takes part, the first one writes.
+        weights = self._weights()
+        optimizer = checkpoints.optimizer_tensors(self.optimizers, self.model)
+        lanes = self.lanes.gather()
+
+        def write(folder: Path) -> None:
+            self._write_model(folder, weights)
+            save_file(optimizer, folder / checkpoints.OPTIMIZER_FILE)
+            save_states(lanes, folder)
+            checkpoints.write_state(folder, state)
+
+        target = checkpoints.checkpoint_path(self.folder, self.step)
+        if self.accelerator.is_main_process:
+            checkpoints.write_folder(target, write)
+            checkpoints.keep_latest(self.folder, self.options.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+        return target
+
+    def _weights(self) -> dict[str, Tensor] | None:
+        """The whole weights where the module holds shards of them, else None."""
+        if not self.accelerator.is_fsdp2:
+            return None
+        weights = self.accelerator.get_state_dict(self.row_loss)
+        return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+    def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        disable_progress_bar()  # its bar would break the run's own
+        try:
+            self.model.save_pretrained(folder, state_dict=weights)
+            self.tokenizer.save_pretrained(folder)
+        finally:
+            enable_progress_bar()
+
+    def _save_model(self, folder: Path) -> None:
+        """Put the model beside the metrics, so that the run folder loads as a model."""
+        weights = self._weights()
+        if self.accelerator.is_main_process:
+            finished = folder / "checkpoints" / "final"
+            checkpoints.write_folder(finished, lambda new: self._write_model(new, weights))
+            for path in finished.iterdir():
+                path.replace(folder / path.name)
+            finished.rmdir()
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, source: Path) -> None:
+        state = checkpoints.read_state(source)
+        self.step, self.before, self.seconds = state.step, state.before, state.seconds
+        if state.stage >= len(self.stages):
+            raise UserError(
+                f"{source}: it is in stage {state.stage + 1} of its curriculum, but the config "
+                f"has {len(self.stages)}"
+            )
+        self.curriculum = CurriculumState(state.stage, state.answer_bits)
+        self._start_stage()
+        checkpoints.load_optimizers(source, self.optimizers, self.model)
+        if self.options.carry_state:
+            self.lanes.load(source, self.model.init_states(1), self.accelerator.device)
