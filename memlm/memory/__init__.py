@@ -12,16 +12,32 @@ from memlm.memory.base import (
     register,
 )
 from memlm.memory.gated_delta import GatedDelta, GatedDeltaConfig
+from memlm.memory.knn_cache import KnnCache, KnnCacheConfig, KnnCacheState
+from memlm.memory.product_key import ProductKey, ProductKeyConfig, zeroed_values
 from memlm.memory.titans import Titans, TitansConfig
+from memlm.memory.usage import SlotUsage, UsageStatistics, record_usage
 
 __all__ = [
     "CallContext",
+    "GatedDelta",
+    "GatedDeltaConfig",
+    "KnnCache",
+    "KnnCacheConfig",
+    "KnnCacheState",
     "MemoryConfig",
     "MemoryModule",
     "MemoryState",
+    "ProductKey",
+    "ProductKeyConfig",
     "SequenceLayout",
+    "SlotUsage",
+    "Titans",
+    "TitansConfig",
+    "UsageStatistics",
     "memory_class",
     "memory_config",
     "memory_names",
+    "record_usage",
     "register",
+    "zeroed_values",
 ]

@@ -1,0 +1,167 @@
+"""Product-key memory: a large table of values, of which each token reads a few by learned keys.
+
+Lample et al. 2019, "Large Memory Layers with Product Keys", arXiv 1907.05242, in the form of
+Berges et al. 2024, "Memory Layers at Scale", arXiv 2412.09764 (memory+).
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from memlm.cuda import product_key_select, weighted_bag
+from memlm.errors import UserError
+from memlm.memory.base import CallContext, MemoryConfig, MemoryModule, register
+from memlm.memory.usage import SlotUsage
+
+
+@dataclasses.dataclass(kw_only=True)
+class ProductKeyConfig(MemoryConfig):
+    """Sizes; the defaults are memory+'s.
+
+    Attributes:
+        num_keys: half keys in each of the two lists; the table has num_keys^2 values.
+        key_size: channels of a key, both halves together; default hidden_size / 2.
+        num_heads: queries per token, each with its own keys.
+        top_k: values read per head.
+        value_size: channels of a value; default hidden_size.
+        query_norm: "layer" normalises each half query, so that keys stay in use from the start.
+            Batch normalisation, which Lample et al. recommend, would let a token see later ones
+            and padding. "none" is the released code of memory+.
+    """
+
+    num_keys: int = 1024
+    key_size: int | None = None
+    num_heads: int = 4
+    top_k: int = 32
+    value_size: int | None = None
+    query_norm: Literal["layer", "none"] = "layer"
+
+    def sizes(self, hidden_size: int) -> tuple[int, int]:
+        """Channels of a key (both halves) and of a value."""
+        key_size = self.key_size if self.key_size is not None else hidden_size // 2
+        return key_size, self.value_size if self.value_size is not None else hidden_size
+
+    def check_sizes(self, hidden_size: int) -> None:
+        key_size, value_size = self.sizes(hidden_size)
+        for name, value in (
+            ("num_keys", self.num_keys),
+            ("num_heads", self.num_heads),
+            ("top_k", self.top_k),
+            ("value_size", value_size),
+        ):
+            if value < 1:
+                raise UserError(f"product_key: {name} is {value}, it must be at least 1")
+        if key_size < 2 or key_size % 2:
+            raise UserError(
+                f"product_key: key_size is {key_size}, it must be a positive even number"
+            )
+        if self.top_k > self.num_keys:
+            raise UserError(
+                f"product_key: top_k {self.top_k} is more than num_keys {self.num_keys}; "
+                "use top_k <= num_keys"
+            )
+
+
+class ValueTable(nn.Module):
+    """The values [num_keys^2, value_size] of one layer, or of all layers that share them.
+
+    While `zeroed` it reads as a table of zeros, for ablation (see `zeroed_values`).
+    """
+
+    is_value_table = True  # training gives it its own learning rate and no weight decay
+
+    def __init__(self, slots: int, value_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(slots, value_size))
+        self.zeroed = False
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def forward(self, indices: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sums [tokens, value_size] of rows `indices` [tokens, bag]."""
+        if self.zeroed:
+            return self.weight.new_zeros(indices.shape[0], self.weight.shape[1])
+        return weighted_bag(indices, weights, self.weight)
+
+
+@register("product_key", ProductKeyConfig)
+class ProductKey(MemoryModule):
+    """out = W2(y * silu(W1 x)), with y the weighted sum of the values of the chosen keys.
+
+    A query per head, its two halves normalised, chooses top_k of num_keys^2 product keys; softmax
+    over the chosen ones of a head; heads are summed. It carries nothing from token to token: the
+    table is what it remembers. Layers with the same `share` use one table, each with its own keys,
+    queries and projections.
+
+    `usage` is a recorder while `memlm.memory.usage.record_usage` is active, else None.
+    """
+
+    def __init__(self, config: ProductKeyConfig, hidden_size: int, norm_eps: float = 1e-6):
+        super().__init__(config, hidden_size, norm_eps)
+        H, n = config.num_heads, config.num_keys
+        self.key_size, self.value_size = config.sizes(hidden_size)
+        self.query_proj = nn.Linear(hidden_size, H * self.key_size)
+        layer = config.query_norm == "layer"
+        self.query_norm = nn.LayerNorm(self.key_size // 2) if layer else nn.Identity()
+        self.keys = nn.Parameter(torch.empty(H, 2, n, self.key_size // 2))
+        self.values = self.build_shared(config, hidden_size) if config.share is None else None
+        self.gate_proj = nn.Linear(hidden_size, self.value_size)
+        self.o_proj = nn.Linear(self.value_size, hidden_size)
+        self.usage: SlotUsage | None = None
+        self.init_weights()
+
+    @classmethod
+    def build_shared(cls, config: ProductKeyConfig, hidden_size: int) -> ValueTable:
+        return ValueTable(config.num_keys**2, config.sizes(hidden_size)[1])
+
+    def init_weights(self) -> None:
+        init.xavier_uniform_(self.query_proj.weight)
+        init.uniform_(self.keys, -(self.key_size**-0.5), self.key_size**-0.5)
+        for linear in (self.gate_proj, self.o_proj):
+            init.normal_(linear.weight, std=self.hidden_size**-0.5)
+
+    def init_state(self, batch_size: int, device=None, dtype=None) -> None:
+        return None
+
+    def forward(self, hidden: Tensor, state: None, context: CallContext) -> tuple[Tensor, None]:
+        x = context.layout.pack(hidden)
+        tokens = x.flatten(0, 1)
+        query = self.query_proj(tokens).view(-1, self.config.num_heads, 2, self.key_size // 2)
+        indices, weights = product_key_select(self.query_norm(query), self.keys, self.config.top_k)
+        if self.usage is not None:
+            self.usage.record(indices, weights)
+        values = context.shared[self.config.share] if self.values is None else self.values
+        y = values(indices.flatten(1), weights.flatten(1)).view(*x.shape[:2], -1)
+        return context.layout.unpack(self.o_proj(y * F.silu(self.gate_proj(x)))), state
+
+    def flops(self, tokens: int) -> int:
+        """Projections, scores against both lists of half keys, and the weighted sum."""
+        config = self.config
+        linears = (self.query_proj, self.gate_proj, self.o_proj)
+        matrices = sum(linear.weight.numel() for linear in linears) + self.keys.numel()
+        return 2 * tokens * (matrices + config.num_heads * config.top_k * self.value_size)
+
+
+@contextlib.contextmanager
+def zeroed_values(model: nn.Module) -> Iterator[None]:
+    """While active, every product-key memory of `model` reads a table of zeros.
+
+    The memory's ablation: it carries no state that could be reset or swapped.
+    """
+    tables = [module for module in model.modules() if isinstance(module, ValueTable)]
+    before = [table.zeroed for table in tables]
+    for table in tables:
+        table.zeroed = True
+    try:
+        yield
+    finally:
+        for table, zeroed in zip(tables, before, strict=True):
+            table.zeroed = zeroed
