@@ -1,0 +1,137 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from memlm.errors import UserError
+from memlm.layers.context import CallContext
+from memlm.memory import memory_config
+from memlm.memory.gated_delta import GatedDelta, GatedDeltaConfig
+
+SMALL = {"num_heads": 2, "num_v_heads": 4, "head_dim": 4, "expand_v": 1.5}
+
+
+def build(hidden_size=16, **options):
+    """A module in float64 whose linear layers are large enough to matter."""
+    module = GatedDelta(GatedDeltaConfig(**SMALL | options), hidden_size).double()
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Linear):
+            torch.nn.init.normal_(layer.weight, std=0.5)
+    return module
+
+
+def call(module, hidden, state=None, **context):
+    """The tokens of new documents, or, with a state, later tokens of carried ones."""
+    context["first_position"] = 0 if state is None else 9
+    state = module.init_state(len(hidden), dtype=hidden.dtype) if state is None else state
+    return module(hidden, state, CallContext.plain(*hidden.shape[:2], **context))
+
+
+@pytest.mark.parametrize("use_gate", [True, False])
+@pytest.mark.parametrize("allow_neg_eigval", [True, False])
+def test_the_layer_is_the_published_formula(use_gate, allow_neg_eigval):
+    module = build(use_gate=use_gate, allow_neg_eigval=allow_neg_eigval, beta_bias=-0.5)
+    x = torch.randn(9, 16, dtype=torch.float64)
+    w = dict(module.named_parameters())
+    H, HV, K, V = 2, 4, 4, 6
+    qkv = torch.cat([x @ w[f"{name}_proj.weight"].t() for name in "qkv"], -1)
+    padded = F.pad(qkv, (0, 0, 3, 0))
+    kernel = w["conv1d.weight"][:, 0]
+    qkv = F.silu(sum(padded[j : j + 9] * kernel[:, j] for j in range(4)))
+    q, k, v = qkv.split((H * K, H * K, HV * V), -1)
+    unit = [part.view(9, H, K) for part in (q, k)]
+    q, k = (part * (part.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for part in unit)
+    beta = (x @ w["b_proj.weight"].t() - 0.5).sigmoid() * (2 if allow_neg_eigval else 1)
+    decay = F.softplus(x @ w["a_proj.weight"].t() + w["dt_bias"]) * -w["A_log"].exp()
+    outputs = torch.zeros(9, HV, V, dtype=torch.float64)
+    for head in range(HV):
+        S = torch.zeros(K, V, dtype=torch.float64)
+        for t in range(9):
+            key = k[t, head // 2]
+            S = decay[t, head].exp() * S
+            S = S + beta[t, head] * torch.outer(key, v.view(9, HV, V)[t, head] - key @ S)
+            outputs[t, head] = K**-0.5 * q[t, head // 2] @ S
+    outputs = F.rms_norm(outputs, (V,), eps=1e-6).flatten(1)
+    if use_gate:
+        outputs = outputs * F.silu(x @ w["g_proj.weight"].t())
+    expected = outputs @ w["o_proj.weight"].t()
+    torch.testing.assert_close(call(module, x[None])[0][0], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options, hidden_size, sizes",
+    [
+        ({}, 128, (3, 3, 32, 64)),
+        ({}, 1024, (6, 6, 128, 256)),
+        ({"num_heads": 4}, 1024, (4, 4, 192, 384)),
+        ({"num_heads": 2, "head_dim": 32}, 128, (2, 2, 32, 64)),
+        ({"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "expand_v": 1}, 64, (2, 4, 8, 8)),
+    ],
+)
+def test_sizes_follow_the_hidden_size(options, hidden_size, sizes):
+    config = memory_config({"type": "gated_delta", **options})
+    assert config.sizes(hidden_size) == sizes
+    state = GatedDelta(config, hidden_size).init_state(3)
+    assert state.recurrent.shape == (3, *sizes[1:])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"num_heads": 2, "num_v_heads": 3}, "not a multiple of num_heads 2"),
+        ({"head_dim": 5, "expand_v": 1.5}, "not a whole number"),
+        ({"conv_size": 0}, "conv_size is 0"),
+        ({"dt_min": 0.5, "dt_max": 0.1}, "0 < dt_min <= dt_max"),
+        ({"A_min": 0.0}, "0 < A_min <= A_max"),
+    ],
+)
+def test_impossible_sizes(options, message):
+    with pytest.raises(UserError, match=message):
+        GatedDelta(GatedDeltaConfig(**options), 64)
+
+
+def test_start_values_lie_in_their_ranges():
+    wide = GatedDelta(GatedDeltaConfig(num_heads=64, head_dim=2), 64)
+    dt, rate = F.softplus(wide.dt_bias), wide.A_log.exp()
+    assert dt.min() >= 0.99e-3 and dt.max() <= 0.101 and dt.max() > 5 * dt.min()
+    assert rate.min() >= 0.0099 and rate.max() <= 16.01 and rate.std() > 1
+    assert wide.b_proj.bias is None
+    fixed = GatedDelta(
+        GatedDeltaConfig(dt_min=1e-3, dt_max=1e-3, A_min=1.0, A_max=1.0, beta_bias=-2.0), 64
+    )
+    torch.testing.assert_close(F.softplus(fixed.dt_bias), torch.full_like(fixed.dt_bias, 1e-3))
+    torch.testing.assert_close(fixed.A_log, torch.zeros_like(fixed.A_log))
+    assert (fixed.b_proj.bias == -2).all()
+
+
+def test_without_writing_tokens_read_the_given_state_as_it_is():
+    module = build(conv_size=1)
+    _, state = call(module, torch.randn(1, 7, 16, dtype=torch.float64))
+    tokens = torch.randn(1, 5, 16, dtype=torch.float64)
+    together, after = call(module, tokens, state, write=False)
+    assert after is state
+    for t in range(5):
+        torch.testing.assert_close(
+            together[:, t : t + 1], call(module, tokens[:, t : t + 1], state, write=False)[0]
+        )
+    assert together.abs().max() > 0
+    empty, _ = call(module, tokens, write=False)
+    assert torch.equal(empty, torch.zeros_like(empty))
+
+
+def test_the_state_stays_float32_in_a_bfloat16_module():
+    module = GatedDelta(GatedDeltaConfig(**SMALL), 16).bfloat16()
+    state = module.init_state(2, dtype=torch.bfloat16)
+    hidden = torch.randn(2, 5, 16, dtype=torch.bfloat16)
+    output, after = call(module, hidden, state)
+    assert output.dtype == torch.bfloat16
+    assert (after.conv.dtype, after.recurrent.dtype) == (torch.bfloat16, torch.float32)
+    assert after.nbytes == state.nbytes
+
+
+def test_flops_are_linear_in_tokens_and_cover_the_projections():
+    module = build()
+    matrices = sum(
+        layer.weight.numel() for layer in module.modules() if hasattr(layer, "in_features")
+    )
+    assert module.flops(200) == 2 * module.flops(100) > 200 * matrices
