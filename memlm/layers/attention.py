@@ -362,7 +362,9 @@ class Attention(nn.Module):
             gather = order[:, :, None, None].expand(-1, -1, *keys.shape[2:])
             keys, values = keys.gather(1, gather), values.gather(1, gather)
         start = max(0, keys.shape[1] - (self.window - 1))
-        return AttentionState(keys[:, start:], values[:, start:], positions[:, start:], tail)
+        # Copies: views would keep the keys and values of the whole call alive.
+        kept = [tensor[:, start:].clone() for tensor in (keys, values, positions)]
+        return AttentionState(*kept, tail)
 
     def flops(self, tokens: int) -> int:
         """Floating point operations of one forward pass over one row of `tokens` tokens."""

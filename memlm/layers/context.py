@@ -98,6 +98,11 @@ class SequenceLayout:
     def num_pieces(self) -> int:
         return self.piece_row.shape[0]
 
+    @property
+    def num_tokens(self) -> int:
+        """The tokens that are not padding."""
+        return self.valid.numel() if self.uniform else self.token_index.shape[0]
+
     def pack(self, rows: Tensor) -> Tensor:
         """[B, T, ...] -> [B, T, ...] if uniform, else the valid tokens [1, total, ...]."""
         if self.uniform:

@@ -62,7 +62,8 @@ class ShortConvolution(nn.Module):
         if layout.uniform:
             padded = torch.cat([tail.to(x.dtype), x], dim=1)
             y = F.conv1d(padded.transpose(1, 2), self.weight, groups=x.shape[-1]).transpose(1, 2)
-            new_tail = padded[:, padded.shape[1] - reach :]
+            # A view would keep the inputs of the whole call alive.
+            new_tail = padded[:, padded.shape[1] - reach :].clone()
         else:
             # Each piece gets its own tail in front of it: then one convolution over the whole
             # stretch is right everywhere but on the tails, whose outputs are dropped.

@@ -94,6 +94,8 @@ class Block(GradientCheckpointingLayer):
             context: the documents of the call.
             use_memory: False leaves every memory branch out, states untouched.
         """
+        if context.layout.num_tokens == 0:  # nothing but padding
+            return hidden, states
         new_states = {}
         before = hidden
         for name, branch in self.branches().items():

@@ -1,0 +1,34 @@
+"""Every law on every registered memory, at every site where it makes sense."""
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from memlm.memory import memory_names
+from tests.memory.contract import LAWS, SPECS, cases
+
+EXAMPLES = 6
+deterministic = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=EXAMPLES,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate, Phase.shrink],
+)
+
+
+def test_every_memory_is_under_the_law():
+    assert sorted(SPECS) == memory_names(), "a memory needs a line in tests/memory/contract.py"
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("law", LAWS)
+def test_law(law, case, law_counter):
+    @deterministic
+    @given(data=st.data())
+    def holds(data):
+        law_counter.append(1)
+        LAWS[law](case, data)
+
+    holds()
