@@ -31,7 +31,7 @@ demo: setup ## Train a small model with a memory, then look for needles (at most
 	$(BIN)/python -m memlm.demo
 
 test: setup ## Run the tests; coverage of the memories and the models must reach 95 %
-	$(PYTEST) --cov=memlm.memory --cov=memlm.models --cov-report=term-missing --cov-fail-under=95
+	$(PYTEST) --cov=memlm/memory --cov=memlm/models --cov-report=term-missing --cov-fail-under=95
 
 test-slow: setup ## Run the tests that take minutes
 	$(PYTEST) -m slow
