@@ -1,6 +1,7 @@
 """Sizes of a model and what stands at each site of its blocks."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -81,7 +82,9 @@ class MemLMConfig(PreTrainedConfig):
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         _refuse_unknown(type(self), kwargs)
         # Plain dicts whatever the caller used, so that config.json holds them.
-        self.layers = [dict(pattern) for pattern in self.layers]
+        self.layers = [
+            dict(pattern) if isinstance(pattern, Mapping) else pattern for pattern in self.layers
+        ]
         self.plan()
         super().__post_init__(**kwargs)
 
