@@ -1,0 +1,125 @@
+"""The command line of evaluation: `memlm-eval`, or `python eval.py`."""
+
+import shlex
+import sys
+import typing
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memlm.cli import run_entry_point
+from memlm.data.tokenizers import load_tokenizer
+from memlm.errors import UserError, nearest
+from memlm.evaluation.config import EvaluationConfig
+from memlm.evaluation.loading import load_model
+from memlm.evaluation.report import format_table
+from memlm.evaluation.runner import check_output, evaluate
+
+DESCRIPTION = """Measure recall and loss of a model with its memory on, off, reset and swapped.
+Writes results.json, plots (PNG) and report.html into the output folder, which must not hold
+results yet, and prints one table."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate as the command line says; returns the exit code (2 for a mistake of the user)."""
+    return run_entry_point(lambda: _evaluate(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _evaluate(words: list[str]) -> None:
+    options, config = parse_arguments(words)
+    config.validate()
+    check_output(options["output"])
+    model = load_model(options["model"])
+    tokenizer = load_tokenizer(options["tokenizer"] or options["model"])
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    results = evaluate(
+        model,
+        tokenizer,
+        config,
+        options["output"],
+        command=shlex.join(["python", "eval.py", *words]),
+        name=Path(options["model"]).name,
+    )
+    print(format_table(results))
+    print(f"\nReport: {Path(options['output']) / 'report.html'}")
+
+
+def parse_arguments(words: Sequence[str]) -> tuple[dict[str, Any], EvaluationConfig]:
+    """The options model, tokenizer and output, and the evaluation's config.
+
+    Lists are written with commas, as in `--tasks needle,mqar`, or as YAML.
+
+    Raises:
+        UserError: for an unknown option (with the nearest one) or a value of the wrong type.
+    """
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog="eval.py", description=DESCRIPTION, exit_on_error=False)
+    parser.add_argument("--model", type=str, help="run folder or Hub id")
+    parser.add_argument("--output", type=str, help="new folder for the results")
+    parser.add_argument("--tokenizer", type=str | None, help="default: the one beside the model")
+    for key, hint, default in _options(EvaluationConfig):
+        parser.add_argument(f"--{key}", type=hint, default=default)
+    words = _checked_words(words, {key: hint for key, hint, _ in _options(EvaluationConfig)})
+    try:
+        parsed = parser.parse_args(words).as_dict()
+    except ArgumentError as error:
+        reason = " ".join(str(error).split()).replace('Parser key "', "--").replace('":', ":")
+        raise UserError(reason) from error
+    options = {name: parsed.pop(name) for name in ("model", "output", "tokenizer")}
+    for name in ("model", "output"):
+        if options[name] is None:
+            raise UserError(f"--{name} is needed: {_NEEDED[name]}")
+    hints = typing.get_type_hints(EvaluationConfig)
+    values = {
+        name: hints[name](**value) if is_dataclass(hints[name]) else value
+        for name, value in parsed.items()
+    }
+    return options, EvaluationConfig(**values)
+
+
+_NEEDED = {"model": "a run folder or a Hub id", "output": "a new folder for the results"}
+
+
+def _options(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted key, type and default of every field."""
+    defaults = config_class()
+    hints = typing.get_type_hints(config_class)
+    for field in fields(config_class):
+        hint = hints[field.name]
+        if is_dataclass(hint):
+            yield from _options(hint, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", hint, getattr(defaults, field.name)
+
+
+def _checked_words(words: Sequence[str], hints: dict[str, Any]) -> list[str]:
+    """The words as `--key=value`, with lists in brackets."""
+    known = [*hints, "model", "output", "tokenizer", "help"]
+    checked = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "-h":
+            word = "--help"
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}; options look like --tasks needle")
+        key, equals, value = word[2:].partition("=")
+        if key not in known:
+            raise UserError(f"unknown option --{key}{nearest(key, known)}")
+        if key == "help":
+            checked.append(word)
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{key} needs a value")
+            value = rest.pop(0)
+        if typing.get_origin(hints.get(key)) is list and not value.startswith("["):
+            value = f"[{value}]"
+        checked.append(f"--{key}={value}")
+    return checked

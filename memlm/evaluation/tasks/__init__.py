@@ -1,0 +1,1 @@
+"""The evaluation tasks. Each module has `longest`, `tokens` and `run`."""
