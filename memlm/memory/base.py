@@ -56,6 +56,8 @@ class MemoryModule(nn.Module, ABC):
 
     config_class: ClassVar[type[MemoryConfig]]
     name: ClassVar[str]
+    # Set by the model where an earlier layer has the same `share` and keeps what is shared.
+    follows = False
 
     def __init__(self, config: MemoryConfig, hidden_size: int, norm_eps: float = 1e-6):
         super().__init__()

@@ -131,11 +131,8 @@ class KnnCache(MemoryModule):
 
     Layers with the same `share` use one compressor and one retrieval per token: the first layer
     of a call stores and searches, the others attend to what it found with their own projections
-    and leave their own state as it is. On those others the model may set `follows`: their state
-    then has no slots.
+    and leave their own state as it is; when they know that they follow, it has no slots.
     """
-
-    follows = False
 
     def __init__(self, config: KnnCacheConfig, hidden_size: int, norm_eps: float = 1e-6):
         super().__init__(config, hidden_size, norm_eps)

@@ -99,11 +99,13 @@ class MemLMModel(MemLMPreTrainedModel):
                         f"layers: the memories that share {name!r} differ; layers with the same "
                         "share need the same type and sizes"
                     )
-                if name not in owners:
-                    owners[name] = spec
-                    module = memory_class(spec[0]).build_shared(spec[1], self.config.hidden_size)
-                    if module is not None:
-                        self.shared[name] = module
+                if name in owners:
+                    branch.module.follows = True
+                    continue
+                owners[name] = spec
+                module = memory_class(spec[0]).build_shared(spec[1], self.config.hidden_size)
+                if module is not None:
+                    self.shared[name] = module
 
     def init_states(self, batch_size: int) -> States:
         """The states of `batch_size` rows before their first token."""
