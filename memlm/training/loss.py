@@ -1,6 +1,7 @@
 """Losses of packed rows, summed per group of targets."""
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +31,13 @@ def group_coefficients(counts: Tensor, weights: dict[str, float] | None) -> Tens
         return torch.ones(len(counts)) / counts.sum().clamp(min=1)
     weight = torch.tensor([weights.get(name, 0.0) for name in LOSS_GROUPS])
     return weight / counts.clamp(min=1)
+
+
+def total(values: Tensor, accelerator: Accelerator) -> Tensor:
+    """The sum of `values` over all processes."""
+    if accelerator.num_processes == 1:
+        return values
+    return accelerator.reduce(values.to(accelerator.device), "sum").to(values.device)
 
 
 class RowLoss(nn.Module):

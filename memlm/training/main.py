@@ -16,7 +16,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(argv: Sequence[str] | None) -> None:
     options, overrides = _parser().parse_known_args(argv)
     config = load_config(options.config, overrides, options.preset)
-    Trainer(config, resume=options.resume).run()
+    trainer = Trainer(config, resume=options.resume)
+    trainer.run()
+    if config.evaluate is not None and trainer.accelerator.is_main_process:
+        _evaluate(trainer)
+
+
+def _evaluate(trainer: Trainer) -> None:
+    from memlm.evaluation import evaluate
+
+    folder = trainer.folder / "evaluation"
+    model = trainer.model
+    if trainer.accelerator.is_fsdp2:
+        # Its shards answer only when all processes call them; the saved model is whole.
+        model = type(model).from_pretrained(trainer.folder).to(trainer.accelerator.device)
+    evaluate(model, trainer.tokenizer, trainer.config.evaluate, folder, name=trainer.folder.name)
+    trainer.log.line(f"evaluation in {folder}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -30,7 +30,7 @@ def plot_metrics(records: list[dict[str, Any]], path: Path, title: str) -> None:
         if points:
             loss.plot(
                 *zip(*points, strict=True),
-                "o--",
+                "o",
                 color=_COLOURS[group],
                 markeredgecolor="black",
                 label=f"held-out, {group}",

@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -15,6 +17,7 @@ from memlm.errors import UserError
 from memlm.models import MemLMConfig, MemLMForCausalLM
 from memlm.training.checkpoint import check_architecture, find_checkpoint
 from memlm.training.logs import check_trackers
+from memlm.training.loss import RowLoss
 
 _CPU_HINT = "on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ..."
 
@@ -31,10 +34,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         mixed_precision=config.train.mixed_precision,
         log_with=config.train.trackers or None,
         project_dir=config.output_dir,
-        kwargs_handlers=[
-            # Memory parameters have no gradient in a step whose rows never reach them.
-            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     _check_processes(accelerator.num_processes, config.train)
     if accelerator.is_fsdp2:
@@ -71,33 +71,31 @@ def _keep_states_in_fp32(accelerator: Accelerator) -> None:
         )
 
 
-def claim_folder(
-    config: RunConfig, resume: bool | str | Path, accelerator: Accelerator
-) -> Path | None:
-    """Create the run folder, or find the checkpoint to resume.
-
-    Returns:
-        The checkpoint to start from, None for a new run.
+def find_start(config: RunConfig, resume: bool | str | Path) -> Path | None:
+    """The checkpoint to start from, None for a new run.
 
     Raises:
         UserError: when a new run's folder is in use, or there is nothing to resume.
     """
-    folder, source = config.output_dir, None
+    folder = config.output_dir
     if resume:
-        source = find_checkpoint(None if resume is True else resume, folder)
-    elif folder.exists() and not folder.is_dir():
+        return find_checkpoint(None if resume is True else resume, folder)
+    if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: the run folder is a file")
-    elif folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(
             f"{folder}: the run folder is not empty; continue it with --resume, or choose another "
             "with --train.output_dir"
         )
-    # Nobody may create it before everybody has looked.
+    return None
+
+
+def create_folder(config: RunConfig, accelerator: Accelerator) -> None:
+    """Create the run folder and write the config into it, once every process has come so far."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-    return source
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, config.output_dir / "config.yaml")
 
 
 def open_datasets(
@@ -154,3 +152,20 @@ def build_model(
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
+
+
+def prepare(
+    accelerator: Accelerator, row_loss: RowLoss, optimizers: list[torch.optim.Optimizer]
+) -> list[Any]:
+    """The loss module, wrapped for the accelerator's processes, and the optimizers.
+
+    The optimizers come back without accelerate's wrapper, which is there to scale fp16 losses.
+    """
+    if accelerator.ddp_handler is not None:
+        # A memory's parameters have no gradient in a step whose rows never reach them.
+        accelerator.ddp_handler.find_unused_parameters = bool(row_loss.model.memories())
+    with warnings.catch_warnings():
+        # The name that replaces it in torch 2.13 does not exist in torch 2.11.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        row_loss, *wrapped = accelerator.prepare(row_loss, *optimizers)
+    return [row_loss, *(optimizer.optimizer for optimizer in wrapped)]

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -12,20 +13,33 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
-from memlm.config import LOSS_GROUPS, RunConfig, Stage
-from memlm.data import ByteTokenizer, load_tokenizer
+from memlm.config import RunConfig, Stage
+from memlm.data import load_tokenizer
 from memlm.errors import UserError
+from memlm.memory.usage import record_usage
 from memlm.training import checkpoint as checkpoints
-from memlm.training.feed import Batch, RowFeed
+from memlm.training.feed import RowFeed
+from memlm.training.held_out import HeldOut
 from memlm.training.lanes import Lanes, save_states
 from memlm.training.logs import METRICS_FILE, PLOT_FILE, RunLog, bits, flat_config, read_metrics
-from memlm.training.loss import RowLoss, group_coefficients, group_counts
+from memlm.training.loss import RowLoss, group_coefficients, group_counts, total
 from memlm.training.optimizer import build_optimizers, set_learning_rates
 from memlm.training.plot import plot_metrics
 from memlm.training.schedule import CurriculumState, learning_rate_factor
-from memlm.training.setup import build_accelerator, build_model, claim_folder, open_datasets
+from memlm.training.setup import (
+    build_accelerator,
+    build_model,
+    create_folder,
+    find_start,
+    open_datasets,
+    prepare,
+)
 
 
 @dataclass
@@ -35,7 +49,7 @@ class TrainSummary:
     Attributes:
         output_dir: the run folder; it holds the final model.
         steps: steps done in all.
-        loss: loss of the last step.
+        loss: loss of the last step; NaN when a resumed run had none left.
         before, after: held-out evaluation (see `Trainer.evaluate`), None without held-out rows.
         seconds: time in training steps, earlier parts of a resumed run included.
         tokens_per_second: over those seconds.
@@ -72,12 +86,16 @@ class Trainer:
         self.folder = config.output_dir
         self.stages = self.options.stages()
         self.accelerator = build_accelerator(config)
-        source = claim_folder(config, resume, self.accelerator)
+        source = find_start(config, resume)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self.dataset, self.held_out = open_datasets(config, self.tokenizer)
+        self.dataset, held_out = open_datasets(config, self.tokenizer)
+        self.held_out = None
+        if held_out is not None:
+            rows = self.options.micro_batch_rows or self._rows(self.stages[-1])
+            self.held_out = HeldOut(held_out, self.options.evaluation_rows, rows, self.accelerator)
         model = build_model(config, self.tokenizer, source)
-        self.row_loss, *self.optimizers = self.accelerator.prepare(
-            RowLoss(model), *build_optimizers(model, self.options)
+        self.row_loss, *self.optimizers = prepare(
+            self.accelerator, RowLoss(model), build_optimizers(model, self.options)
         )
         # Without DDP's wrapper; FSDP2 shards the module itself.
         self.plain_loss = self.accelerator.unwrap_model(self.row_loss)
@@ -88,11 +106,11 @@ class Trainer:
         self.before: dict[str, float] | None = None
         self.seconds = 0.0
         self.feed: RowFeed | None = None
-        self._held_out_batches: list[Batch] | None = None
         if source is not None:
             self._restore(source)
         else:
             self._start_stage()
+        create_folder(config, self.accelerator)
 
     # --- stages ---
 
@@ -127,7 +145,7 @@ class Trainer:
         log.line(self._opening())
         if self.step == 0:
             self.before = self._evaluate_and_record()
-        after, loss, first_step = self.before, float("nan"), self.step
+        after, loss = None, math.nan
         self.row_loss.train()
         try:
             while self.step < self.options.steps:
@@ -136,9 +154,7 @@ class Trainer:
                     after = self._evaluate_and_record()
                 if self._due(self.options.save_every):
                     self.save_checkpoint()
-            if self.step > first_step:
-                self.save_checkpoint()
-            if not self._due(self.options.evaluate_every) or self.step == first_step:
+            if after is None:  # an interrupted run that had done all its steps
                 after = self._evaluate_and_record()
             self._save_model(self.folder)
         finally:
@@ -155,7 +171,7 @@ class Trainer:
         return TrainSummary(self.folder, self.step, loss, self.before, after, self.seconds, rate)
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0 and self.step > 0
+        return self.step == self.options.steps or (every > 0 and self.step % every == 0)
 
     def _opening(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -174,7 +190,7 @@ class Trainer:
         started = time.perf_counter()
         self._seed()
         batch = self.feed.get(self.step)
-        counts = self._total(group_counts(batch))
+        counts = total(group_counts(batch), accelerator)
         coefficients = group_coefficients(counts, options.loss_weights).to(accelerator.device)
         # Data parallelism averages the gradients; the sum is wanted.
         scale = coefficients * accelerator.num_processes
@@ -186,13 +202,13 @@ class Trainer:
         sums = torch.zeros_like(coefficients)
         for index, rows in enumerate(self.lanes.slices):
             last = index == len(self.lanes.slices) - 1
-            part = self._on_device(batch, rows)
+            part = {name: row[rows].to(accelerator.device) for name, row in batch.items()}
             with contextlib.nullcontext() if last else accelerator.no_sync(self.row_loss):
                 losses, states = self.row_loss(part, self.lanes.states[index], options.carry_state)
                 accelerator.backward((losses * scale).sum())
             self.lanes.states[index] = states
             sums += losses.detach()
-        sums = self._total(sums)
+        sums = total(sums, accelerator)
         loss = float((sums * coefficients).sum())
         grad_norm = self._update()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -217,15 +233,6 @@ class Trainer:
         torch.manual_seed(
             (options.seed * 2**40 + self.step * 2**12 + self.accelerator.process_index) % 2**63
         )
-
-    def _total(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
-        if self.accelerator.num_processes == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").to(values.device)
-
-    def _on_device(self, batch: Batch, rows: slice = slice(None)) -> Batch:
-        return {name: part[rows].to(self.accelerator.device) for name, part in batch.items()}
 
     def _update(self) -> float:
         """Clip, step the optimizers and clear the gradients; returns the gradient norm."""
@@ -277,53 +284,27 @@ class Trainer:
 
     # --- evaluation ---
 
-    @torch.no_grad()
     def evaluate(self, use_memory: bool = True) -> dict[str, float]:
-        """Loss on the held-out rows (their number rounded up to one for every process).
-
-        Args:
-            use_memory: False = every memory switched off.
-
-        Returns:
-            bits (per target, over all targets), text_bits and answer_bits where there are such
-            targets, and bits_per_byte with the byte tokenizer.
+        """Loss on the held-out rows; see `HeldOut.evaluate`.
 
         Raises:
             UserError: when train.evaluation_rows is 0.
         """
         if self.held_out is None:
             raise UserError("train.evaluation_rows is 0: there is nothing to evaluate on")
-        training = self.model.training
-        self.row_loss.eval()
-        sums = torch.zeros(len(LOSS_GROUPS), device=self.accelerator.device)
-        counts = torch.zeros(len(LOSS_GROUPS), dtype=torch.int64)
-        for batch in self._held_out():
-            counts += group_counts(batch)
-            sums += self.plain_loss(self._on_device(batch), use_memory=use_memory)[0]
-        self.row_loss.train(training)
-        result = bits(self._total(sums).tolist(), self._total(counts).tolist())
-        if isinstance(self.tokenizer, ByteTokenizer):
-            result["bits_per_byte"] = result["bits"]
-        return result
-
-    def _held_out(self) -> list[Batch]:
-        """This process's share of the held-out rows, read once."""
-        if self._held_out_batches is None:
-            processes, process = self.accelerator.num_processes, self.accelerator.process_index
-            share = -(-self.options.evaluation_rows // processes)
-            size = self.options.micro_batch_rows or self._rows(self.stages[-1]) // processes
-            mine = range(process * share, (process + 1) * share)
-            self._held_out_batches = [
-                self.held_out.batch(mine[start : start + size]) for start in range(0, share, size)
-            ]
-        return self._held_out_batches
+        return self.held_out.evaluate(self.plain_loss, use_memory)
 
     def _evaluate_and_record(self) -> dict[str, float] | None:
         if self.held_out is None:
             return None
-        result = self.evaluate()
-        metrics = {"step": self.step, "evaluation": True, **result}
-        self.log.record(metrics)
+        with record_usage(self.model) as recorders:
+            result = self.evaluate()
+        usage = {
+            f"{name}.{statistic}": value
+            for name, recorder in recorders.items()
+            for statistic, value in dataclasses.asdict(recorder.by_weight()).items()
+        }
+        self.log.record({"step": self.step, "evaluation": True, **result, **usage})
         losses = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
         self.log.line(f"held-out after step {self.step}: {losses}")
         self._track({"step": self.step} | {f"held_out/{k}": v for k, v in result.items()})
@@ -373,12 +354,14 @@ class Trainer:
         return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
     def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        shown = is_progress_bar_enabled()
         disable_progress_bar()  # its bar would break the run's own
         try:
             self.model.save_pretrained(folder, state_dict=weights)
             self.tokenizer.save_pretrained(folder)
         finally:
-            enable_progress_bar()
+            if shown:
+                enable_progress_bar()
 
     def _save_model(self, folder: Path) -> None:
         """Put the model beside the metrics, so that the run folder loads as a model."""

@@ -1,0 +1,63 @@
+"""Loss on held-out rows during training."""
+
+import torch
+from accelerate import Accelerator
+
+from memlm.config import LOSS_GROUPS
+from memlm.data import ByteTokenizer, PackedDataset
+from memlm.training.feed import Batch
+from memlm.training.logs import bits
+from memlm.training.loss import RowLoss, group_counts, total
+
+
+class HeldOut:
+    """The first rows of the validation split, read once and shared out over the processes.
+
+    Args:
+        dataset: the validation split.
+        rows: their number, rounded up so that every process has as many.
+        size: most rows of one forward pass.
+        accelerator: the processes.
+    """
+
+    def __init__(self, dataset: PackedDataset, rows: int, size: int, accelerator: Accelerator):
+        self.dataset, self.size, self.accelerator = dataset, size, accelerator
+        self.share = -(-rows // accelerator.num_processes)
+        self._batches: list[Batch] | None = None
+
+    @torch.no_grad()
+    def evaluate(self, row_loss: RowLoss, use_memory: bool = True) -> dict[str, float]:
+        """Mean losses in bits; the training mode of `row_loss` is restored.
+
+        Args:
+            row_loss: the model's loss, without a data-parallel wrapper.
+            use_memory: False = every memory switched off.
+
+        Returns:
+            bits (per target, over all targets), text_bits and answer_bits where there are such
+            targets, and bits_per_byte with the byte tokenizer.
+        """
+        device, training = self.accelerator.device, row_loss.training
+        sums = torch.zeros(len(LOSS_GROUPS), device=device)
+        counts = torch.zeros(len(LOSS_GROUPS), dtype=torch.int64)
+        row_loss.eval()
+        for batch in self._rows():
+            counts += group_counts(batch)
+            on_device = {name: row.to(device) for name, row in batch.items()}
+            sums += row_loss(on_device, use_memory=use_memory)[0]
+        row_loss.train(training)
+        sums, counts = total(sums, self.accelerator), total(counts, self.accelerator)
+        result = bits(sums.tolist(), counts.tolist())
+        if isinstance(self.dataset.tokenizer, ByteTokenizer):
+            result["bits_per_byte"] = result["bits"]
+        return result
+
+    def _rows(self) -> list[Batch]:
+        if self._batches is None:
+            first = self.accelerator.process_index * self.share
+            mine = range(first, first + self.share)
+            self._batches = [
+                self.dataset.batch(mine[start : start + self.size])
+                for start in range(0, self.share, self.size)
+            ]
+        return self._batches
