@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 NORM_EPS = 1e-5  # of the layer norm inside the depth-2 memory
@@ -25,12 +24,6 @@ class NeuralMemoryState:
     weights: tuple[Tensor, ...]
     momentum: tuple[Tensor, ...]
     offset: Tensor
-
-    @classmethod
-    def initial(cls, weights: tuple[Tensor, ...]) -> "NeuralMemoryState":
-        """The state before the first token of sequences that start from `weights`."""
-        offset = torch.zeros(len(weights[0]), dtype=torch.int64, device=weights[0].device)
-        return cls(weights, weights, tuple(torch.zeros_like(w) for w in weights), offset)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "NeuralMemoryState":
         """Apply `function` to all weights and momenta (not to the offset)."""
