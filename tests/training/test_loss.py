@@ -1,0 +1,57 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from memlm.models import MemLMConfig, MemLMForCausalLM
+from memlm.training.loss import RowLoss, group_coefficients, group_counts
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 20, (2, 12))
+    labels[0, 3:6] = -100
+    return {
+        "input_ids": torch.randint(0, 20, (2, 12)),
+        "segment_ids": torch.ones(2, 12, dtype=torch.int64),
+        "position_ids": torch.arange(12).expand(2, -1),
+        "labels": labels,
+        "loss_groups": torch.randint(0, 2, (2, 12)),
+    }
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    layers = [{"mixer": {"type": "attention", "num_heads": 2}, "ffn": "swiglu"}]
+    return MemLMForCausalLM(MemLMConfig(vocab_size=20, hidden_size=16, layers=layers))
+
+
+def test_sums_belong_to_their_groups(model, batch):
+    sums, states = RowLoss(model)(batch)
+    assert states is None
+    logits = model(batch["input_ids"], use_cache=False).logits
+    for group in (0, 1):
+        mask = (batch["loss_groups"] == group) & (batch["labels"] != -100)
+        expected = F.cross_entropy(logits[mask], batch["labels"][mask], reduction="sum")
+        assert torch.allclose(sums[group], expected, rtol=1e-5)
+        assert group_counts(batch)[group] == mask.sum()
+
+
+def test_returned_states_carry_no_gradient(model, batch):
+    _, states = RowLoss(model)(batch, carry=True)
+    tensors = [tensor for state in states.values() for tensor in state.tensors().values()]
+    assert tensors
+    assert not any(tensor.requires_grad for tensor in tensors)
+
+
+def test_coefficients_make_means():
+    counts = torch.tensor([6, 2])
+    sums = torch.tensor([3.0, 5.0])
+    assert (sums * group_coefficients(counts, None)).sum() == pytest.approx(8 / 8)
+    weights = {"text": 1.0, "answer": 0.5}
+    assert (sums * group_coefficients(counts, weights)).sum() == pytest.approx(3 / 6 + 0.5 * 5 / 2)
+    assert group_coefficients(counts, {"answer": 1.0}).tolist() == [0.0, 0.5]
+    # A group without targets has a sum of zero and takes no part.
+    assert torch.isfinite(group_coefficients(torch.tensor([4, 0]), weights)).all()
+    assert torch.isfinite(group_coefficients(torch.tensor([0, 0]), None)).all()

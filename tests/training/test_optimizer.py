@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+from memlm.config import TrainConfig
+from memlm.models import MemLMConfig, MemLMForCausalLM
+from memlm.training.optimizer import build_optimizers, parameter_groups, set_learning_rates
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def model(request):
+    layers = [
+        {
+            "mixer": {"type": "sliding_attention", "window": 8, "num_heads": 2, "conv_size": 4},
+            "memory": {"type": "gated_delta", "num_heads": 2, "head_dim": 16},
+            "ffn": "swiglu",
+        },
+        {"mixer": "attention", "ffn": {"type": "product_key", "num_keys": 8, "top_k": 2}},
+    ]
+    config = MemLMConfig(
+        vocab_size=40, hidden_size=32, layers=layers, tie_word_embeddings=request.param
+    )
+    return MemLMForCausalLM(config)
+
+
+def test_every_parameter_has_exactly_one_group(model):
+    names = [name for group in parameter_groups(model).values() for name in group]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_groups(model):
+    groups = parameter_groups(model)
+    parameters = dict(model.named_parameters())
+    where = {name: group for group, names in groups.items() for name in names}
+    assert where["model.embed_tokens.weight"] == "others"
+    assert where.get("lm_head.weight", "others") == "others"
+    assert where["model.layers.0.mixer.module.q_proj.weight"] == "matrices"
+    assert where["model.layers.0.ffn.module.down_proj.weight"] == "matrices"
+    for name, parameter in parameters.items():
+        if name.endswith(("A_log", "dt_bias", "norm.weight", "bias")):
+            assert where[name] == "no_decay", name
+        if "conv" in name:
+            assert where[name] != "matrices", name
+        if where[name] == "matrices":
+            assert parameter.ndim == 2 and min(parameter.shape) >= 16
+    assert len(groups["values"]) == 1
+    assert parameters[groups["values"][0]].shape[0] == 64  # 8 x 8 slots
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest(model):
+    config = TrainConfig(optimizer="muon", weight_decay=0.2)
+    adamw, muon = build_optimizers(model, config)
+    assert isinstance(muon, torch.optim.Muon)
+    taken = sum(len(group["params"]) for group in muon.param_groups)
+    assert taken == len(parameter_groups(model)["matrices"])
+    counts = [len(group["params"]) for o in (adamw, muon) for group in o.param_groups]
+    assert sum(counts) == len(list(model.parameters()))
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.2, 0.0, 0.0]
+    (single,) = build_optimizers(model, TrainConfig(optimizer="adamw"))
+    assert isinstance(single, torch.optim.AdamW)
+
+
+def test_value_tables_keep_their_rate(model):
+    config = TrainConfig(optimizer="muon", learning_rate=1.0, muon_learning_rate=2.0)
+    optimizers = build_optimizers(model, config)
+    for factor in (0.5, 0.1):
+        set_learning_rates(optimizers, factor)
+        rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        assert rates == [factor, factor, 1e-3, 2 * factor]
+
+
+def test_frozen_parameters_are_left_out(model):
+    frozen = model.model.embed_tokens.weight.requires_grad_(False)
+    for optimizer in build_optimizers(model, TrainConfig()):
+        for group in optimizer.param_groups:
+            assert all(parameter is not frozen for parameter in group["params"])
