@@ -51,9 +51,7 @@ def test_survives_saving_and_loading(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["layers"] == built.layers
     loaded = MemLMConfig.from_pretrained(tmp_path)
     assert loaded.plan() == built.plan()
-    assert loaded.to_dict() == {**built.to_dict(), "transformers_version": None} or (
-        loaded.layers == built.layers and loaded.hidden_size == built.hidden_size
-    )
+    assert (loaded.layers, loaded.hidden_size) == (built.layers, built.hidden_size)
 
 
 BAD_VALUES = [

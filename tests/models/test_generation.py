@@ -1,0 +1,199 @@
+"""generate() with states in the cache: everything equals a full recompute."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from memlm import MemLMCache, UserError
+from memlm.models.cache import StateLayer
+from tests.memory.contract import build_model
+
+SLIDING = {"type": "sliding_attention", "window": 5, "num_heads": 2, "conv_size": 3}
+MEMORY = {"type": "gated_delta", "num_heads": 2, "head_dim": 8}
+LAYERS = [
+    {"mixer": SLIDING, "memory": MEMORY, "ffn": "swiglu"},
+    {"mixer": {"type": "attention", "num_heads": 2}, "ffn": "swiglu"},
+]
+GREEDY = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(LAYERS)
+
+
+def tokens(*shape, seed=3):
+    return torch.randint(1, 40, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def recompute(model, ids, count, **kwargs):
+    """Greedy continuation, every step from scratch."""
+    for _ in range(count):
+        logits = model(ids, use_cache=False, **kwargs).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+def test_greedy(model):
+    ids = tokens(2, 9)
+    expected = recompute(model, ids, 7)
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+    assert torch.equal(model.generate(ids, use_cache=False, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_chunked_prefill(model, size):
+    ids = tokens(2, 9)
+    expected = recompute(model, ids, 7)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=size, **GREEDY), expected)
+
+
+def test_sampling_with_a_seed(model):
+    ids = tokens(2, 9)
+    results = []
+    for options in ({}, {"use_cache": False}, {"prefill_chunk_size": 2}):
+        torch.manual_seed(11)
+        results.append(model.generate(ids, **{**GREEDY, "do_sample": True, "top_k": 8}, **options))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    torch.manual_seed(12)
+    other = model.generate(ids, **{**GREEDY, "do_sample": True, "top_k": 8})
+    assert not torch.equal(other, results[0])
+
+
+def test_beams_with_return_sequences_and_sampling(model):
+    ids = tokens(2, 9)
+    for options in ({"num_beams": 4, "num_return_sequences": 3}, {"num_return_sequences": 2}):
+        sample = {**GREEDY, "do_sample": "num_beams" not in options, **options}
+        torch.manual_seed(5)
+        cached = model.generate(ids, **sample)
+        torch.manual_seed(5)
+        assert torch.equal(cached, model.generate(ids, use_cache=False, **sample))
+        assert cached.shape[0] == 2 * options["num_return_sequences"]
+
+
+def test_left_padding_is_derived_from_the_mask(model):
+    short, long = tokens(1, 4), tokens(1, 9, seed=4)
+    padded = torch.zeros(2, 9, dtype=torch.int64)
+    padded[0, 5:], padded[1] = short, long
+    mask = (padded > 0).long()
+    together = model.generate(padded, attention_mask=mask, **GREEDY)
+    assert torch.equal(together[0, 9:], model.generate(short, **GREEDY)[0, 4:])
+    assert torch.equal(together[1], model.generate(long, **GREEDY)[0])
+
+
+def test_rows_that_stop_early_do_not_disturb_the_others(model):
+    ids = tokens(3, 6)
+    free = model.generate(ids, **GREEDY)
+    stop = int(free[0, 8])
+    stopped = model.generate(
+        ids, max_new_tokens=7, do_sample=False, eos_token_id=stop, pad_token_id=0
+    )
+    for row in range(3):
+        new = free[row, 6:].tolist()
+        length = new.index(stop) + 1 if stop in new else 7
+        assert stopped[row, 6 : 6 + length].tolist() == new[:length]
+
+
+def test_two_turns_with_one_cache(model):
+    first, second = tokens(2, 6), tokens(2, 5, seed=8)
+    out = model.generate(first, return_dict_in_generate=True, **GREEDY)
+    assert isinstance(out.past_key_values, MemLMCache)
+    assert out.past_key_values.get_seq_length() == 12  # the last token is not read yet
+    history = torch.cat([out.sequences, second], 1)
+    again = model.generate(history, past_key_values=out.past_key_values, **GREEDY)
+    assert torch.equal(again, recompute(model, history, 7))
+
+
+def test_two_turns_with_left_padding(model):
+    ids = tokens(2, 6)
+    ids[0, :3] = 0
+    mask = (ids > 0).long()
+    out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+    history = torch.cat([out.sequences, tokens(2, 4, seed=8)], 1)
+    mask = torch.cat([mask, torch.ones(2, 11, dtype=torch.int64)], 1)
+    options = {"attention_mask": mask, **GREEDY}
+    again = model.generate(history, past_key_values=out.past_key_values, **options)
+    assert torch.equal(again, model.generate(history, **options))
+
+
+def test_forward_with_cache_continues_it(model):
+    ids = tokens(2, 10)
+    first = model(ids[:, :4])
+    second = model(ids[:, 4:], past_key_values=first.past_key_values)
+    assert second.past_key_values is first.past_key_values
+    expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), expected)
+    assert model(ids, use_cache=False).past_key_values is None
+
+
+@pytest.mark.parametrize("options", [{"use_memory": False}, {"write_memory": False}])
+def test_memory_switches_reach_every_step(model, options):
+    ids = tokens(2, 9)
+    expected = recompute(model, ids, 7, **options)
+    assert torch.equal(model.generate(ids, **options, **GREEDY), expected)
+    assert not torch.equal(expected, recompute(model, ids, 7))
+
+
+def test_frozen_memory_in_generation_reads_what_was_written_before(model):
+    ids = tokens(1, 12)
+    states = model(ids[:, :8], return_memory_states=True).memory_states
+    cache = MemLMCache(states)
+    cache.columns = 8
+    model.generate(ids, past_key_values=cache, write_memory=False, **GREEDY)
+    assert cache.states["0.memory"] is states["0.memory"]
+    assert cache.states["0.mixer"] is not states["0.mixer"]
+
+
+def test_assisted_decoding_is_refused(model):
+    with pytest.raises(ValueError, match="[Aa]ssisted"):
+        model.generate(tokens(1, 6), assistant_model=build_model(LAYERS), **GREEDY)
+    with pytest.raises(ValueError, match="stateful|[Aa]ssisted"):
+        model.generate(tokens(1, 6), prompt_lookup_num_tokens=2, **GREEDY)
+
+
+def test_other_caches_are_refused(model):
+    for call in (model, model.generate):
+        with pytest.raises(UserError, match="DynamicCache, which cannot hold memories"):
+            call(tokens(1, 6), past_key_values=DynamicCache())
+    with pytest.raises(UserError, match="cache_implementation 'static'"):
+        model.generate(tokens(1, 6), cache_implementation="static", **GREEDY)
+
+
+def test_cache_rearranges_every_state(model):
+    cache = model(tokens(3, 6)).past_key_values
+    before = {name: state.tensors() for name, state in cache.states.items()}
+    assert cache.nbytes == sum(state.nbytes for state in cache.states.values())
+    order = torch.tensor([2, 0, 0])
+    cache.reorder_cache(order)
+    for name, state in cache.states.items():
+        for key, tensor in state.tensors().items():
+            assert torch.equal(tensor, before[name][key][order])
+    cache.batch_select_indices(torch.tensor([0]))
+    cache.batch_repeat_interleave(2)
+    for name, state in cache.states.items():
+        for key, tensor in state.tensors().items():
+            assert torch.equal(tensor, before[name][key][[2, 2]])
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    ids = tokens(2, 5)
+    fresh = model(ids).logits
+    torch.testing.assert_close(model(ids, past_key_values=cache).logits, fresh)
+
+
+def test_cache_layers_take_no_keys(model):
+    layer = StateLayer()
+    with pytest.raises(TypeError, match="the model itself fills"):
+        layer.update(torch.zeros(1), torch.zeros(1))
+    with pytest.raises(TypeError, match="the model itself fills"):
+        layer.lazy_initialization(torch.zeros(1), torch.zeros(1))
+    with pytest.raises(ValueError, match="cannot be offloaded"):
+        layer.offload()
+    assert MemLMCache().states is None
+    assert layer.get_max_length() == -1 and layer.get_seq_length() == 0
+    assert layer.get_mask_sizes(4) == (4, 0)
+
+
+def test_model_without_states_generates(model):
+    plain = build_model([{"ffn": "swiglu"}])
+    ids = tokens(1, 4)
+    assert torch.equal(plain.generate(ids, **GREEDY), recompute(plain, ids, 7))
