@@ -36,13 +36,19 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         project_dir=config.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    _check_processes(accelerator.num_processes, config.train)
+    check_processes(accelerator.num_processes, config.train)
     if accelerator.is_fsdp2:
         _keep_states_in_fp32(accelerator)
     return accelerator
 
 
-def _check_processes(started: int, options: TrainConfig) -> None:
+def check_processes(started: int, options: TrainConfig) -> None:
+    """Raise UserError unless all processes asked for take part and can share the rows of a step.
+
+    Args:
+        started: the processes that take part.
+        options: what they train.
+    """
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if started != asked:
         raise UserError(f"asked for {asked} processes but {started} take part; {_CPU_HINT}")

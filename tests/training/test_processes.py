@@ -1,0 +1,89 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memlm.config import Stage, save_config
+from memlm.errors import UserError
+from memlm.training import Trainer
+from memlm.training.logs import METRICS_FILE, read_metrics
+from memlm.training.setup import check_processes
+
+ROOT = Path(__file__).parent.parent.parent
+MEMORY = [
+    {
+        "mixer": {"type": "sliding_attention", "window": 16, "num_heads": 2},
+        "memory": {"type": "gated_delta", "num_heads": 2, "head_dim": 8},
+        "ffn": "swiglu",
+    }
+]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def launch(options, config, path, **environment):
+    save_config(config, path)
+    clean = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    return subprocess.run(
+        [*LAUNCH, *options, str(ROOT / "train.py"), "--config", str(path)],
+        capture_output=True,
+        text=True,
+        env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+    )
+
+
+def losses(folder):
+    return [r["loss"] for r in read_metrics(folder / METRICS_FILE) if not r.get("evaluation")]
+
+
+def test_two_processes_equal_one_and_one_goes_on_from_their_checkpoint(make_config, tmp_path):
+    options = {
+        "model": {"layers": MEMORY},
+        "steps": 20,
+        "curriculum": [Stage(length=32, window=8, until=0.5), Stage(length=64)],
+        "carry_state": True,
+        "micro_batch_rows": 1,
+        "evaluation_rows": 4,
+        "save_every": 14,
+    }
+    one, two = make_config("one", **options), make_config("two", **options)
+    single = Trainer(one).run()
+    done = launch(
+        ["--multi_gpu", "--num_processes", "2"],
+        two,
+        tmp_path / "two.yaml",
+        ACCELERATE_USE_CPU="true",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    assert len(losses(two.output_dir)) == 20
+    assert losses(two.output_dir) == pytest.approx(losses(one.output_dir), abs=1e-5)
+    final = read_metrics(two.output_dir / METRICS_FILE)[-1]
+    assert final["bits"] == pytest.approx(single.after["bits"], abs=1e-5)
+
+    # The lanes of both processes are in the checkpoint.
+    again = make_config("again", **options)
+    Trainer(again, resume=two.output_dir / "checkpoints" / "step_000014").run()
+    assert losses(again.output_dir) == pytest.approx(losses(one.output_dir)[14:], abs=1e-5)
+
+
+def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(make_config, tmp_path):
+    config = make_config()
+    done = launch(["--cpu", "--num_processes", "2"], config, tmp_path / "run.yaml")
+    assert "error: asked for several processes but only one was started" in done.stderr
+    assert "ACCELERATE_USE_CPU=true" in done.stderr
+    assert not config.output_dir.exists()
+
+
+def test_processes_that_do_not_find_each_other_are_noticed(make_config, monkeypatch):
+    # `accelerate launch --multi_gpu` without GPUs starts two runs that know nothing of each other.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="asked for 2 processes but 1 take part"):
+        check_processes(1, make_config().train)
+
+
+def test_rows_that_cannot_be_shared(make_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="4 rows of 64 tokens cannot be shared by 3 processes"):
+        check_processes(3, make_config().train)
