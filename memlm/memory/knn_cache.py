@@ -18,6 +18,10 @@ from memlm.errors import UserError
 from memlm.memory.base import CallContext, MemoryConfig, MemoryModule, register
 from memlm.memory.knn_store import KnnCacheState, read_store, take_rows
 
+# Steps per unit of a state in the search: products up to 16 units stay below 2^24, where float32
+# counts exactly. Finer than bfloat16 at the size of a typical channel.
+GRID = 1024
+
 
 @dataclasses.dataclass(kw_only=True)
 class KnnCacheConfig(MemoryConfig):
@@ -188,15 +192,28 @@ class KnnCache(MemoryModule):
         z = compressor(hidden).to(state.keys.dtype)
         store, new_state = read_store(state, z, context, config.segment)
         first, last = store.visible(config.capacity, config.segment)
-        _, hits = topk_search(
-            z, store.keys, config.top_k, config.metric, positions=(store.places, first, last)
-        )
+        metric = "dot" if config.metric == "cosine" else config.metric
+        queries, keys = self._on_grid(z), self._on_grid(store.keys)
+        positions = (store.places, first, last)
+        _, hits = topk_search(queries, keys, config.top_k, metric, positions=positions)
         index, found = store.neighbors(hits, first, last, config.neighborhood)
         entries = take_rows(store.keys, index)  # [B, T, top_k, neighborhood, r]
         at_hit = entries[:, :, :, (config.neighborhood - 1) // 2]
         similarity = self._similarity(z, at_hit).unsqueeze(-1).expand(index.shape)
         parts = (part.flatten(2, 3) for part in (entries, similarity, found))
         return Retrieval(self, *parts), new_state
+
+    @torch.no_grad()
+    def _on_grid(self, z: Tensor) -> Tensor:
+        """States as whole numbers, of unit length (cosine) or unit scale times GRID.
+
+        Their scores are whole numbers too, exact in any order of summation. Equal states then score
+        equally in every call, and the older wins, however the calls are cut; the rounding errors of
+        differently shaped products would choose among them at random.
+        """
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = F.normalize(z, dim=-1) if self.config.metric == "cosine" else z * self.key_size**-0.5
+        return (GRID * z).round()
 
     def _similarity(self, z: Tensor, entries: Tensor) -> Tensor:
         """[B, T, r] with [B, T, k, r] -> [B, T, k]; on the scale of a cosine for every metric."""
