@@ -106,8 +106,8 @@ class EvaluationConfig:
     needle: NeedleOptions = field(default_factory=NeedleOptions)
     mqar: MqarOptions = field(default_factory=MqarOptions)
     perplexity: PerplexityOptions = field(default_factory=PerplexityOptions)
-    batch_size: int = 48
-    segment: int = 1024
+    batch_size: int = 32
+    segment: int = 256
     seed: int = 0
 
     def validate(self) -> None:

@@ -30,7 +30,7 @@ def draw_plots(results: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
     """File name -> PNG of every plot the tasks of `results` have."""
     import matplotlib
 
-    style = {"font.size": 11, "axes.grid": False, "axes.axisbelow": True}
+    style = {"font.size": 11, "axes.grid": False, "axes.axisbelow": "line"}
     with matplotlib.rc_context(style | (DARK if dark else {})):
         plots = {}
         tasks = results["tasks"]
@@ -88,6 +88,10 @@ def _heatmaps(results: dict[str, Any], task: dict[str, Any]) -> bytes:
                     column, row, f"{value:.0f}", ha="center", va="center", color=colour, size=10
                 )
         axis.set_title(f"memory {condition}", size=11)
+        axis.set_xticks([i + 0.5 for i in range(len(lengths) - 1)], minor=True)
+        axis.set_yticks([i + 0.5 for i in range(len(depths) - 1)], minor=True)
+        axis.grid(which="minor", color="white", linewidth=1)
+        axis.tick_params(which="minor", length=0)
         axis.set_xticks(range(len(lengths)), [str(length) for length in lengths])
         axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
     figure.supxlabel("prompt length (tokens)", size=11)
@@ -155,8 +159,8 @@ def _by_position(results: dict[str, Any], task: dict[str, Any]) -> bytes:
             right.errorbar(centres, values, yerr=_interval(points), **style)
     left.set_title("Loss on held-out text", size=12)
     left.set_ylabel("loss (bits per byte), 95 % interval")
-    right.set_title("What the condition costs, document by document", size=12)
-    right.set_ylabel("loss minus memory on (bits per byte), 95 % interval")
+    right.set_title("Extra loss over memory on, same documents", size=12)
+    right.set_ylabel("extra loss (bits per byte), 95 % interval")
     right.axhline(0, color=COLOURS["on"], linewidth=1)
     for axis in (left, right):
         axis.set_xticks(range(len(ranges)), ranges, rotation=30, ha="right")

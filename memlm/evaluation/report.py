@@ -155,13 +155,15 @@ def _explain(name: str, task: dict[str, Any]) -> str:
         return (
             "A line with a pass key stands in real text, at least "
             f"{task['least_distance_tokens']} tokens before the question. Its digits are "
-            "generated greedily; only an exact match counts. Wilson 95 % intervals."
+            "generated greedily; only an exact match counts. Guessing the digits gives "
+            f"{100 * task['chance']:.3g} %. Wilson 95 % intervals."
         )
     if name == "mqar":
         return (
             f"Key-value pairs, then every key again, in rows of {task['row_tokens']} tokens. A "
-            "query counts when the most likely next token is its value. Wilson 95 % intervals "
-            "that count rows, not queries."
+            "query counts when the most likely next token is its value. Many queries stand close "
+            "to the pairs, where attention may answer them without the memory. Wilson 95 % "
+            "intervals that count rows, not queries."
         )
     perplexities = ", ".join(
         f"{key} {value:.2f}" for key, value in task["perplexity_per_token"].items()

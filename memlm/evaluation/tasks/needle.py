@@ -100,7 +100,11 @@ def run(
                     }
                 )
     result.cost |= meter.rates()
-    result.details = {"cells": cells, "least_distance_tokens": distance}
+    result.details = {
+        "cells": cells,
+        "least_distance_tokens": distance,
+        "chance": 10.0**-options.digits,
+    }
     return result
 
 

@@ -1,0 +1,124 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from memlm.evaluation.config import EvaluationConfig
+from memlm.evaluation.main import main, parse_arguments
+
+
+@pytest.fixture
+def folder(tiny_model, tokenizer, tmp_path):
+    path = tmp_path / "model"
+    tiny_model(memory="gated_delta").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def _fails(arguments, capsys) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "Traceback" not in err and not out
+    return last
+
+
+def test_arguments_reach_the_config():
+    options, config = parse_arguments(
+        "--model m --output=o --tasks needle,mqar --needle.lengths 128,256 --needle.distance 9 "
+        "--needle.files a.txt --perplexity.files [b.txt,c.txt] --seed 3".split()
+    )
+    assert options == {"model": "m", "output": "o", "tokenizer": None}
+    expected = EvaluationConfig(tasks=["needle", "mqar"], seed=3)
+    expected.needle.lengths, expected.needle.distance = [128, 256], 9
+    expected.needle.files, expected.perplexity.files = ["a.txt"], ["b.txt", "c.txt"]
+    assert config == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--needle.lenghts 128", "unknown option --needle.lenghts; did you mean 'needle.lengths'?"),
+        ("--needle.depths deep", "--needle.depths"),
+        ("--needle.lengths 128,x", "--needle.lengths"),
+        ("--seed", "--seed needs a value"),
+        ("needle", "unexpected argument 'needle'"),
+        ("--tasks needle", "--model is needed"),
+        ("--model m", "--output is needed"),
+        ("--model m --output o --tasks neddle", "did you mean 'needle'?"),
+    ],
+)
+def test_wrong_arguments(words, message, capsys):
+    assert message in _fails(words.split(), capsys)
+
+
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    assert "--needle.lengths" in capsys.readouterr().out
+
+
+def test_whole_command(folder, text_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["--model", folder, "--tasks", "needle", "--needle.lengths", "200"]
+    words += ["--needle.trials", "4", "--needle.depths", "2", "--needle.files", text_file]
+    words = [str(word) for word in [*words, "--output", out]]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "needle, recall (%)  200 tokens" in printed and str(out / "report.html") in printed
+    results = json.loads((out / "results.json").read_text())
+    assert results["command"] == "python eval.py " + " ".join(words)
+    assert results["model"]["name"] == "model"
+    assert "already holds results.json" in _fails(words, capsys)
+
+
+def test_entry_point(tmp_path):
+    script = Path(__file__).parents[2] / "eval.py"
+    command = [sys.executable, str(script), "--model", str(tmp_path / "no"), "--output", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: model: there is no folder")
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_of_another_architecture(tmp_path, capsys):
+    LlamaConfig().save_pretrained(tmp_path)
+    found = _fails(["--model", tmp_path, "--output", tmp_path / "out"], capsys)
+    assert "holds a model of type 'llama'" in found
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "weights of"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "weights of"),
+        (lambda folder: _change(folder, hidden_size=64), "weights of"),
+        (lambda folder: _change(folder, layers=_one_more(folder)), "missing keys: model.layers.2"),
+        (lambda folder: _change(folder, hiden_size=64), "did you mean 'hidden_size'?"),
+    ],
+)
+def test_damaged_model(folder, tmp_path, capsys, spoil, message):
+    spoil(folder)
+    found = _fails(["--model", folder, "--output", tmp_path / "out"], capsys)
+    assert message in found
+    assert not (tmp_path / "out").exists()
+
+
+def _config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def _change(folder, **values):
+    (folder / "config.json").write_text(json.dumps(_config(folder) | values))
+
+
+def _one_more(folder):
+    layers = _config(folder)["layers"]
+    layers[0]["repeat"] = 3
+    return layers

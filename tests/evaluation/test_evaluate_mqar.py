@@ -1,0 +1,77 @@
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memlm.errors import UserError
+from memlm.evaluation import EvaluationConfig, evaluate
+from memlm.evaluation.config import MqarOptions
+from memlm.layers.state import MemoryState
+
+
+@dataclasses.dataclass
+class Pairs(MemoryState):
+    """values [B, V]: the value that followed each key, 0 = none; last [B]: the last token."""
+
+    values: Tensor
+    last: Tensor
+
+    def reset(self, rows: Tensor | None = None) -> "Pairs":
+        return Pairs(torch.zeros_like(self.values), torch.zeros_like(self.last))
+
+
+class Lookup(nn.Module):
+    """Answers a key with the value that followed it in the context."""
+
+    config = SimpleNamespace(vocab_size=259)
+    device = torch.device("cpu")
+    max_context = None
+
+    def memories(self):
+        return {"memory": SimpleNamespace(name="lookup")}
+
+    def memory_state_names(self):
+        return ["memory"]
+
+    def forward(self, input_ids, attention_mask=None, memory_states=None, use_memory=True, **_):
+        rows, length = input_ids.shape
+        state = (memory_states or {}).get("memory") or Pairs(
+            torch.zeros(rows, 259, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+        )
+        values, last = state.values.clone(), state.last.clone()
+        logits = torch.zeros(rows, length, 259)
+        every = torch.arange(rows)
+        for column in range(length):
+            token = input_ids[:, column]
+            pair = (token >= 128) & (last > 0) & (last < 128)
+            values[every[pair], last[pair]] = token[pair]
+            if use_memory:
+                logits[every, column, values[every, token]] = 1.0
+            last = token
+        return SimpleNamespace(logits=logits, memory_states={"memory": Pairs(values, last)})
+
+
+def _config(**options):
+    mqar = MqarOptions(**({"length": 40, "pairs": [2, 6], "rows": 10} | options))
+    return EvaluationConfig(tasks=["mqar"], mqar=mqar, batch_size=4, segment=5)
+
+
+def test_pairs_are_found_by_the_memory_alone(tokenizer):
+    task = evaluate(Lookup(), tokenizer, _config(), progress=False)["tasks"]["mqar"]
+    for pairs in ("2", "6"):
+        scores = task["scores"][pairs]
+        assert scores["on"]["value"] == 1.0
+        assert scores["on"]["count"] == 10
+        assert scores["on"]["low"] == pytest.approx(0.722, abs=1e-3)
+        assert scores["off"]["value"] == scores["reset"]["value"] == 0.0
+        # Two rows may hold the same pair by chance.
+        assert scores["swapped"]["value"] < 0.1
+        assert task["memory_gain"][pairs]["reset"]["value"] == 1.0
+    assert task["cost"]["memory_state_bytes"] == 260 * 8
+
+
+def test_pairs_must_fit(tokenizer):
+    with pytest.raises(UserError, match="130 pairs need a vocabulary of 262"):
+        evaluate(Lookup(), tokenizer, _config(pairs=[130], length=520), progress=False)
