@@ -131,7 +131,10 @@ class Titans(MemoryModule):
         self.k_proj = nn.Linear(hidden_size, H * D, bias=False)
         self.v_proj = nn.Linear(hidden_size, H * D, bias=False)
         self.conv1d = ShortConvolution(3 * H * D, config.conv_size)
-        self.gates_proj = nn.Linear(hidden_size, 3 * H)  # alpha, eta, theta of every head
+        self.gates_proj = nn.Linear(hidden_size, 3 * H, bias=False)  # alpha, eta, theta per head
+        # Not the linear layer's own bias: transformers passes over the init_weights of a module
+        # without parameters of its own.
+        self.gates_bias = nn.Parameter(torch.empty(3 * H))
         self.initial_weights = nn.ParameterList(
             torch.empty(H, *shape) for shape in self._layer_shapes()
         )
@@ -148,7 +151,7 @@ class Titans(MemoryModule):
     def init_weights(self) -> None:
         config = self.config
         biases = torch.tensor([config.alpha_bias, config.eta_bias, config.theta_bias])
-        init.copy_(self.gates_proj.bias, biases.repeat_interleave(self.heads))
+        init.copy_(self.gates_bias, biases.repeat_interleave(self.heads))
         if config.depth == 1:
             init.zeros_(self.initial_weights[0])
         else:
@@ -204,7 +207,8 @@ class Titans(MemoryModule):
     def _gates(self, x: Tensor) -> list[Tensor]:
         """Decay alpha, momentum eta and step theta, [B, T, H], at least float32."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        alpha, eta, theta = self.gates_proj(x).to(wide).sigmoid().chunk(3, -1)
+        gates = self.gates_proj(x).to(wide) + self.gates_bias.to(wide)
+        alpha, eta, theta = gates.sigmoid().chunk(3, -1)
         theta = self.config.step_bound * theta
         if self.config.average_momentum:
             theta = (1 - eta) * theta

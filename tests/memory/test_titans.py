@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.errors import UserError
 from memlm.layers.context import CallContext
 from memlm.memory import memory_config
@@ -42,7 +43,7 @@ def test_the_layer_is_the_published_formula(average):
     qkv = F.silu(sum(padded[j : j + 6] * w["conv1d.weight"][:, 0, j] for j in range(4)))
     q, k, v = (part.view(6, 2, 4) for part in qkv.chunk(3, -1))
     q, k = (part * (part.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for part in (q, k))
-    gates = (x @ w["gates_proj.weight"].t() + w["gates_proj.bias"]).sigmoid()
+    gates = (x @ w["gates_proj.weight"].t() + w["gates_bias"]).sigmoid()
     alpha, eta, theta = gates.chunk(3, -1)
     theta = 0.3 * theta * ((1 - eta) if average else 1)
     outputs = torch.zeros(6, 2, 4, dtype=FLOAT64)
@@ -85,6 +86,17 @@ def test_sizes_follow_the_hidden_size(options, hidden_size, sizes):
 def test_impossible_sizes(options, message):
     with pytest.raises(UserError, match=message):
         Titans(TitansConfig(**options), 64)
+
+
+def test_start_values_survive_the_initialisation_of_a_model():
+    model = MemLMForCausalLM(
+        MemLMConfig(vocab_size=8, hidden_size=64, layers=[{"repeat": 1, "mixer": "titans"}])
+    )
+    (module,) = (module for module in model.modules() if isinstance(module, Titans))
+    torch.testing.assert_close(
+        module.gates_bias, torch.tensor([-6.0, 2.0, 0.0]).repeat_interleave(2)
+    )
+    assert module.initial_weights[0].std().item() == pytest.approx(1, rel=0.1)
 
 
 def test_start_values():
