@@ -1,0 +1,72 @@
+"""The short convolution against torch's own, in one call or many."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from memlm.layers.context import CallContext, SequenceLayout
+from memlm.layers.convolution import ConvolutionState, ShortConvolution
+from memlm.layers.mlp import SwiGLU
+from memlm.layers.norm import l2_norm
+
+
+def expected(layer, x):
+    """One document [T, channels]."""
+    padded = F.pad(x.T, (layer.kernel_size - 1, 0))[None]
+    y = F.conv1d(padded, layer.weight, groups=len(layer.weight))[0].T
+    return F.silu(y) if layer.activation else y
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2, 4])
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_pieces_shorter_than_the_kernel(kernel_size, activation):
+    layer = ShortConvolution(3, kernel_size, activation).double()
+    x = torch.randn(2, 9, 3, dtype=torch.float64)
+    tail = layer.init_tail(2, dtype=torch.float64)
+    parts = []
+    for start, end in ((0, 1), (1, 3), (3, 9)):
+        y, tail = layer(x[:, start:end], tail, CallContext.plain(2, end - start, start).layout)
+        parts.append(y)
+    for row in range(2):
+        torch.testing.assert_close(torch.cat(parts, 1)[row], expected(layer, x[row]))
+    assert tail.untyped_storage().nbytes() == tail.nbytes
+
+
+def test_packed_documents():
+    layer = ShortConvolution(3, 4).double()
+    x = torch.randn(1, 9, 3, dtype=torch.float64)
+    starts = torch.zeros(1, 9, dtype=torch.bool)
+    starts[0, [2, 7]] = True
+    layout = SequenceLayout.build(
+        torch.zeros(1, 9, dtype=torch.int64), torch.ones_like(starts), starts
+    )
+    before = torch.randn(1, 4, 3, dtype=torch.float64)
+    carried = ConvolutionState(before[:, 1:])
+    y, tails = layer(x, layout.incoming(carried).tail, layout)
+    pieces = [
+        expected(layer, torch.cat([before[0, 1:], x[0, :2]]))[3:],
+        expected(layer, x[0, 2:7]),
+        expected(layer, x[0, 7:]),
+    ]
+    torch.testing.assert_close(y[0], torch.cat(pieces))
+    after = layout.outgoing(ConvolutionState(tails), carried).tail
+    assert torch.equal(after[0], torch.cat([torch.zeros(1, 3), x[0, 7:]]))
+
+
+def test_reset_of_rows():
+    state = ConvolutionState(torch.ones(2, 3, 1))
+    assert state.reset(torch.tensor([False, True])).tail.sum((1, 2)).tolist() == [3, 0]
+    assert state.reset().tail.sum() == 0 and state.tail.sum() == 6
+
+
+def test_swiglu_is_its_formula():
+    layer = SwiGLU(4, 6).double()
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    gate, up, down = layer.gate_proj.weight, layer.up_proj.weight, layer.down_proj.weight
+    torch.testing.assert_close(layer(x), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+    assert layer.flops(10) == 10 * 2 * 3 * 4 * 6
+
+
+def test_l2_norm_makes_unit_vectors_and_keeps_zero():
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    torch.testing.assert_close(l2_norm(x), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
