@@ -18,8 +18,8 @@ setup: $(STAMP) ## Create the virtual environment and install memlm with its tes
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "error: memlm needs Python 3.11 or newer, but '$(PYTHON)' is" \
-	       "$$($(PYTHON) --version 2>&1 | head -n 1); choose another with: make PYTHON=python3.12 setup" >&2; exit 2; }
+	  echo "error: memlm needs Python 3.11 or newer, but '$(PYTHON)' is older or not installed;" \
+	       "choose another with: make PYTHON=python3.12 setup" >&2; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "error: '$(PYTHON)' has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" \
 	       "or choose another Python with: make PYTHON=... setup" >&2; exit 2; }
