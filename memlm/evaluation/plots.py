@@ -137,6 +137,7 @@ def _recall(results: dict[str, Any], task: dict[str, Any], title: str) -> bytes:
     axis.set_xlabel(task["axis"])
     axis.set_ylabel(f"{task['metric']}, 95 % interval")
     axis.set_ylim(0, 105)
+    axis.set_axisbelow(True)
     axis.grid(axis="y", alpha=0.4)
     axis.set_title(f"{title}: {task['metric'].split(' ')[0]} by condition", size=12)
     figure.legend(loc="outside lower center", ncols=len(conditions), frameon=False, fontsize=9)

@@ -28,7 +28,7 @@ th, td {{ padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); text-ali
   white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }}
 td small {{ color: var(--dim); }}
-img {{ max-width: 100%; height: auto; display: block; margin: 0.7rem 0; }}
+img {{ width: 100%; min-width: 34rem; height: auto; display: block; margin: 0.7rem 0; }}
 pre {{ background: var(--soft); padding: 0.7rem; overflow-x: auto; border-radius: 4px; }}
 </style>
 </head>
@@ -225,6 +225,6 @@ def _picture(plot: str, task: str, light: dict[str, bytes], dark: dict[str, byte
     )
     label = f"{TASK_TITLES[task]}: {plot.removesuffix('.png').replace('_', ' ')}"
     return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{night}">'
-        f'<img src="{source}" alt="{label}"></picture>'
+        f'<div class="wide"><picture><source media="(prefers-color-scheme: dark)" srcset="{night}">'
+        f'<img src="{source}" alt="{label}"></picture></div>'
     )

@@ -27,10 +27,9 @@ def _fails(arguments, capsys) -> str:
 
 
 def test_arguments_reach_the_config():
-    options, config = parse_arguments(
-        "--model m --output=o --tasks needle,mqar --needle.lengths 128,256 --needle.distance 9 "
-        "--needle.files a.txt --perplexity.files [b.txt,c.txt] --seed 3".split()
-    )
+    words = "--model m --output=o --tasks needle,mqar --needle.lengths 128,256 --needle.distance 9"
+    words += " --needle.files a.txt --perplexity.files [b.txt,c.txt] --seed 3"
+    options, config = parse_arguments(words.split())
     assert options == {"model": "m", "output": "o", "tokenizer": None}
     expected = EvaluationConfig(tasks=["needle", "mqar"], seed=3)
     expected.needle.lengths, expected.needle.distance = [128, 256], 9

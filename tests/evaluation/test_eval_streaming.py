@@ -16,7 +16,8 @@ def test_batches_cover_the_rows_and_leave_none_alone(count, size):
 @given(st.integers(1, 300), st.integers(1, 60))
 def test_segments_cover_the_tokens(length, size):
     parts = list(segments(length, size))
-    assert sum((list(range(length))[part] for part in parts), []) == list(range(length))
+    covered = [token for part in parts for token in range(length)[part]]
+    assert covered == list(range(length))
     assert all(part.stop - part.start <= size for part in parts)
 
 
