@@ -199,7 +199,8 @@ class KnnCache(MemoryModule):
         index, found = store.neighbors(hits, first, last, config.neighborhood)
         entries = take_rows(store.keys, index)  # [B, T, top_k, neighborhood, r]
         at_hit = entries[:, :, :, (config.neighborhood - 1) // 2]
-        similarity = self._similarity(z, at_hit).unsqueeze(-1).expand(index.shape)
+        similarity = self._similarity(z, store.keys, hits, at_hit)
+        similarity = similarity.unsqueeze(-1).expand(index.shape)
         parts = (part.flatten(2, 3) for part in (entries, similarity, found))
         return Retrieval(self, *parts), new_state
 
@@ -215,15 +216,23 @@ class KnnCache(MemoryModule):
         z = F.normalize(z, dim=-1) if self.config.metric == "cosine" else z * self.key_size**-0.5
         return (GRID * z).round()
 
-    def _similarity(self, z: Tensor, entries: Tensor) -> Tensor:
-        """[B, T, r] with [B, T, k, r] -> [B, T, k]; on the scale of a cosine for every metric."""
-        if self.config.metric == "cosine":
-            z, entries = F.normalize(z, dim=-1), F.normalize(entries, dim=-1)
-            return (entries @ z.unsqueeze(-1)).squeeze(-1)
-        scores = (entries @ z.unsqueeze(-1)).squeeze(-1)
+    def _similarity(self, z: Tensor, keys: Tensor, hits: Tensor, at_hit: Tensor) -> Tensor:
+        """Of tokens [B, T, r] and their hits, [B, T, k]; on the scale of a cosine for every metric.
+
+        Args:
+            z: [B, T, r].
+            keys: the store [B, M, r].
+            hits: int64 [B, T, k] into M.
+            at_hit: the entries there, [B, T, k, r].
+        """
+        scores = (at_hit @ z.unsqueeze(-1)).squeeze(-1)
+        if self.config.metric == "dot":
+            return scores / self.key_size
+        # Once per entry of the store instead of once per hit.
+        squares = keys.square().sum(-1).gather(1, hits.clamp(min=0).flatten(1)).view_as(hits)
         if self.config.metric == "l2":
-            scores = 2 * scores - entries.square().sum(-1)
-        return scores / self.key_size
+            return (2 * scores - squares) / self.key_size
+        return scores * (squares * z.square().sum(-1, keepdim=True)).clamp(min=1e-24).rsqrt()
 
     def _attend(self, hidden: Tensor, retrieval: Retrieval) -> Tensor:
         B, T, _ = hidden.shape
