@@ -215,3 +215,16 @@ def test_flops_counts_projections_and_visible_pairs():
     pairs = 1 + 2 + 2
     assert layer.flops(3) == 2 * 3 * projections + 4 * pairs * HIDDEN
     assert build().flops(3) == 2 * 3 * projections + 4 * 6 * HIDDEN
+
+
+@pytest.mark.parametrize("length", [2, 9])
+def test_narrower_window_on_a_state_of_a_wider_one(length):
+    wide = build(window=8)
+    hidden = torch.randn(2, 10 + length, HIDDEN, dtype=torch.float64)
+    start = wide.init_state(2, dtype=torch.float64)
+    _, state = wide(hidden[:, :10], start, CallContext.plain(2, 10))
+    wide.window = 3
+    output, after = wide(hidden[:, 10:], state, CallContext.plain(2, length, 10))
+    assert after.keys.shape[1] == 2
+    for row in range(2):
+        assert_close(output[row], formula(wide, hidden[row])[10:])
