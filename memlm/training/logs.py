@@ -40,7 +40,8 @@ class RunLog:
 
     def __init__(self, folder: Path, steps: int, step: int = 0, silent: bool = False):
         self.path, self.steps, self.silent = folder / METRICS_FILE, steps, silent
-        self._start = (time.perf_counter(), step)
+        self._steps_done = step
+        self._first_step: tuple[float, int] | None = None
         self._bar: tqdm | None = None
         if not silent:
             _drop_after(self.path, step)
@@ -57,6 +58,9 @@ class RunLog:
 
     def tick(self, tokens_per_second: float) -> None:
         """One step is done."""
+        self._steps_done += 1
+        if self._first_step is None:  # the first one warms up, and an evaluation may come before
+            self._first_step = (time.perf_counter(), self._steps_done)
         if self._bar is not None:
             self._bar.set_postfix_str(f"{_short(tokens_per_second)} tokens/s", refresh=False)
             self._bar.update()
@@ -70,8 +74,6 @@ class RunLog:
     def step_line(self, metrics: dict[str, Any], stages: int) -> None:
         """The readable line of one step's metrics."""
         step = metrics["step"]
-        started, first = self._start
-        left = (time.perf_counter() - started) / max(1, step - first) * (self.steps - step)
         groups = [name for name in LOSS_GROUPS if f"{name}_bits" in metrics]
         losses = "  ".join(f"{name} {metrics[f'{name}_bits']:.3f}" for name in groups)
         stage = f"  stage {metrics['stage'] + 1}/{stages}" if stages > 1 else ""
@@ -80,8 +82,16 @@ class RunLog:
             f"step {step:>{len(str(self.steps))}}/{self.steps} ({100 * step // self.steps:>3} %)  "
             f"loss {metrics['loss']:.4f}  {losses} bits  lr {metrics['learning_rate']:.2e}  "
             f"grad {metrics['grad_norm']:.2f}{stage}  length {metrics['length']}{window}  "
-            f"{_short(metrics['tokens_per_second'])} tokens/s  left {_clock(left)}"
+            f"{_short(metrics['tokens_per_second'])} tokens/s  left {self._left()}"
         )
+
+    def _left(self) -> str:
+        """Time to the last step, at the mean speed so far."""
+        if self._first_step is None or self._first_step[1] == self._steps_done:
+            return "?"
+        started, first = self._first_step
+        pace = (time.perf_counter() - started) / (self._steps_done - first)
+        return _clock(pace * (self.steps - self._steps_done))
 
     def close(self) -> None:
         """Remove the progress bar."""
