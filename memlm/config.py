@@ -58,7 +58,9 @@ class TrainConfig:
         carry_state: rows continue documents, and the memory states go from row to row.
         loss_weights: {group: weight} with groups text and answer: the loss is the weighted sum of
             the groups' mean losses. None = the mean over all targets.
-        optimizer: adamw, or muon for the hidden matrices with AdamW for everything else.
+        optimizer: adamw, or muon for the hidden matrices with AdamW for everything else. Muon
+            orthogonalises in bf16, so its runs repeat exactly, but another number of processes
+            changes the losses by about 1e-4.
         learning_rate: of AdamW.
         muon_learning_rate: of Muon.
         value_learning_rate: of the value tables of product-key memories, constant, no decay.

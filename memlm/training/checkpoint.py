@@ -151,6 +151,23 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value}
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """The weights on the CPU where the model holds shards of them, else None.
+
+    Every process has to call this. Tied weights stay one tensor.
+    """
+    sharded = model.state_dict(keep_vars=True)
+    if not any(isinstance(tensor, DTensor) for tensor in sharded.values()):
+        return None
+    gathered = {id(tensor): tensor for tensor in sharded.values()}
+    gathered = {key: _whole(tensor).detach().cpu() for key, tensor in gathered.items()}
+    return {name: gathered[id(tensor)] for name, tensor in sharded.items()}
+
+
 def optimizer_tensors(
     optimizers: Iterable[torch.optim.Optimizer], model: nn.Module
 ) -> dict[str, Tensor]:
@@ -163,8 +180,7 @@ def optimizer_tensors(
     for optimizer in optimizers:
         for parameter, entries in optimizer.state.items():
             for entry, value in entries.items():
-                whole = value.full_tensor() if isinstance(value, DTensor) else value
-                tensors[f"{entry}/{names[parameter]}"] = whole.detach().cpu().contiguous()
+                tensors[f"{entry}/{names[parameter]}"] = _whole(value).detach().cpu().contiguous()
     return tensors
 
 

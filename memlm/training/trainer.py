@@ -329,7 +329,7 @@ class Trainer:
             config=self.config.to_dict(),
         )
         # Collective calls: every process takes part, the first one writes.
-        weights = self._weights()
+        weights = checkpoints.whole_weights(self.model)
         optimizer = checkpoints.optimizer_tensors(self.optimizers, self.model)
         lanes = self.lanes.gather()
 
@@ -346,13 +346,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return target
 
-    def _weights(self) -> dict[str, Tensor] | None:
-        """The whole weights where the module holds shards of them, else None."""
-        if not self.accelerator.is_fsdp2:
-            return None
-        weights = self.accelerator.get_state_dict(self.row_loss)
-        return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-
     def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
         shown = is_progress_bar_enabled()
         disable_progress_bar()  # its bar would break the run's own
@@ -365,7 +358,7 @@ class Trainer:
 
     def _save_model(self, folder: Path) -> None:
         """Put the model beside the metrics, so that the run folder loads as a model."""
-        weights = self._weights()
+        weights = checkpoints.whole_weights(self.model)
         if self.accelerator.is_main_process:
             finished = folder / "checkpoints" / "final"
             checkpoints.write_folder(finished, lambda new: self._write_model(new, weights))

@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from memlm.config import Stage, save_config
 from memlm.errors import UserError
@@ -27,6 +29,7 @@ def launch(options, config, path, **environment):
     clean = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
     return subprocess.run(
         [*LAUNCH, *options, str(ROOT / "train.py"), "--config", str(path)],
+        timeout=300,
         capture_output=True,
         text=True,
         env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
@@ -50,7 +53,7 @@ def test_two_processes_equal_one_and_one_goes_on_from_their_checkpoint(make_conf
     one, two = make_config("one", **options), make_config("two", **options)
     single = Trainer(one).run()
     done = launch(
-        ["--multi_gpu", "--num_processes", "2"],
+        ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
         two,
         tmp_path / "two.yaml",
         ACCELERATE_USE_CPU="true",
@@ -66,6 +69,34 @@ def test_two_processes_equal_one_and_one_goes_on_from_their_checkpoint(make_conf
     again = make_config("again", **options)
     Trainer(again, resume=two.output_dir / "checkpoints" / "step_000014").run()
     assert losses(again.output_dir) == pytest.approx(losses(one.output_dir)[14:], abs=1e-5)
+
+
+def test_sharded_weights_train_save_and_resume_like_whole_ones(make_config, tmp_path):
+    options = {"steps": 6, "model": {"layers": MEMORY}, "save_every": 3, "evaluation_rows": 4}
+    names = ("plain", "whole", "again")
+    plain, whole, again = (make_config(name, **options) for name in names)
+    trainer = Trainer(plain)
+    trainer.run()
+    for config in (whole, again):
+        save_config(config, tmp_path / f"{config.output_dir.name}.yaml")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", str(Path(__file__).with_name("sharded_worker.py"))),
+            *(str(tmp_path / "whole.yaml"), str(tmp_path / "again.yaml")),
+        ],
+        timeout=300,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(whole.output_dir) == pytest.approx(losses(plain.output_dir), abs=1e-5)
+    assert losses(again.output_dir) == losses(whole.output_dir)[3:]
+    loaded = AutoModelForCausalLM.from_pretrained(whole.output_dir)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.allclose(tensor, loaded.state_dict()[name], atol=1e-3), name
 
 
 def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(make_config, tmp_path):

@@ -1,0 +1,37 @@
+"""Trains one config under FSDP2 on CPU processes, then again from its checkpoint.
+
+Accelerate turns FSDP on a CPU silently into DDP; setting its state by hand lifts that guard, so
+that the sharded path runs without a GPU. Run by torchrun: sharded_worker.py WHOLE.yaml AGAIN.yaml
+"""
+
+import sys
+
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
+
+from memlm.config import load_config
+from memlm.training import trainer
+
+
+def sharded_accelerator(config):
+    accelerator = build_accelerator(config)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Block"],
+        cpu_ram_efficient_loading=False,
+        reshard_after_forward=True,
+    )
+    assert accelerator.is_fsdp2
+    return accelerator
+
+
+build_accelerator = trainer.build_accelerator
+trainer.build_accelerator = sharded_accelerator
+
+whole, again = (load_config(path) for path in sys.argv[1:])
+first = trainer.Trainer(whole)
+assert all(isinstance(block, FSDPModule) for block in first.model.model.layers)
+first.run()
+trainer.Trainer(again, resume=whole.output_dir / "checkpoints" / "step_000003").run()
