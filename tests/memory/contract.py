@@ -461,6 +461,25 @@ def gradient_checkpointing(case: Case, data) -> None:
         assert_close(value, plain_gradients[name])
 
 
+def autocast(case: Case, data) -> None:
+    """In bf16 autocast memories keep the dtypes of their states; every weight is reached."""
+    model = model_of(case, torch.float32)
+    model.zero_grad()
+    ids = draw_ids(data, 2)
+    cut = data.draw(st.integers(9, LENGTH - 1), label="cut")  # a store has filled by then
+    with torch.autocast("cpu", torch.bfloat16):
+        first, states = run(model, ids[:, :cut])
+        second, states = run(model, ids[:, cut:], states)
+        (first.float().square().mean() + second.float().square().mean()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} has no gradient"
+        assert parameter.grad.isfinite().all(), f"the gradient of {name} is not finite"
+    before, after = (memory_states(model, x) for x in (model.init_states(2), states))
+    for name, state in after.items():
+        for key, tensor in state.tensors().items():
+            assert tensor.dtype == before[name].tensors()[key].dtype, f"{name}.{key}"
+
+
 @torch.no_grad()
 def save_load(case: Case, data) -> None:
     """A saved model comes back bit by bit; loaded as bf16 it keeps fp32 decay parameters."""
@@ -608,6 +627,7 @@ LAWS: dict[str, Callable[[Case, Any], None]] = {
     "bytes": bytes_,
     "gradient": gradient,
     "checkpointing": gradient_checkpointing,
+    "autocast": autocast,
     "save/load": save_load,
     "cache": generation_cache,
     "padding": left_padding,

@@ -54,6 +54,12 @@ class DeltaChunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+        # A backward pass may itself be called under autocast.
+        with torch.autocast(do.device.type, enabled=False):
+            return DeltaChunks._gradients(ctx, do, dlast)
+
+    @staticmethod
+    def _gradients(ctx, do: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, beta, gamma, decay, KK, QK, T, UW, A, states, V_new = ctx.saved_tensors
         V = v.shape[-1]
         Q_in = q * decay
