@@ -150,10 +150,26 @@ class MemLMModel(MemLMPreTrainedModel):
         return self.config.max_position_embeddings if full else None
 
     def set_attention_window(self, window: int | None) -> None:
-        """Cap the window of every sliding attention (None = as configured)."""
-        for module in self.modules():
-            if isinstance(module, Attention) and module.configured_window is not None:
-                module.window = min(module.configured_window, window or module.configured_window)
+        """Cap the window of every sliding attention (None = as configured).
+
+        Raises:
+            UserError: for a window shorter than the segment of the memory beside it: some tokens
+                would be visible nowhere.
+        """
+        for index, block in enumerate(self.layers):
+            attention = block.mixer.module if block.mixer is not None else None
+            if not isinstance(attention, Attention) or attention.configured_window is None:
+                continue
+            capped = min(attention.configured_window, window or attention.configured_window)
+            memory = block.memory.module if block.memory is not None else None
+            segment = getattr(getattr(memory, "config", None), "segment", 1)
+            if capped < segment:
+                raise UserError(
+                    f"layer {index}: an attention window of {capped} is shorter than the memory's "
+                    f"segment ({segment}), so some tokens would be visible nowhere; use at least "
+                    f"{segment}"
+                )
+            attention.window = capped
 
     def flops(self, tokens: int) -> int:
         """Floating point operations of a forward pass over one row, without the head."""

@@ -100,6 +100,8 @@ class Trainer:
         # Without DDP's wrapper; FSDP2 shards the module itself.
         self.plain_loss = self.accelerator.unwrap_model(self.row_loss)
         self.model: PreTrainedModel = self.plain_loss.model
+        for stage in self.stages:  # a window that does not fit should not end a run half-way
+            self.model.set_attention_window(stage.window)
 
         self.step = 0
         self.curriculum = CurriculumState()

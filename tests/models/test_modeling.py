@@ -261,6 +261,16 @@ def test_attention_window_can_be_capped_and_restored():
     assert_close(built(ids).logits, wide)
 
 
+def test_window_below_the_segment_of_a_memory_is_refused():
+    cache = {"type": "knn_cache", "segment": 4, "capacity": 8, "top_k": 2}
+    built = MemLMForCausalLM(
+        MemLMConfig(hidden_size=32, layers=[{"mixer": {**SLIDING, "window": 8}, "memory": cache}])
+    )
+    built.set_attention_window(4)
+    with pytest.raises(UserError, match="layer 0: an attention window of 3 .* segment"):
+        built.set_attention_window(3)
+
+
 def test_layers_that_share_must_agree():
     table = {"type": "product_key", "num_keys": 4, "top_k": 2, "share": "table"}
     layers = [{"ffn": table}, {"ffn": {**table, "num_keys": 5}}]
