@@ -1,7 +1,7 @@
-"""Trains one config under FSDP2 on CPU processes, then again from its checkpoint.
+"""Trains a config under FSDP2 on CPU processes, from the start or from a checkpoint.
 
 Accelerate turns FSDP on a CPU silently into DDP; setting its state by hand lifts that guard, so
-that the sharded path runs without a GPU. Run by torchrun: sharded_worker.py WHOLE.yaml AGAIN.yaml
+that the sharded path runs without a GPU. Run by torchrun: sharded_worker.py FILE.yaml [CHECKPOINT]
 """
 
 import sys
@@ -30,8 +30,7 @@ def sharded_accelerator(config):
 build_accelerator = trainer.build_accelerator
 trainer.build_accelerator = sharded_accelerator
 
-whole, again = (load_config(path) for path in sys.argv[1:])
-first = trainer.Trainer(whole)
-assert all(isinstance(block, FSDPModule) for block in first.model.model.layers)
-first.run()
-trainer.Trainer(again, resume=whole.output_dir / "checkpoints" / "step_000003").run()
+path, *checkpoint = sys.argv[1:]
+run = trainer.Trainer(load_config(path), resume=checkpoint[0] if checkpoint else False)
+assert all(isinstance(block, FSDPModule) for block in run.model.model.layers)
+run.run()

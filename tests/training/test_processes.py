@@ -77,21 +77,26 @@ def test_sharded_weights_train_save_and_resume_like_whole_ones(make_config, tmp_
     plain, whole, again = (make_config(name, **options) for name in names)
     trainer = Trainer(plain)
     trainer.run()
-    for config in (whole, again):
-        save_config(config, tmp_path / f"{config.output_dir.name}.yaml")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", "2", str(Path(__file__).with_name("sharded_worker.py"))),
-            *(str(tmp_path / "whole.yaml"), str(tmp_path / "again.yaml")),
-        ],
-        timeout=300,
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr
+    for config, checkpoint in (
+        (whole, []),
+        (again, [str(whole.output_dir / "checkpoints" / "step_000003")]),
+    ):
+        path = tmp_path / f"{config.output_dir.name}.yaml"
+        save_config(config, path)
+        # A launch each: the end of a run takes the process group down.
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *("--nproc_per_node", "2", str(Path(__file__).with_name("sharded_worker.py"))),
+                *(str(path), *checkpoint),
+            ],
+            timeout=300,
+            capture_output=True,
+            text=True,
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+        )
+        assert done.returncode == 0, done.stderr
     assert losses(whole.output_dir) == pytest.approx(losses(plain.output_dir), abs=1e-5)
     assert losses(again.output_dir) == losses(whole.output_dir)[3:]
     loaded = AutoModelForCausalLM.from_pretrained(whole.output_dir)
