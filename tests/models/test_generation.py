@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from memlm import MemLMCache, UserError
 from memlm.models.cache import StateLayer
-from tests.memory.contract import build_model
+from tests.memory.law_tools import build_model
 
 SLIDING = {"type": "sliding_attention", "window": 5, "num_heads": 2, "conv_size": 3}
 MEMORY = {"type": "gated_delta", "num_heads": 2, "head_dim": 8}

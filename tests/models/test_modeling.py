@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from memlm import MemLMConfig, MemLMForCausalLM, MemLMModel, UserError
-from tests.memory.contract import build_model
+from tests.memory.law_tools import build_model
 
 SLIDING = {"type": "sliding_attention", "window": 5, "num_heads": 2, "conv_size": 3}
 MEMORY = {"type": "gated_delta", "num_heads": 2, "head_dim": 8}
@@ -276,6 +276,11 @@ def test_layers_that_share_must_agree():
     layers = [{"ffn": table}, {"ffn": {**table, "num_keys": 5}}]
     with pytest.raises(UserError, match="share 'table' differ"):
         MemLMForCausalLM(MemLMConfig(hidden_size=32, layers=layers))
+    for name in ("values", "a.b"):
+        with pytest.raises(UserError, match="cannot be a name of share"):
+            MemLMForCausalLM(
+                MemLMConfig(hidden_size=32, layers=[{"ffn": {**table, "share": name}}])
+            )
     shared = MemLMForCausalLM(MemLMConfig(hidden_size=32, layers=[{"ffn": table}] * 3))
     assert list(shared.model.shared) == ["table"]
     tables = [name for name, value in shared.named_parameters() if value.shape[0] == 16]
