@@ -93,6 +93,11 @@ class MemLMModel(MemLMPreTrainedModel):
                 name = getattr(getattr(branch.module, "config", None), "share", None)
                 if not branch.is_memory or name is None:
                     continue
+                if hasattr(nn.ModuleDict(), name) or "." in name:
+                    raise UserError(
+                        f"layers: {name!r} cannot be a name of share; choose one without dots that "
+                        "is no method of a dictionary, such as 'table'"
+                    )
                 spec = (branch.module.name, branch.module.config)
                 if name in owners and owners[name] != spec:
                     raise UserError(

@@ -277,10 +277,9 @@ def test_layers_that_share_must_agree():
     with pytest.raises(UserError, match="share 'table' differ"):
         MemLMForCausalLM(MemLMConfig(hidden_size=32, layers=layers))
     for name in ("values", "a.b"):
+        config = MemLMConfig(hidden_size=32, layers=[{"ffn": {**table, "share": name}}])
         with pytest.raises(UserError, match="cannot be a name of share"):
-            MemLMForCausalLM(
-                MemLMConfig(hidden_size=32, layers=[{"ffn": {**table, "share": name}}])
-            )
+            MemLMForCausalLM(config)
     shared = MemLMForCausalLM(MemLMConfig(hidden_size=32, layers=[{"ffn": table}] * 3))
     assert list(shared.model.shared) == ["table"]
     tables = [name for name, value in shared.named_parameters() if value.shape[0] == 16]
