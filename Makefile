@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup ## Train a small model with a memory, then look for needles (at most 8 minutes, CPU)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m memlm.demo
+	GOMP_SPINCOUNT=10000 $(BIN)/python -m memlm.demo
 
 test: setup ## Run the tests; coverage of the memories and the models must reach 95 %
 	$(PYTEST) --cov=memlm/memory --cov=memlm/models --cov-report=term-missing --cov-fail-under=95
