@@ -2,12 +2,17 @@
 
 Every public operation of ``memlm.cuda`` has a ``reference`` (the readable formula), an ``eager``
 (fast torch) and possibly faster implementations. The environment variable ``MEMLM_KERNELS`` forces
-one of them by name; ``auto`` (the default) takes the fastest one that is available.
+one of them by name; ``auto`` (the default) takes the fastest one that is available and trusted on
+the device at hand, and warns once where that leaves a GPU to plain torch.
 """
 
+import functools
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping
+
+import torch
 
 from memlm.errors import UserError, nearest
 
@@ -15,42 +20,139 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "MEMLM_KERNELS"
 SPEED_ORDER = ("cuda", "triton", "native", "eager", "reference")  # fastest first
+KERNELS = ("cuda", "triton")
 
-_logged: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str, str]] = set()
 
 
-def choose(operation: str, implementations: Mapping[str, Callable | str]) -> Callable:
+def choose(
+    operation: str,
+    implementations: Mapping[str, Callable | str],
+    device: torch.device | None = None,
+) -> Callable:
     """Return the implementation of `operation` that ``MEMLM_KERNELS`` asks for.
 
     Args:
         operation: name of the operation, used in messages.
         implementations: from a name of `SPEED_ORDER` to a callable, or to a string that says why
-            this implementation is unavailable here.
+            the operation cannot take this implementation for these arguments.
+        device: where the tensors are; default the CPU.
 
     Raises:
         UserError: ``MEMLM_KERNELS`` is not ``auto`` or a name of `SPEED_ORDER`.
         RuntimeError: the forced implementation is unavailable; the message names the reason.
     """
+    refusals = {
+        name: found if isinstance(found, str) else None for name, found in implementations.items()
+    }
+    return implementations[choose_name(operation, refusals, device)]
+
+
+@torch.compiler.assume_constant_result
+def choose_name(
+    operation: str, refusals: Mapping[str, str | None], device: torch.device | None = None
+) -> str:
+    """`choose` by name, which torch.compile takes for a constant.
+
+    `refusals` names the implementations there are, each with the reason why the operation cannot
+    take it for these arguments, or None. Raises what `choose` raises.
+    """
+    device = torch.device("cpu") if device is None else device
     wanted = os.environ.get(VARIABLE, "auto")
     if wanted == "auto":
-        return _fastest(operation, implementations)
+        return _fastest(operation, refusals, device)
     if wanted not in SPEED_ORDER:
         options = ("auto", *reversed(SPEED_ORDER))
         raise UserError(
             f"{VARIABLE}={wanted} is not one of {', '.join(options)}{nearest(wanted, options)}"
         )
-    found = implementations.get(wanted, "it has no such implementation")
-    if isinstance(found, str):
-        raise RuntimeError(f"{VARIABLE}={wanted} is unavailable for {operation}: {found}")
-    return found
+    reason = "it has no such implementation"
+    if wanted in refusals:
+        reason = refusals[wanted] or _unavailable(wanted, device)
+    if reason is not None:
+        raise RuntimeError(f"{VARIABLE}={wanted} is unavailable for {operation}: {reason}")
+    return wanted
 
 
-def _fastest(operation: str, implementations: Mapping[str, Callable | str]) -> Callable:
+def _fastest(operation: str, refusals: Mapping[str, str | None], device: torch.device) -> str:
+    passed_over = []
     for name in SPEED_ORDER:
-        found = implementations.get(name)
-        if callable(found):
-            if (operation, name) not in _logged:
-                _logged.add((operation, name))
-                logger.info("%s: using the %s implementation", operation, name)
-            return found
-    raise RuntimeError(f"{operation} has no available implementation")
+        if name not in refusals:
+            continue
+        reason = refusals[name] or _unavailable(name, device)
+        if reason is None and name in KERNELS:
+            reason = distrusted(device)
+        if reason is None:
+            _log_choice(operation, name, device, passed_over)
+            return name
+        passed_over.append(f"{name}: {reason}")
+    raise RuntimeError(f"{operation} has no available implementation ({'; '.join(passed_over)})")
+
+
+def _log_choice(operation: str, name: str, device: torch.device, passed_over: list[str]) -> None:
+    if (operation, name, device.type) in _logged:
+        return
+    _logged.add((operation, name, device.type))
+    if device.type == "cuda" and name not in KERNELS and passed_over:
+        reasons = "; ".join(passed_over)
+        logger.warning("%s: the %s implementation on a GPU (%s)", operation, name, reasons)
+    else:
+        logger.info("%s: using the %s implementation", operation, name)
+
+
+def _unavailable(name: str, device: torch.device) -> str | None:
+    """Why implementations of this kind cannot run on `device`; None where they can."""
+    if name == "triton":
+        return triton_unavailable(device)
+    if name == "cuda" and device.type != "cuda":
+        return f"the tensors are on {device.type}, it runs on a CUDA GPU"
+    if name == "native" and device.type != "cpu":
+        return f"the tensors are on {device.type}, it runs on the CPU"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on `device`; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreting():
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on {device.type} and TRITON_INTERPRET is not set"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
+    return None
+
+
+def distrusted(device: torch.device) -> str | None:
+    """Why ``auto`` passes Triton kernels over although they run; None where it trusts them.
+
+    Triton 3.4 up to 3.7.0 compiles gated recurrences to wrong gradients on Hopper cards
+    (flash-linear-attention issue 640); naming the implementation in ``MEMLM_KERNELS`` overrides it.
+    """
+    if device.type != "cuda":
+        return "the interpreter is only for tests"
+    version = triton_version()
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 9 and (3, 4, 0) <= version < (3, 7, 1):
+        found = ".".join(map(str, version))
+        return (
+            f"triton {found} is known for wrong gradients on compute capability {major}.{minor}; "
+            f"use triton 3.7.1 or newer, or force it with {VARIABLE}=triton"
+        )
+    return None
+
+
+@functools.cache
+def triton_version() -> tuple[int, int, int]:
+    """The version of the installed Triton."""
+    import triton
+
+    major, minor, patch = triton.__version__.split("+")[0].split(".")[:3]
+    return int(major), int(minor), int(patch)

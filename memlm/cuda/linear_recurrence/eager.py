@@ -5,10 +5,40 @@ from torch import Tensor
 
 from memlm.cuda.chunking import ChunkLayout
 from memlm.cuda.linear_recurrence.delta_chunks import LOG_ZERO, DeltaChunks, decays
+from memlm.cuda.linear_recurrence.inputs import Inputs
+from memlm.cuda.linear_recurrence.reference import natural_log_decay, write_strength
 
 # Longer chunks cost digits in the cumulative log decays. On a CPU the work within a chunk decides
 # (32 was the fastest of 16, 32 and 64), elsewhere the number of serial steps.
 CHUNK_CPU, CHUNK_ACCELERATOR = 32, 64
+
+
+def bridge(inputs: Inputs):
+    """Temporary: the former eager path, differentiated by autograd."""
+    B, T, H, HV, K, V = inputs.sizes
+    dtype = inputs.state_dtype
+    q, k = (x.to(dtype).repeat_interleave(HV // H, dim=2) for x in (inputs.q, inputs.k))
+    if inputs.qk_l2norm:
+        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+    if inputs.cu_seqlens is None:
+        lengths = torch.full((B,), T, dtype=torch.int64, device=q.device)
+    else:
+        lengths = inputs.cu_seqlens.diff().to(torch.int64)
+    state = inputs.initial_state
+    if state is None:
+        state = q.new_zeros(inputs.state_shape)
+    with torch.autocast(q.device.type, enabled=False):
+        o, state = linear_recurrence_eager(
+            q.flatten(0, 1),
+            k.flatten(0, 1),
+            inputs.v.to(dtype).flatten(0, 1),
+            natural_log_decay(inputs),
+            write_strength(inputs),
+            inputs.scale,
+            state.to(dtype),
+            lengths,
+        )
+    return o.view(B, T, HV, V).to(inputs.v.dtype), state, None
 
 
 def linear_recurrence_eager(
