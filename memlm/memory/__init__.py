@@ -13,7 +13,9 @@ from memlm.memory.base import (
 )
 from memlm.memory.gated_delta import GatedDelta, GatedDeltaConfig
 from memlm.memory.knn_cache import KnnCache, KnnCacheConfig, KnnCacheState
+from memlm.memory.linear_attention import LinearAttention, LinearAttentionConfig
 from memlm.memory.product_key import ProductKey, ProductKeyConfig, zeroed_values
+from memlm.memory.retention import Retention, RetentionConfig
 from memlm.memory.titans import Titans, TitansConfig
 from memlm.memory.usage import SlotUsage, UsageStatistics, record_usage
 
@@ -24,11 +26,15 @@ __all__ = [
     "KnnCache",
     "KnnCacheConfig",
     "KnnCacheState",
+    "LinearAttention",
+    "LinearAttentionConfig",
     "MemoryConfig",
     "MemoryModule",
     "MemoryState",
     "ProductKey",
     "ProductKeyConfig",
+    "Retention",
+    "RetentionConfig",
     "SequenceLayout",
     "SlotUsage",
     "Titans",

@@ -2,11 +2,14 @@
 
 Yang, Kautz, Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rule",
 arXiv 2412.06464. Parameter names follow flash-linear-attention's layer, whose three short
-convolutions are one here (over q, k and v side by side).
+convolutions are one here (over q, k and v side by side). With `decay: false, use_gate: false` it is
+DeltaNet (Schlag et al., arXiv 2102.11174; Yang et al., arXiv 2406.06484).
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +18,11 @@ from transformers import initialization as init
 
 from memlm.cuda import linear_recurrence
 from memlm.errors import UserError
+from memlm.layers.context import SequenceLayout
 from memlm.layers.convolution import ShortConvolution
-from memlm.layers.norm import l2_norm
-from memlm.memory.base import CallContext, MemoryConfig, MemoryModule, MemoryState, register
+from memlm.layers.gated_norm import GatedRMSNorm
+from memlm.memory.base import CallContext, MemoryConfig, MemoryModule, register
+from memlm.memory.matrix_state import MatrixState, zero_matrices
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -31,8 +36,10 @@ class GatedDeltaConfig(MemoryConfig):
         head_dim: channels of a key; default 128, or 32 in models narrower than 512; with
             num_heads given, whatever gives keys 0.75 of the hidden size in total.
         expand_v: channels of a value per channel of a key.
-        conv_size: tokens the short convolution sees.
+        conv_size: tokens the short convolution sees; None = no convolution, q, k and v are SiLU of
+            their projections.
         use_gate: whether silu(g_proj x) gates the normed output.
+        decay: whether the matrix fades; False has neither a_proj nor A_log nor dt_bias.
         allow_neg_eigval: write strengths up to 2 instead of 1, so that a key's old value can be
             negated.
         dt_min, dt_max: range of the start values of softplus(dt_bias), log-uniform.
@@ -46,8 +53,9 @@ class GatedDeltaConfig(MemoryConfig):
     num_v_heads: int | None = None
     head_dim: int | None = None
     expand_v: float = 2.0
-    conv_size: int = 4
+    conv_size: int | None = 4
     use_gate: bool = True
+    decay: bool = True
     allow_neg_eigval: bool = False
     dt_min: float = 1e-3
     dt_max: float = 0.1
@@ -81,8 +89,11 @@ class GatedDeltaConfig(MemoryConfig):
                 f"gated_delta: expand_v {self.expand_v} times head_dim {head_dim} is not a "
                 "whole number of channels"
             )
-        if self.conv_size < 1:
-            raise UserError(f"gated_delta: conv_size is {self.conv_size}, it must be at least 1")
+        if self.conv_size is not None and self.conv_size < 1:
+            raise UserError(
+                f"gated_delta: conv_size is {self.conv_size}, it must be at least 1, or null for "
+                "no convolution"
+            )
         for low, high in (("dt_min", "dt_max"), ("A_min", "A_max")):
             if not 0 < getattr(self, low) <= getattr(self, high):
                 raise UserError(
@@ -92,24 +103,18 @@ class GatedDeltaConfig(MemoryConfig):
 
 
 @dataclasses.dataclass
-class GatedDeltaState(MemoryState):
-    """conv: [B, conv_size - 1, channels], the last inputs of the convolution;
-    recurrent: [B, value heads, K, V], float32."""
+class GatedDeltaState(MatrixState):
+    """As MatrixState; conv: [B, conv_size - 1, channels], the last inputs of the convolution (no
+    tokens without one)."""
 
     conv: Tensor
-    recurrent: Tensor
-
-    def reset(self, rows: Tensor | None = None) -> "GatedDeltaState":
-        if rows is None:
-            return self._map(torch.zeros_like)
-        return self._map(lambda x: x.masked_fill(rows.view(-1, *[1] * (x.ndim - 1)), 0))
 
 
 @register("gated_delta", GatedDeltaConfig)
 class GatedDelta(MemoryModule):
     """x -> q, k, v -> convolution, SiLU -> unit q, k -> gated delta rule -> gated norm -> output.
 
-    The decay of a token is exp(-A softplus(a_proj x + dt_bias)), its write strength
+    The decay of a token is exp(-exp(A_log) softplus(a_proj x + dt_bias)), its write strength
     sigmoid(b_proj x). A token reads after its own write. With `context.write` False, tokens read
     the given state as it is: it neither decays nor takes anything up between them.
     """
@@ -120,73 +125,103 @@ class GatedDelta(MemoryModule):
         self.q_proj = nn.Linear(hidden_size, H * K, bias=False)
         self.k_proj = nn.Linear(hidden_size, H * K, bias=False)
         self.v_proj = nn.Linear(hidden_size, HV * V, bias=False)
-        self.conv1d = ShortConvolution(2 * H * K + HV * V, config.conv_size)
-        self.a_proj = nn.Linear(hidden_size, HV, bias=False)
+        channels = 2 * H * K + HV * V
+        self.conv1d = ShortConvolution(channels, config.conv_size) if config.conv_size else None
+        self.a_proj = nn.Linear(hidden_size, HV, bias=False) if config.decay else None
         self.b_proj = nn.Linear(hidden_size, HV, bias=config.beta_bias is not None)
-        self.A_log = nn.Parameter(torch.empty(HV))
-        self.dt_bias = nn.Parameter(torch.empty(HV))
+        self.A_log = nn.Parameter(torch.empty(HV)) if config.decay else None
+        self.dt_bias = nn.Parameter(torch.empty(HV)) if config.decay else None
         self.g_proj = nn.Linear(hidden_size, HV * V, bias=False) if config.use_gate else None
-        self.o_norm = nn.RMSNorm(V, norm_eps)
+        self.o_norm = GatedRMSNorm(V, norm_eps)
         self.o_proj = nn.Linear(HV * V, hidden_size, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
         config = self.config
-        uniform = torch.rand(2, len(self.A_log))
-        init.copy_(self.A_log, torch.lerp(*_pair(config.A_min, config.A_max), uniform[0]).log())
-        log_dt = torch.lerp(*_pair(math.log(config.dt_min), math.log(config.dt_max)), uniform[1])
-        # The inverse of softplus, so that softplus(dt_bias) = dt.
-        init.copy_(self.dt_bias, log_dt.exp().expm1().log())
+        if config.decay:
+            uniform = torch.rand(2, len(self.A_log))
+            rate = torch.lerp(*_pair(config.A_min, config.A_max), uniform[0])
+            init.copy_(self.A_log, rate.log())
+            log_dt = torch.lerp(
+                *_pair(math.log(config.dt_min), math.log(config.dt_max)), uniform[1]
+            )
+            # The inverse of softplus, so that softplus(dt_bias) = dt.
+            init.copy_(self.dt_bias, log_dt.exp().expm1().log())
         if config.beta_bias is not None:
             init.constant_(self.b_proj.bias, config.beta_bias)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GatedDelta":
+        """Casts to a narrower type leave A_log and dt_bias, this module's own parameters, float32:
+        a rate of decay acts over thousands of tokens."""
+
+        def wide(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype.itemsize >= 4 else tensor.to(found.device)
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(wide, recurse=False)
+
     def init_state(self, batch_size: int, device=None, dtype=None) -> GatedDeltaState:
-        _, HV, K, V = self.sizes
-        wide = torch.promote_types(dtype or torch.float32, torch.float32)
-        recurrent = torch.zeros(batch_size, HV, K, V, device=device, dtype=wide)
-        return GatedDeltaState(self.conv1d.init_tail(batch_size, device, dtype), recurrent)
+        H, HV, K, V = self.sizes
+        if self.conv1d is not None:
+            tail = self.conv1d.init_tail(batch_size, device, dtype)
+        else:
+            tail = torch.zeros(batch_size, 0, 2 * H * K + HV * V, device=device, dtype=dtype)
+        return GatedDeltaState(zero_matrices(batch_size, (HV, K, V), device, dtype), tail)
 
     def forward(
         self, hidden: Tensor, state: GatedDeltaState, context: CallContext
     ) -> tuple[Tensor, GatedDeltaState]:
-        H, HV, K, V = self.sizes
         layout = context.layout
         x = layout.pack(hidden)
         incoming = layout.incoming(state)
-        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
-        qkv, tail = self.conv1d(qkv, incoming.conv, layout)
-        q, k, v = qkv.split((H * K, H * K, HV * V), -1)
-        q, k = (l2_norm(part.unflatten(-1, (H, K))) for part in (q, k))
-        log_decay, beta = self._gates(x)
-        if not context.write:
-            k, log_decay, beta = torch.zeros_like(k), None, None
+        q, k, v, tail = self._queries_keys_values(x, incoming.conv, layout)
+        if context.write:
+            gates = self._gates(x)
+        else:
+            k, gates = torch.zeros_like(k), {"log_decay": None, "beta": None}
         o, recurrent = linear_recurrence(
             q,
             k,
-            v.unflatten(-1, (HV, V)),
-            log_decay,
-            beta,
+            v,
+            **gates,
             initial_state=incoming.recurrent,
             cu_seqlens=layout.cu_seqlens,
             return_state=True,
+            qk_l2norm=True,
         )
-        o = self.o_norm(o)
-        if self.g_proj is not None:
-            o = o * F.silu(self.g_proj(x)).view_as(o)
+        o = self.o_norm(o, None if self.g_proj is None else self.g_proj(x))
         output = layout.unpack(self.o_proj(o.flatten(-2)))
         if not context.write:
             return output, state
-        final = GatedDeltaState(tail.to(state.conv.dtype), recurrent)
+        final = GatedDeltaState(recurrent, tail.to(state.conv.dtype))
         return output, layout.outgoing(final, state)
 
-    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Log decay and write strength [B, T, HV], at least float32."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(self.a_proj(x).to(wide) + self.dt_bias.to(wide))
-        beta = self.b_proj(x).to(wide).sigmoid()
-        if self.config.allow_neg_eigval:
-            beta = 2 * beta
-        return -self.A_log.to(wide).exp() * dt, beta
+    def _queries_keys_values(
+        self, x: Tensor, tail: Tensor, layout: SequenceLayout
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k [B, T, H, K] and v [B, T, HV, V] of packed tokens, and the new tails."""
+        H, HV, K, V = self.sizes
+        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
+        if self.conv1d is not None:
+            qkv, tail = self.conv1d(qkv, tail, layout)
+        else:
+            qkv = F.silu(qkv)
+        q, k, v = qkv.split((H * K, H * K, HV * V), -1)
+        return q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V)), tail
+
+    def _gates(self, x: Tensor) -> dict[str, Any]:
+        """What the operation makes decay and write strength from."""
+        return {
+            "log_decay": None if self.a_proj is None else self.a_proj(x),
+            "A_log": self.A_log,
+            "dt_bias": self.dt_bias,
+            "beta": self.b_proj(x),
+            "beta_sigmoid": True,
+            "allow_neg_eigval": self.config.allow_neg_eigval,
+        }
 
     def flops(self, tokens: int) -> int:
         """Projections, convolution and the recurrence token by token (7 per state entry)."""

@@ -14,20 +14,33 @@ from tests.memory.law_tools import Case, Spec
 
 EVERYWHERE = ("mixer", "memory", "parallel")
 GATED_DELTA = {"num_heads": 2, "num_v_heads": 4, "head_dim": 8}
+DELTA_RULE = {"decay": False, "use_gate": False, "conv_size": None, "allow_neg_eigval": True}
 TITANS = {"num_heads": 2, "head_dim": 8, "expansion": 2, "chunk_size": 4}
 PRODUCT_KEY = {"num_keys": 6, "num_heads": 2, "top_k": 3}
 KNN_CACHE = {"capacity": 12, "segment": 4, "key_size": 8, "top_k": 3, "num_heads": 2}
 # The only thing a new memory adds here.
 SPECS: dict[str, list[Spec]] = {
-    "gated_delta": [Spec(EVERYWHERE, GATED_DELTA)],
+    "gated_delta": [
+        Spec(EVERYWHERE, GATED_DELTA),
+        Spec(("mixer",), {**GATED_DELTA, **DELTA_RULE}, "delta_rule"),
+    ],
     "knn_cache": [
         Spec(("memory", "parallel"), KNN_CACHE),
         Spec(("memory", "parallel"), {**KNN_CACHE, "share": "store"}, "shared"),
+    ],
+    "linear_attention": [
+        Spec(EVERYWHERE, {"num_heads": 2, "head_dim": 8}),
+        Spec(
+            ("mixer",),
+            {"num_heads": 2, "feature_map": "identity", "normalizer": False},
+            "unnormalized",
+        ),
     ],
     "product_key": [
         Spec(("ffn", "memory"), PRODUCT_KEY),
         Spec(("ffn",), {**PRODUCT_KEY, "share": "table"}, "shared"),
     ],
+    "retention": [Spec(EVERYWHERE, {"num_heads": 2, "head_dim": 8})],
     "titans": [
         Spec(EVERYWHERE, {**TITANS, "depth": 1}, "depth1"),
         Spec(EVERYWHERE, {**TITANS, "depth": 2}, "depth2", stable={"theta_max": 1e-3}),

@@ -2,10 +2,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from memlm import MemLMConfig, MemLMForCausalLM
+from memlm.config import TrainConfig
 from memlm.errors import UserError
 from memlm.layers.context import CallContext
 from memlm.memory import memory_config
 from memlm.memory.gated_delta import GatedDelta, GatedDeltaConfig
+from memlm.training.optimizer import build_optimizers
+from tests.memory.law_tools import build_model, run
 
 SMALL = {"num_heads": 2, "num_v_heads": 4, "head_dim": 4, "expand_v": 1.5}
 
@@ -26,28 +30,39 @@ def call(module, hidden, state=None, **context):
     return module(hidden, state, CallContext.plain(*hidden.shape[:2], **context))
 
 
+@pytest.mark.parametrize("decay", [True, False])
+@pytest.mark.parametrize("conv_size", [4, 1, None])
 @pytest.mark.parametrize("use_gate", [True, False])
 @pytest.mark.parametrize("allow_neg_eigval", [True, False])
-def test_the_layer_is_the_published_formula(use_gate, allow_neg_eigval):
-    module = build(use_gate=use_gate, allow_neg_eigval=allow_neg_eigval, beta_bias=-0.5)
+def test_the_layer_is_the_published_formula(use_gate, allow_neg_eigval, conv_size, decay):
+    module = build(
+        use_gate=use_gate,
+        allow_neg_eigval=allow_neg_eigval,
+        conv_size=conv_size,
+        decay=decay,
+        beta_bias=-0.5,
+    )
     x = torch.randn(9, 16, dtype=torch.float64)
     w = dict(module.named_parameters())
     H, HV, K, V = 2, 4, 4, 6
     qkv = torch.cat([x @ w[f"{name}_proj.weight"].t() for name in "qkv"], -1)
-    padded = F.pad(qkv, (0, 0, 3, 0))
-    kernel = w["conv1d.weight"][:, 0]
-    qkv = F.silu(sum(padded[j : j + 9] * kernel[:, j] for j in range(4)))
-    q, k, v = qkv.split((H * K, H * K, HV * V), -1)
+    if conv_size is not None:
+        padded = F.pad(qkv, (0, 0, conv_size - 1, 0))
+        kernel = w["conv1d.weight"][:, 0]
+        qkv = sum(padded[j : j + 9] * kernel[:, j] for j in range(conv_size))
+    q, k, v = F.silu(qkv).split((H * K, H * K, HV * V), -1)
     unit = [part.view(9, H, K) for part in (q, k)]
     q, k = (part * (part.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for part in unit)
     beta = (x @ w["b_proj.weight"].t() - 0.5).sigmoid() * (2 if allow_neg_eigval else 1)
-    decay = F.softplus(x @ w["a_proj.weight"].t() + w["dt_bias"]) * -w["A_log"].exp()
+    log_decay = torch.zeros(9, HV, dtype=torch.float64)
+    if decay:
+        log_decay = F.softplus(x @ w["a_proj.weight"].t() + w["dt_bias"]) * -w["A_log"].exp()
     outputs = torch.zeros(9, HV, V, dtype=torch.float64)
     for head in range(HV):
         S = torch.zeros(K, V, dtype=torch.float64)
         for t in range(9):
             key = k[t, head // 2]
-            S = decay[t, head].exp() * S
+            S = log_decay[t, head].exp() * S
             S = S + beta[t, head] * torch.outer(key, v.view(9, HV, V)[t, head] - key @ S)
             outputs[t, head] = K**-0.5 * q[t, head // 2] @ S
     outputs = F.rms_norm(outputs, (V,), eps=1e-6).flatten(1)
@@ -80,7 +95,7 @@ def test_sizes_follow_the_hidden_size(options, hidden_size, sizes):
         ({"num_heads": 0}, "num_heads is 0"),
         ({"num_heads": 2, "num_v_heads": 3}, "not a multiple of num_heads 2"),
         ({"head_dim": 5, "expand_v": 1.5}, "not a whole number"),
-        ({"conv_size": 0}, "conv_size is 0"),
+        ({"conv_size": 0}, "conv_size is 0, it must be at least 1, or null for no convolution"),
         ({"dt_min": 0.5, "dt_max": 0.1}, "0 < dt_min <= dt_max"),
         ({"A_min": 0.0}, "0 < A_min <= A_max"),
     ],
@@ -105,7 +120,7 @@ def test_start_values_lie_in_their_ranges():
 
 
 def test_without_writing_tokens_read_the_given_state_as_it_is():
-    module = build(conv_size=1)
+    module = build(conv_size=None)
     _, state = call(module, torch.randn(1, 7, 16, dtype=torch.float64))
     tokens = torch.randn(1, 5, 16, dtype=torch.float64)
     together, after = call(module, tokens, state, write=False)
@@ -127,6 +142,47 @@ def test_the_state_stays_float32_in_a_bfloat16_module():
     assert output.dtype == torch.bfloat16
     assert (after.conv.dtype, after.recurrent.dtype) == (torch.bfloat16, torch.float32)
     assert after.nbytes == state.nbytes
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_casts_leave_the_decay_in_float32(narrow):
+    model = MemLMForCausalLM(MemLMConfig(hidden_size=32, layers=[{"mixer": "gated_delta"}]))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.model.layers[0].mixer.module.A_log.grad = torch.ones(1)
+    for name, parameter in model.to(narrow).named_parameters():
+        kept = name.endswith(("A_log", "dt_bias"))
+        assert parameter.dtype == (torch.float32 if kept else narrow)
+        assert torch.equal(parameter, before[name].to(parameter.dtype))
+    module = model.model.layers[0].mixer.module
+    assert module.A_log.grad.dtype == torch.float32
+    assert module.double().A_log.dtype == module.q_proj.weight.dtype == torch.float64
+
+
+def test_decay_has_no_weight_decay():
+    model = MemLMForCausalLM(MemLMConfig(hidden_size=32, layers=[{"mixer": "gated_delta"}]))
+    (optimizer,) = build_optimizers(model, TrainConfig(optimizer="adamw", weight_decay=0.1))
+    decays = {
+        id(parameter): group["weight_decay"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    module = model.model.layers[0].mixer.module
+    assert decays[id(module.A_log)] == decays[id(module.dt_bias)] == 0
+    assert decays[id(module.a_proj.weight)] == 0.1
+
+
+@torch.no_grad()
+def test_layers_of_attention_and_gated_delta_mix_in_any_split():
+    recurrent = {"repeat": 2, "mixer": {"type": "gated_delta", **SMALL}, "ffn": "swiglu"}
+    attention = {"mixer": {"type": "attention", "num_heads": 2}, "ffn": "swiglu"}
+    model = build_model([recurrent, attention, {**recurrent, "repeat": 1}])
+    ids = torch.randint(1, 40, (2, 17))
+    whole, states = run(model, ids)
+    assert sorted(model.memory_state_names()) == ["0.mixer", "1.mixer", "3.mixer"]
+    assert len(states) == 5  # the positions and the four mixers
+    first, states = run(model, ids[:, :6])
+    rest, _ = run(model, ids[:, 6:], states)
+    torch.testing.assert_close(torch.cat([first, rest], 1), whole, rtol=1e-9, atol=1e-9)
 
 
 def test_flops_are_linear_in_tokens_and_cover_the_projections():

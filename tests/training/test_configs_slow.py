@@ -17,6 +17,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 # What is taken from the memory: its branch, or the values of one without a state.
 ABLATION = {
     "gated_delta": "off",
+    "linear_attention": "off",
+    "retention": "off",
     "titans": "off",
     "product_key": "zeroed",
     "knn_cache": "off",
