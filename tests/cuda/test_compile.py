@@ -1,0 +1,94 @@
+"""Every kernel is compiled for the cards it is meant for, on a machine that has none of them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import memlm
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted((Path(memlm.__file__).parent / "cuda").rglob("*.cu"))
+CAPABILITIES = (80, 90)  # sm_80, sm_90a
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The rows of `compile_all --quick`, from a process without Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    output = tmp_path_factory.mktemp("compiled")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = ["benchmarks.compile_all", "--quick", "--processes", "2", "--output", output]
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    print(done.stdout)
+    assert done.returncode in (0, 1), done.stderr
+    (path,) = output.glob("triton-*.json")
+    return json.loads(path.read_text())["kernels"]
+
+
+def test_no_kernel_spills_or_exceeds_its_card(compiled):
+    faulty = [f"{one['kernel']} sm_{one['capability']}: {one['faults']}" for one in compiled]
+    assert [text for text, one in zip(faulty, compiled, strict=True) if one["faults"]] == []
+
+
+def test_every_kernel_is_compiled_for_every_card(compiled):
+    kernels = set()
+    for path in (ROOT / "memlm" / "cuda").rglob("*.py"):
+        pattern = r"^@triton\.jit(?:\(.*?\))?\ndef (\w+_kernel)\("
+        kernels |= set(re.findall(pattern, path.read_text(), re.M | re.S))
+    assert kernels
+    found = {(one["kernel"], one["capability"]) for one in compiled}
+    assert {(name, sm) for name in kernels for sm in (80, 90, 100)} <= found
+
+
+def compile_cuda(path, capability):
+    nvcc = pytest.importorskip("benchmarks.nvcc", reason="triton is not installed")
+    if nvcc.nvcc() is None:
+        pytest.skip("nvcc is not installed")
+    return nvcc.compile_cuda(path, capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_cuda_sources(source, capability):
+    kernels = compile_cuda(source, capability)
+    assert kernels
+    assert [(one.kernel, one.faults(False)) for one in kernels if one.faults(False)] == []
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_what_nvcc_tells_of_a_kernel(tmp_path, capability):
+    source = tmp_path / "two.cu"
+    source.write_text(
+        """
+        extern "C" __global__ void plain(float *x) { x[threadIdx.x] *= 2; }
+        extern "C" __global__ void sharing(float *x) {
+            __shared__ float seen[256];
+            seen[threadIdx.x] = x[threadIdx.x];
+            __syncthreads();
+            x[threadIdx.x] = seen[255 - threadIdx.x];
+        }
+        """
+    )
+    kernels = {one.kernel: one for one in compile_cuda(source, capability)}
+    assert kernels["plain"].shared == 0 and kernels["sharing"].shared == 1024
+    for one in kernels.values():
+        assert one.registers > 0 and one.capability == capability and not one.faults(False)
+
+
+def test_what_nvcc_refuses(tmp_path):
+    source = tmp_path / "broken.cu"
+    source.write_text("__global__ void broken( {")
+    with pytest.raises(RuntimeError, match="nvcc refuses .*broken.cu"):
+        compile_cuda(source, 80)
