@@ -6,11 +6,13 @@ one of them by name; ``auto`` (the default) takes the fastest one that is availa
 the device at hand, and warns once where that leaves a GPU to plain torch.
 """
 
+import contextlib
+import contextvars
 import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -124,9 +126,9 @@ def triton_unavailable(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"the tensors are on {device.type} and TRITON_INTERPRET is not set"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
+    found = capability(device)
+    if found < 80:
+        return f"the GPU has compute capability {found / 10}, the kernels need 8.0"
     return None
 
 
@@ -139,14 +141,35 @@ def distrusted(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "the interpreter is only for tests"
     version = triton_version()
-    major, minor = torch.cuda.get_device_capability(device)
-    if major == 9 and (3, 4, 0) <= version < (3, 7, 1):
+    if capability(device) // 10 == 9 and (3, 4, 0) <= version < (3, 7, 1):
         found = ".".join(map(str, version))
         return (
-            f"triton {found} is known for wrong gradients on compute capability {major}.{minor}; "
+            f"triton {found} is known for wrong gradients on compute capability 9; "
             f"use triton 3.7.1 or newer, or force it with {VARIABLE}=triton"
         )
     return None
+
+
+# The card that launches on meta tensors are compiled for; 90 unless `compiling_for` says otherwise.
+_target: contextvars.ContextVar[int] = contextvars.ContextVar("target", default=90)
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as one number, 80 for 8.0; the compilation target off a GPU."""
+    if device.type != "cuda":
+        return _target.get()
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@contextlib.contextmanager
+def compiling_for(target: int) -> Iterator[None]:
+    """Let launchers configure kernels for a card that is not there (80, 90, 100)."""
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)
 
 
 @functools.cache
