@@ -90,6 +90,6 @@ def linear_recurrence(
     if name == "reference":
         o, state, chunk_states = linear_recurrence_reference(inputs)
     else:
-        o, state, chunk_states = operator.eager.bridge(inputs)
+        o, state, chunk_states = operator.run(name, inputs, return_chunk_states)
     found = (o, state if return_state else None)
     return (*found, chunk_states) if return_chunk_states else found
