@@ -40,11 +40,13 @@ class Specimen:
 
     name: operation, pass and sizes.
     launch: runs the launchers on meta tensors.
+    longer: the same with another length and number of sequences, which must need no new binary.
     wgmma: kernels with a product of 64 rows or more, which Hopper's warp groups can take.
     """
 
     name: str
     launch: Callable[[], object]
+    longer: Callable[[], object] | None = None
     wgmma: frozenset[str] = frozenset()
 
 
@@ -250,6 +252,18 @@ def distinct_launches(
             for place, launch in enumerate(launches):
                 found.setdefault(launch.key, (specimen, launch, place))
     return list(found.values())
+
+
+def recompiled(specimen: Specimen, capability: int = 90) -> list[str]:
+    """The kernels that another length or number of sequences would compile anew."""
+    if specimen.longer is None:
+        return []
+    with recorded_launches(capability) as launches:
+        specimen.launch()
+    known = {launch.key for launch in launches}
+    with recorded_launches(capability) as launches:
+        specimen.longer()
+    return sorted({launch.name for launch in launches if launch.key not in known})
 
 
 def compile_table(

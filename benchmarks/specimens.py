@@ -7,6 +7,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from unittest import mock
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from benchmarks.aot import Specimen
 from memlm.cuda.linear_recurrence import inputs as recurrence
+from memlm.cuda.short_convolution import inputs as convolution
 
 ROWS, TOKENS = 2, 4096
+LONGER = {"rows": 3, "tokens": 4999}  # what must need no binary of its own
 KEY_VALUE_SIZES = ((64, 64), (64, 128), (128, 128), (128, 256), (256, 256))
 # Kernels whose products have 64 rows (a chunk) or more, in 16-bit types.
 RECURRENCE_PRODUCTS = frozenset(
@@ -28,12 +31,14 @@ def quick() -> list[Specimen]:
     return [
         _recurrence(Recurrence(128, 128)),
         _recurrence(Recurrence(128, 128, tokens=1)),
+        _convolution(Convolution(128, 128)),
     ]
 
 
 def full() -> list[Specimen]:
     """Every size, type and switch."""
-    return [*quick(), *map(_recurrence, _recurrence_matrix())]
+    convolutions = map(_convolution, _convolution_matrix())
+    return [*quick(), *map(_recurrence, _recurrence_matrix()), *convolutions]
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -51,6 +56,7 @@ class Recurrence:
     delta: bool = True
     decay: str = "gate"
     packed: bool = False
+    rows: int = ROWS
     tokens: int = TOKENS
     segments: int = 1
 
@@ -68,11 +74,11 @@ class Recurrence:
         return " ".join(word for word in words if word)
 
     def inputs(self) -> recurrence.Inputs:
-        H, B = 4, 1 if self.packed else ROWS
+        H, B = 4, 1 if self.packed else self.rows
         HV, T = H * self.groups, self.tokens
         decay_shape = {"none": None, "constant": (HV,)}.get(self.decay, (B, T, HV))
         gate = self.decay == "gate"
-        rows = 3 if self.packed else B
+        rows = self.rows
         return recurrence.Inputs(
             q=_empty(B, T, H, self.K, dtype=self.dtype),
             k=_empty(B, T, H, self.K, dtype=self.dtype),
@@ -103,16 +109,28 @@ class Recurrence:
 
 def _recurrence(case: Recurrence) -> Specimen:
     products = case.dtype != torch.float32 and min(case.K, case.V) >= 64
-    return Specimen(case.name, case.launch, RECURRENCE_PRODUCTS if products else frozenset())
+    return Specimen(
+        case.name,
+        case.launch,
+        _longer(case),
+        RECURRENCE_PRODUCTS if products else frozenset(),
+    )
+
+
+def _longer(case: "Recurrence | Convolution") -> Callable[[], object]:
+    """The same launches for other lengths; single tokens stay single."""
+    changes = LONGER if case.tokens > 1 else {"rows": LONGER["rows"]}
+    return dataclasses.replace(case, **changes).launch
 
 
 def _recurrence_matrix() -> list[Recurrence]:
-    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    dtypes = (torch.bfloat16, torch.float32)
     cases = [
         Recurrence(K, V, dtype, tokens=tokens)
         for (K, V), dtype, tokens in itertools.product(KEY_VALUE_SIZES, dtypes, (TOKENS, 1))
     ]
     wide = functools.partial(Recurrence, 128, 256)
+    cases += [wide(torch.float16)]
     cases += [wide(groups=4, packed=packed) for packed in (False, True)]
     cases += [wide(segments=4, packed=packed) for packed in (False, True)]
     cases += [
@@ -123,4 +141,70 @@ def _recurrence_matrix() -> list[Recurrence]:
     ]
     # Sizes that fill no power of two: Olmo-Hybrid's, and a small model's.
     cases += [Recurrence(96, 192), Recurrence(24, 48), Recurrence(24, 48, torch.float32)]
+    return cases
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """One configuration of `memlm.cuda.short_convolution`: before K and V wide heads."""
+
+    K: int
+    V: int
+    dtype: torch.dtype = torch.bfloat16
+    width: int = 4
+    split: bool = True
+    packed: bool = False
+    rows: int = ROWS
+    tokens: int = TOKENS
+
+    @property
+    def name(self) -> str:
+        words = [
+            f"short_convolution {self.K}/{self.V} {str(self.dtype).removeprefix('torch.')}",
+            f"width {self.width}",
+            "" if self.split else "no split",
+            "packed" if self.packed else "",
+            "step" if self.tokens == 1 else "",
+        ]
+        return " ".join(word for word in words if word)
+
+    def inputs(self) -> convolution.Inputs:
+        H, B = 4, 1 if self.packed else self.rows
+        D = H * (2 * self.K + self.V)
+        parts = (
+            convolution.Part(H, self.K, True),
+            convolution.Part(H, self.K, True),
+            convolution.Part(H, self.V, False),
+        )
+        return convolution.Inputs(
+            x=_empty(B, self.tokens, D, dtype=self.dtype),
+            weight=_empty(D, 1, self.width, dtype=self.dtype),
+            tail=_empty(self.rows, self.width - 1, D, dtype=self.dtype),
+            cu_seqlens=_empty(self.rows + 1, dtype=torch.int64) if self.packed else None,
+            silu=True,
+            parts=parts if self.split else (convolution.Part(1, D, False),),
+        )
+
+    def launch(self) -> None:
+        from memlm.cuda.short_convolution import triton_kernels as launchers
+
+        inputs = self.inputs()
+        parts, new_tail = launchers.forward(inputs)
+        if self.tokens > 1:
+            launchers.backward(inputs, parts, new_tail)
+
+
+def _convolution(case: Convolution) -> Specimen:
+    return Specimen(case.name, case.launch, _longer(case))
+
+
+def _convolution_matrix() -> list[Convolution]:
+    dtypes = (torch.bfloat16, torch.float32)
+    cases = [
+        Convolution(K, V, dtype) for (K, V), dtype in itertools.product(KEY_VALUE_SIZES, dtypes)
+    ]
+    wide = functools.partial(Convolution, 128, 256)
+    cases += [wide(torch.float16), wide(torch.float64)]
+    cases += [wide(width=width) for width in (2, 3, 8)]
+    cases += [wide(packed=True), wide(split=False), wide(tokens=1), Convolution(96, 192)]
     return cases

@@ -37,7 +37,7 @@ def specimens() -> list[aot.Specimen]:
 
     wgmma = frozenset({"product_kernel"})
     return [
-        aot.Specimen("ordinary", twice, wgmma),
+        aot.Specimen("ordinary", twice, wgmma=wgmma),
         aot.Specimen("too large", lambda: launch(C=256, options={"num_warps": 8})),
         aot.Specimen("no power of two", lambda: launch(C=24)),
     ]
@@ -59,7 +59,10 @@ def described(length: int, step: int) -> dict:
 if __name__ == "__main__":
     distinct = aot.distinct_launches(specimens()[:1], (80, 90))
     compiled = aot.compile_table(specimens, (90,), processes=1)
+    longer = aot.Specimen("longer", launch, lambda: launch(length=16))
+    stepping = aot.Specimen("stepping", launch, lambda: launch(step=17))
     found = {
+        "recompiled": [aot.recompiled(longer), aot.recompiled(stepping)],
         "one": described(1, 1),
         "sixteen": described(16, 16),
         "seventeen": described(17, 17),

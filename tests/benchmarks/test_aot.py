@@ -59,6 +59,10 @@ def test_a_launch_is_compiled_once_per_signature_and_card(found):
     assert found["distinct"] == [["ordinary", 80]] * 2 + [["ordinary", 90]] * 2
 
 
+def test_another_length_needs_no_new_binary_but_another_step_does(found):
+    assert found["recompiled"] == [[], ["product_kernel"]]
+
+
 def test_what_a_kernel_uses(found):
     for one in found["compiled"][:2]:
         assert one["faults"] == []
