@@ -3,6 +3,7 @@
 from memlm.cuda.linear_recurrence import linear_recurrence
 from memlm.cuda.neural_memory import NeuralMemoryState, neural_memory
 from memlm.cuda.product_key import product_key_select, weighted_bag
+from memlm.cuda.short_convolution import short_convolution
 from memlm.cuda.topk_search import topk_search
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "linear_recurrence",
     "neural_memory",
     "product_key_select",
+    "short_convolution",
     "topk_search",
     "weighted_bag",
 ]

@@ -1,12 +1,13 @@
 """Causal depthwise convolution over a few tokens, with the tail carried as state."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 
+from memlm.cuda import short_convolution
 from memlm.layers.context import SequenceLayout
 from memlm.layers.state import MemoryState
 
@@ -47,41 +48,28 @@ class ShortConvolution(nn.Module):
             batch_size, self.kernel_size - 1, self.weight.shape[0], device=device, dtype=dtype
         )
 
-    def forward(self, x: Tensor, tail: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        tail: Tensor,
+        layout: SequenceLayout,
+        split: Sequence[tuple[int, int, bool]] | None = None,
+    ) -> tuple[Tensor | tuple[Tensor, ...], Tensor]:
         """Convolve packed pieces.
 
         Args:
-            x: packed tokens, [B, T, channels] or [1, total, channels] (see SequenceLayout.pack).
+            x: packed tokens, [B, T, channels] or [1, total, channels] (see SequenceLayout.pack);
+                a view of a wider projection needs no copy.
             tail: [N, kernel_size - 1, channels], the inputs before each piece.
             layout: the pieces.
+            split: (heads, head_dim, normalize) of consecutive channels, all of them in total.
 
         Returns:
-            y, shaped as x, and the new tails [N, kernel_size - 1, channels].
+            y, shaped as x, or with split a tuple of contiguous [B, T, heads, head_dim], their heads
+            of unit length where normalize is true; and the new tails
+            [N, kernel_size - 1, channels].
+
+        Raises:
+            ValueError: x, tail and split do not fit the layer (see memlm.cuda.short_convolution).
         """
-        reach = self.kernel_size - 1
-        if layout.uniform:
-            padded = torch.cat([tail.to(x.dtype), x], dim=1)
-            y = F.conv1d(padded.transpose(1, 2), self.weight, groups=x.shape[-1]).transpose(1, 2)
-            # A view would keep the inputs of the whole call alive.
-            new_tail = padded[:, padded.shape[1] - reach :].clone()
-        else:
-            # Each piece gets its own tail in front of it: then one convolution over the whole
-            # stretch is right everywhere but on the tails, whose outputs are dropped.
-            starts = layout.cu_seqlens[:-1]
-            lengths = layout.cu_seqlens.diff()
-            count = lengths.shape[0]
-            tokens = torch.arange(x.shape[1], device=x.device)
-            piece = torch.repeat_interleave(torch.arange(count, device=x.device), lengths)
-            token_place = tokens + (piece + 1) * reach
-            steps = torch.arange(reach, device=x.device)
-            tail_place = (starts + torch.arange(count, device=x.device) * reach)[:, None] + steps
-            stretch = x.new_zeros(x.shape[1] + count * reach, x.shape[2])
-            stretch = stretch.index_copy(0, token_place, x.squeeze(0))
-            stretch = stretch.index_copy(0, tail_place.flatten(), tail.to(x.dtype).flatten(0, 1))
-            end_place = (layout.cu_seqlens[1:] + torch.arange(count, device=x.device) * reach)[
-                :, None
-            ]
-            new_tail = stretch[end_place + steps]
-            y = F.conv1d(stretch.t().unsqueeze(0), self.weight, groups=x.shape[-1])
-            y = y.squeeze(0).t().index_select(0, token_place - reach).unsqueeze(0)
-        return (F.silu(y) if self.activation == "silu" else y), new_tail
+        return short_convolution(x, self.weight, tail, layout.cu_seqlens, self.activation, split)

@@ -53,6 +53,18 @@ def test_packed_documents():
     assert torch.equal(after[0], torch.cat([torch.zeros(1, 3), x[0, 7:]]))
 
 
+def test_heads_of_unit_length():
+    layer = ShortConvolution(10, 4).double()
+    x = torch.randn(2, 5, 10, dtype=torch.float64)
+    tail = torch.randn(2, 3, 10, dtype=torch.float64)
+    layout = CallContext.plain(2, 5, 3).layout
+    whole, expected_tail = layer(x, tail, layout)
+    (keys, values), new_tail = layer(x, tail, layout, ((2, 3, True), (1, 4, False)))
+    torch.testing.assert_close(keys, l2_norm(whole[..., :6].unflatten(-1, (2, 3))))
+    torch.testing.assert_close(values.squeeze(2), whole[..., 6:])
+    assert torch.equal(new_tail, expected_tail)
+
+
 def test_reset_of_rows():
     state = ConvolutionState(torch.ones(2, 3, 1))
     assert state.reset(torch.tensor([False, True])).tail.sum((1, 2)).tolist() == [3, 0]
