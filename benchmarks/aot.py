@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 
-from memlm.cuda.dispatch import interpreting
+from memlm.cuda.dispatch import compiling_for, interpreting
 
 CAPABILITIES = (80, 90, 100)
 # Bytes of shared memory that one block may use (CUDA programming guide, compute capabilities).
@@ -160,7 +160,7 @@ def recorded_launches(capability: int) -> Iterator[list[Launch]]:
 
     before = driver._active
     driver.set_active(_AbsentCard(capability))
-    with knobs.runtime.scope():
+    with knobs.runtime.scope(), compiling_for(capability):
         knobs.runtime.jit_cache_hook = record
         try:
             yield launches

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from benchmarks import aot
+from memlm.cuda.dispatch import capability
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -43,6 +44,10 @@ def specimens() -> list[aot.Specimen]:
     ]
 
 
+def by_card():
+    launch(options={"num_warps": 8 if capability(torch.device("meta")) == 100 else 4})
+
+
 def described(length: int, step: int) -> dict:
     with aot.recorded_launches(90) as launches:
         launch(length=length, step=step, options={"num_warps": 8, "maxnreg": 128})
@@ -61,7 +66,9 @@ if __name__ == "__main__":
     compiled = aot.compile_table(specimens, (90,), processes=1)
     longer = aot.Specimen("longer", launch, lambda: launch(length=16))
     stepping = aot.Specimen("stepping", launch, lambda: launch(step=17))
+    cards = aot.distinct_launches([aot.Specimen("by card", by_card)])
     found = {
+        "warps": {launch.capability: launch.options["num_warps"] for _, launch, _ in cards},
         "recompiled": [aot.recompiled(longer), aot.recompiled(stepping)],
         "one": described(1, 1),
         "sixteen": described(16, 16),

@@ -54,6 +54,10 @@ def test_divisibility_by_16_spares_what_is_not_to_be_specialised(found):
     assert found["sixteen"]["key"] != found["seventeen"]["key"]
 
 
+def test_launchers_see_the_card_they_are_compiled_for(found):
+    assert found["warps"] == {"80": 4, "90": 4, "100": 8}
+
+
 def test_a_launch_is_compiled_once_per_signature_and_card(found):
     # Two launches, of a 32 and of a 64 bit length, on two cards.
     assert found["distinct"] == [["ordinary", 80]] * 2 + [["ordinary", 90]] * 2
