@@ -173,6 +173,17 @@ def test_many_calls_are_one(lengths):
     assert torch.equal(tail, last)
 
 
+@pytest.mark.parametrize("split", [None, SPLIT])
+def test_no_grad_changes_no_bit(monkeypatch, split):
+    inputs, boundaries = make(LENGTHS, packed=True)
+    expected = run(monkeypatch, "eager", inputs, split=split, cu_seqlens=boundaries)
+    with torch.no_grad():
+        y, new_tail = short_convolution(**inputs, split=split, cu_seqlens=boundaries)
+    for i, part in enumerate(y if split else (y,)):
+        assert torch.equal(part, expected[f"y{i}"])
+    assert torch.equal(new_tail, expected["new_tail"])
+
+
 def test_packed_equals_one_by_one():
     inputs, boundaries = make(LENGTHS, packed=True)
     together, tails = short_convolution(**inputs, cu_seqlens=boundaries)

@@ -22,6 +22,9 @@ MODULES = {
 
 def run(implementation: str, inputs: Inputs) -> tuple[list[Tensor], Tensor]:
     """The parts [B, T, heads, head_dim] and the new tails."""
+    untraced = type(inputs.x) is Tensor and not torch.compiler.is_compiling()
+    if untraced and not torch.is_grad_enabled():
+        return _module(implementation).forward(inputs)
     heads, head_dims, normalize = (list(column) for column in zip(*inputs.parts, strict=True))
     arguments = (
         inputs.x,
@@ -34,7 +37,7 @@ def run(implementation: str, inputs: Inputs) -> tuple[list[Tensor], Tensor]:
         normalize,
         implementation,
     )
-    if type(inputs.x) is Tensor and not torch.compiler.is_compiling():
+    if untraced:
         *parts, new_tail = _Untraced.apply(*arguments)
         return parts, new_tail
     return _forward(*arguments)
@@ -125,7 +128,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 class _Untraced(torch.autograd.Function):
-    """The op where nobody traces the call: its dispatch takes longer than a token's convolution."""
+    """The op where nobody traces the call: its dispatch takes longer than a token's work."""
 
     @staticmethod
     def forward(ctx, *arguments) -> tuple[Tensor, ...]:
