@@ -190,7 +190,7 @@ class GatedDelta(MemoryModule):
             initial_state=incoming.recurrent,
             cu_seqlens=layout.cu_seqlens,
             return_state=True,
-            qk_l2norm=True,
+            qk_l2norm=self.conv1d is None,  # the convolution normalizes what it hands out
         )
         o = self.o_norm(o, None if self.g_proj is None else self.g_proj(x))
         output = layout.unpack(self.o_proj(o.flatten(-2)))
@@ -204,13 +204,15 @@ class GatedDelta(MemoryModule):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k [B, T, H, K] and v [B, T, HV, V] of packed tokens, and the new tails."""
         H, HV, K, V = self.sizes
-        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
-        if self.conv1d is not None:
-            qkv, tail = self.conv1d(qkv, tail, layout)
+        projected = [layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj)]
+        if self.conv1d is None:
+            shapes = ((H, K), (H, K), (HV, V))
+            parts = zip(projected, shapes, strict=True)
+            q, k, v = (F.silu(part).unflatten(-1, shape) for part, shape in parts)
         else:
-            qkv = F.silu(qkv)
-        q, k, v = qkv.split((H * K, H * K, HV * V), -1)
-        return q.unflatten(-1, (H, K)), k.unflatten(-1, (H, K)), v.unflatten(-1, (HV, V)), tail
+            split = ((H, K, True), (H, K, True), (HV, V, False))
+            (q, k, v), tail = self.conv1d(torch.cat(projected, -1), tail, layout, split)
+        return q, k, v, tail
 
     def _gates(self, x: Tensor) -> dict[str, Any]:
         """What the operation makes decay and write strength from."""
