@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlm.cuda.linear_recurrence.inputs import Inputs
-from memlm.cuda.linear_recurrence.reference import natural_log_decay, write_strength
+from memlm.cuda.linear_recurrence.reference import natural_log_decay, sigmoid, write_strength
 
 LOG_ZERO = -60.0  # exp of less counts as zero, which keeps denormal numbers out of the products
 
@@ -30,7 +30,7 @@ def token_gate_gradients(
         if inputs.A_log is not None:
             found["A_log"] = (dlog_decay * log_decay).sum(0)
             raw = inputs.log_decay.to(dlog_decay.dtype).flatten(0, 1)
-            slope = (raw + inputs.dt_bias.to(raw.dtype)).sigmoid_()
+            slope = sigmoid(raw + inputs.dt_bias.to(raw.dtype))
             dlog_decay = slope.mul_(-inputs.A_log.to(raw.dtype).exp()).mul_(dlog_decay)
             found["dt_bias"] = dlog_decay.sum(0)
         if inputs.log_decay.ndim == 1:
@@ -41,7 +41,7 @@ def token_gate_gradients(
         if inputs.allow_neg_eigval:
             dbeta = 2 * dbeta
         if inputs.beta_sigmoid:
-            beta = inputs.beta.to(dbeta.dtype).flatten(0, 1).sigmoid()
+            beta = sigmoid(inputs.beta.to(dbeta.dtype).flatten(0, 1))
             dbeta = dbeta * beta * (1 - beta)
         found["beta"] = dbeta.view(inputs.beta.shape)
     return found
@@ -142,11 +142,12 @@ class DecayGradients:
         """
         self.from_start.copy_(from_start.squeeze(-1))
         self.to_end.copy_(to_end.squeeze(-1))
-        crossing = (inside.flatten(0, 1) @ self.before).view(inside.shape)  # [i, t]: all j < t
+        crossing = torch.bmm(inside, self.before.expand_as(inside))  # [i, t]: from all j < t
         torch.sum(crossing.mul_(self.from_now), 1, out=self.inside)
         self.whole.copy_(whole.squeeze(-1))
 
     def sum(self) -> Tensor:
         """Gradient of the log decays ``[M, C]``."""
-        found = self.from_start @ self.from_now
-        return found.addmm_(self.to_end, self.before).add_(self.inside).add_(self.whole)
+        found = self.from_start.flip(1).cumsum(1).flip(1)
+        found[:, 1:] += self.to_end[:, :-1].cumsum(1)
+        return found.add_(self.inside).add_(self.whole)

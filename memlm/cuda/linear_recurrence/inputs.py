@@ -84,14 +84,22 @@ class Inputs:
                 f"initial_state is {tuple(self.initial_state.shape)}, expected {self.state_shape}"
             )
         self._check_options()
+        if self.cu_seqlens is not None:
+            self._check_boundaries()
+
+    def _check_boundaries(self) -> None:
+        B, T = self.q.shape[:2]
+        if B != 1:
+            raise ValueError(f"cu_seqlens needs all tokens in one row: q has {B} rows")
         # Reading boundaries that lie on an accelerator would make the host wait for it.
-        cu_seqlens = self.cu_seqlens
-        if cu_seqlens is None or torch.compiler.is_compiling():
+        if self.cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        if B != 1 or (cu_seqlens.device.type == "cpu" and int(cu_seqlens[-1]) != T):
+        bounds = self.cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
             raise ValueError(
-                f"cu_seqlens needs one row with all its tokens: it ends at {int(cu_seqlens[-1])}, "
-                f"q has {B} rows of {T} tokens"
+                f"cu_seqlens must rise from 0 to the {T} tokens of q: it begins with {bounds[0]}, "
+                f"ends with {bounds[-1]}, and "
+                f"{'rises' if bounds == sorted(bounds) else 'falls'} between"
             )
 
     def _check_options(self) -> None:

@@ -43,7 +43,7 @@ def linear_recurrence_reference(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]
             S = S + torch.einsum("hk,hv->hkv", k[t], delta)
             outputs.append(inputs.scale * torch.einsum("hkv,hk->hv", S, q[t]))
         states.append(S)
-    o = torch.stack(outputs) if outputs else torch.zeros_like(v)
+    o = torch.stack(outputs) if outputs else v
     state = torch.stack(states) if states else v.new_zeros(inputs.state_shape)
     return (
         o.view(B, T, HV, V).to(inputs.v.dtype),
@@ -60,7 +60,8 @@ def natural_log_decay(inputs: Inputs) -> Tensor | None:
     log_decay = inputs.log_decay.to(inputs.state_dtype)
     if inputs.A_log is not None:
         A_log, dt_bias = (x.to(log_decay.dtype) for x in (inputs.A_log, inputs.dt_bias))
-        log_decay = -A_log.exp() * F.softplus(log_decay + dt_bias)
+        # softplus(x) = -logsigmoid(-x); see `sigmoid`.
+        log_decay = A_log.exp() * F.logsigmoid(-(log_decay + dt_bias))
     return log_decay.expand(B, T, HV).flatten(0, 1)
 
 
@@ -71,5 +72,14 @@ def write_strength(inputs: Inputs) -> Tensor | None:
         return None
     beta = inputs.beta.to(inputs.state_dtype).flatten(0, 1)
     if inputs.beta_sigmoid:
-        beta = beta.sigmoid()
+        beta = sigmoid(beta)
     return 2 * beta if inputs.allow_neg_eigval else beta
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x)), the same bits for an entry wherever it stands.
+
+    torch's sigmoid and softplus round the last few entries of a tensor otherwise than the rest on a
+    CPU, so that a row alone would not equal the row in a batch; its exp and logsigmoid do not.
+    """
+    return F.logsigmoid(x).exp()
