@@ -56,7 +56,7 @@ def time_interleaved(
         limit: seconds after which no further round begins, once there are FEWEST_ROUNDS.
 
     Returns:
-        The times by name; for a run that raises in its first call, the reason instead.
+        The times by name; for a run that raises, the reason instead.
     """
     device = torch.device(device)
     results: dict[str, list[float] | str] = {}
@@ -74,8 +74,12 @@ def time_interleaved(
         over = limit is not None and time.perf_counter() - start > limit
         if turn >= FEWEST_ROUNDS and over:
             break
-        for name, count in calls.items():
-            results[name].append(_sample(runs[name], device, count, 2 + turn * count))
+        for name, count in list(calls.items()):
+            try:
+                results[name].append(_sample(runs[name], device, count, 2 + turn * count))
+            except Exception as failure:  # memory may run out later than in the first call
+                results[name] = describe(failure)
+                del calls[name]
     return results
 
 

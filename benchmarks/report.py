@@ -17,13 +17,16 @@ RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("torch", "triton", "transformers", "flash-linear-attention", "flash-qla")
 
 
-@functools.cache
 def machine() -> dict[str, Any]:
-    """What the numbers of this process depend on: processors, libraries, threads."""
+    """What numbers taken now depend on: processors, libraries, threads."""
+    return {**_machine(), "threads": torch.get_num_threads()}
+
+
+@functools.cache
+def _machine() -> dict[str, Any]:
     found = {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "gpu": None,
         "python": platform.python_version(),
     }

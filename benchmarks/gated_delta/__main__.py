@@ -10,11 +10,19 @@ from benchmarks import report
 from benchmarks.gated_delta import cpu, cuda
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     parser = argparse.ArgumentParser(prog="benchmarks.gated_delta")
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    parser.add_argument("--repeats", type=int, help="rounds; default 7 on the CPU, 20 on a GPU")
+    parser.add_argument(
+        "--repeats", type=_positive, help="rounds; default 7 on the CPU, 20 on a GPU"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, a few seconds")
     parser.add_argument("--seconds", type=float, help="GPU: begin no further size after these")
     parser.add_argument("--output", type=Path, default=report.RESULTS)
@@ -28,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         repeats = options.repeats or (3 if options.quick else 20)
         found, agree = cuda.run(repeats, options.quick, options.seconds)
-    results = {"machine": report.machine(), "repeats": repeats, "quick": options.quick, **found}
+    results = {"repeats": repeats, "quick": options.quick, **found}
     name = f"gated_delta_{options.device}{'_quick' if options.quick else ''}.json"
     print(f"\n{report.save_json(results, options.output / report.machine_name() / name)}")
     return 0 if agree else 1

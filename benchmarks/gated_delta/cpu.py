@@ -23,6 +23,7 @@ def run(repeats: int, quick: bool) -> tuple[dict[str, Any], bool]:
         peers = [*memlm_peers("cpu"), transformers_peer()]
         errors, agree = measure.agreement(_problem(lengths[0] // 4), peers)
         found = {
+            "machine": report.machine(),
             "agreement": errors,
             "absent": measure.absent(peers),
             "lengths": _lengths(peers, lengths, repeats),

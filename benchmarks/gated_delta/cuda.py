@@ -60,6 +60,7 @@ def compare(
     matmul = matmul_ceiling(device, problems[0].dtype, 256 if quick else None)
     print(f"copy {copy / 1e12:.3f} TB/s, matmul {matmul / 1e12:.1f} TFLOP/s (measured here)")
     found: dict[str, Any] = {"copy_bytes_per_second": copy, "matmul_flops_per_second": matmul}
+    found |= {"machine": report.machine()}
     found |= {"absent": measure.absent(everyone), "agreement": [], "sequences": [], "steps": []}
     agree = True
     for K, V, (H, HV) in dict.fromkeys((p.K, p.V, (p.H, p.HV)) for p in problems):

@@ -22,9 +22,17 @@ def test_quick_cpu_run(tmp_path, capsys):
     assert {(name, T) for name in peer_names for T in (128, 256, 512)} <= measured
     assert sum(found["packed"][0]["lengths"]) == 512 and len(found["packed"][0]["lengths"]) == 8
     assert {row["what"] for row in found["decoding"]} == {"operation", "model"}
-    assert found["machine"]["threads"] >= 1 and found["repeats"] == 2
+    assert found["machine"]["threads"] == 1 and found["repeats"] == 2
     printed = capsys.readouterr().out
     assert "T=512 over T=128" in printed and "agrees" in printed and str(path) in printed
+
+
+@pytest.mark.parametrize("repeats", ["0", "-1", "two"])
+def test_repeats_are_checked(repeats, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--device", "cpu", "--repeats", repeats])
+    assert stopped.value.code == 2
+    assert "repeats" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

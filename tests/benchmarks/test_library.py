@@ -51,6 +51,16 @@ def test_a_run_that_fails_leaves_its_reason_and_the_others():
     assert len(times["good"]) == 2
 
 
+def test_a_run_that_fails_later_is_no_measurement_either():
+    def fails_at(number):
+        if number == 3:
+            raise MemoryError("full")
+        busy(3e-3)(number)
+
+    times = library.time_interleaved({"bad": fails_at, "good": busy(2e-3)}, repeats=3)
+    assert times["bad"] == "MemoryError: full" and len(times["good"]) == 3
+
+
 def test_a_time_limit_leaves_the_fewest_rounds():
     times = library.time_interleaved({"a": busy(3e-3)}, repeats=50, limit=0)
     assert len(times["a"]) == library.FEWEST_ROUNDS
