@@ -7,7 +7,7 @@ from torch.nn import functional as F
 class GatedRMSNorm(nn.RMSNorm):
     """RMSNorm over the last dimension, times silu(gate) where a gate is given.
 
-    Norm before gate, as in RetNet (Sun et al., arXiv 2307.08621, equation 8) and Gated DeltaNet.
+    Norm before gate, as in RetNet (Sun et al., arXiv 2307.08621) and Gated DeltaNet.
     """
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:

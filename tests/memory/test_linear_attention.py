@@ -38,7 +38,7 @@ def call(module, hidden, state=None, **context):
     ],
 )
 def test_the_layer_is_the_published_formula(feature_map, normalizer, output_norm):
-    """Equations 18 to 20 of the paper: sums s of phi(k) v^T and z of phi(k)."""
+    """The paper's recurrent form: sums s of phi(k) v^T and z of phi(k)."""
     module = build(feature_map=feature_map, normalizer=normalizer, output_norm=output_norm)
     if output_norm:
         torch.nn.init.normal_(module.o_norm.weight)

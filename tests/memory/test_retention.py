@@ -36,7 +36,7 @@ def call(module, hidden, state=None, first_position=0, **context):
     ],
 )
 def test_the_layer_is_the_published_formula(options, decays):
-    """Equation 6 of the paper, with the rotation of equation 3 as complex numbers."""
+    """The paper's recurrent form, with the rotation e^(i n theta) as complex numbers."""
     module = build(**options)
     x = torch.randn(9, 16, dtype=torch.float64)
     w = dict(module.named_parameters())
