@@ -110,12 +110,10 @@ def backward(
     do, since_start = D[:, :C], decays.since_start
     W = (T * (beta * since_start).mT) @ k
     K_end = k * decays.to_end
-    D_start = torch.empty_like(D)
-    torch.mul(do, since_start, out=D_start[:, :C])
     dV_new = A[:, :C].mT @ do
     dstates = states.new_empty(len(states) + rows, *states.shape[1:])
     dstates[-rows:] = dcarry
-    torch.bmm(q.mT, D_start[:, :C], out=dstates[:-rows])
+    torch.bmm((q * since_start).mT, do, out=dstates[:-rows])
     dstarts = dstates.split(rows)
     steps = zip(
         dstarts[:-1],
@@ -131,14 +129,15 @@ def backward(
         dS.addcmul_(dS_next, decay).baddbmm_(w, dv_new, alpha=-1)
     dcarry.copy_(dstarts[0])
     dends = dstates[rows:]
+    del W, steps
 
     dX = T.mT @ dV_new
     D[:, C:] = dX
-    torch.mul(dX, since_start, out=D_start[:, C:])
-    dQK = D_start @ states.mT
+    dQK = D @ states.mT
+    dQK.unflatten(1, (2, C)).mul_(since_start.unsqueeze(1))
     B = D @ V_new.mT
     B[:, C:].diagonal(dim1=1, dim2=2).zero_()
-    dK_end = (V_new @ dends.mT).mul_(decays.to_end)
+    dK_end = torch.bmm(V_new, dends.mT, out=K_end).mul_(decays.to_end)
 
     from_start = (dQK * QK).sum(-1, keepdim=True)
     inside = B * A

@@ -6,15 +6,21 @@ a module with ``forward(inputs, chunk_states, save)``, ``backward(inputs, saved,
 """
 
 import dataclasses
+import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from memlm.cuda.linear_recurrence import eager
+from memlm.cuda.dispatch import interpreting
 from memlm.cuda.linear_recurrence.inputs import Inputs
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"eager": eager}
+MODULES = {
+    "eager": "memlm.cuda.linear_recurrence.eager",
+    "triton": "memlm.cuda.linear_recurrence.triton_implementation",
+}
+LARGEST = 256  # channels of a key or a value that the Triton kernels take
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 TENSORS = (
     "q",
     "k",
@@ -28,11 +34,31 @@ TENSORS = (
 )
 
 
+def refusals(inputs: Inputs) -> dict[str, str | None]:
+    """The implementations there are, each with why it cannot take these inputs, or None."""
+    _, _, _, _, K, V = inputs.sizes
+    triton = None
+    if inputs.v.dtype not in LOW_PRECISION and not interpreting():
+        triton = f"{inputs.v.dtype} values are left to eager, the kernels take bfloat16 and float16"
+    elif max(K, V) > LARGEST:
+        triton = f"K = {K}, V = {V}: the kernels take up to {LARGEST} channels"
+    return {"reference": None, "eager": None, "triton": triton}
+
+
+def _module(implementation: str) -> ModuleType:
+    # On first use: where triton is missing, its kernels cannot even be imported.
+    return importlib.import_module(MODULES[implementation])
+
+
 def run(implementation: str, inputs: Inputs, chunk_states: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, final state and chunk states (empty unless asked for)."""
     save = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in inputs.differentiable().values()
     )
+    if not save and inputs.q.shape[1] == 1 and not torch.compiler.is_compiling():
+        # A token in decoding takes about as long as torch's way to a custom op and back.
+        with torch.autocast(inputs.q.device.type, enabled=False):
+            return _module(implementation).forward(inputs, chunk_states, save)[:3]
     values = (getattr(inputs, field.name) for field in dataclasses.fields(inputs))
     return _forward(*values, chunk_states, save, implementation)[:3]
 
@@ -72,7 +98,7 @@ def _forward(
         allow_neg_eigval,
     )
     with torch.autocast(q.device.type, enabled=False):
-        return IMPLEMENTATIONS[implementation].forward(inputs, chunk_states, save)
+        return _module(implementation).forward(inputs, chunk_states, save)
 
 
 @_forward.register_fake
@@ -81,7 +107,7 @@ def _(*arguments) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     inputs = Inputs(*values)
     state = inputs.v.new_empty(inputs.state_shape, dtype=inputs.state_dtype)
     chunks = state.new_empty(inputs.chunk_states_shape if chunk_states else (0,))
-    saved = IMPLEMENTATIONS[implementation].saved_like(inputs) if save else []
+    saved = _module(implementation).saved_like(inputs) if save else []
     return torch.empty_like(inputs.v, memory_format=torch.contiguous_format), state, chunks, saved
 
 
@@ -122,7 +148,7 @@ def _backward(
     )
     # A backward pass may itself be called under autocast.
     with torch.autocast(q.device.type, enabled=False):
-        found = IMPLEMENTATIONS[implementation].backward(inputs, saved, do, dstate)
+        found = _module(implementation).backward(inputs, saved, do, dstate)
     return [
         found[name].to(tensor.dtype).contiguous()
         for name, tensor in inputs.differentiable().items()
