@@ -96,7 +96,7 @@ class Recurrence:
         )
 
     def launch(self) -> None:
-        from memlm.cuda.linear_recurrence import triton_launchers as launchers
+        from memlm.cuda.linear_recurrence import triton_implementation as launchers
 
         inputs = self.inputs()
         with mock.patch.object(launchers, "segments", lambda _: self.segments):

@@ -1,4 +1,4 @@
-"""What every operation is tested with: errors relative to float64, poison, launch-to-launch tests."""
+"""What every operation is tested with: errors relative to float64, poison, equality of runs."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping

@@ -85,8 +85,7 @@ def linear_recurrence(
         allow_neg_eigval,
     )
     inputs.check()
-    refusals = {"reference": None, **dict.fromkeys(operator.IMPLEMENTATIONS)}
-    name = choose_name("linear_recurrence", refusals, q.device)
+    name = choose_name("linear_recurrence", operator.refusals(inputs), q.device)
     if name == "reference":
         o, state, chunk_states = linear_recurrence_reference(inputs)
     else:

@@ -1,0 +1,160 @@
+"""One call as the Triton kernels take it, and the fixed sizes they are launched with."""
+
+import dataclasses
+
+import torch
+import triton
+from torch import Tensor
+
+from memlm.cuda.dispatch import capability
+from memlm.cuda.linear_recurrence.inputs import CHUNK, Inputs
+from memlm.cuda.linear_recurrence.triton_tiles import (
+    DECAY_CONSTANT,
+    DECAY_GATE,
+    DECAY_NONE,
+    DECAY_SCALAR,
+)
+
+
+def chunk_length(inputs: Inputs) -> int:
+    """Tokens of a chunk: fewer where products of 64 x 64 would not stay in registers."""
+    return CHUNK if capability(inputs.v.device) >= 90 else CHUNK // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tile and launch sizes: BK, BV channels of a tile, warps and pipeline stages."""
+
+    BK: int
+    BV: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def launch(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def scan_config(K: int, V: int, target: int) -> Config:
+    """For the two scans: the state tile [BK, BV] stays in registers."""
+    BK = max(16, triton.next_power_of_2(K))
+    BV, num_warps = 32, 4
+    if BK <= 64 and target // 10 == 9:
+        BV = 64
+    elif BK > 128:
+        BV, num_warps = (16, 4) if target < 90 else (32, 8)
+    return Config(BK, max(16, min(BV, triton.next_power_of_2(V))), num_warps, 2)
+
+
+def prepare_config(K: int) -> Config:
+    """For whole keys and queries."""
+    return Config(max(16, triton.next_power_of_2(K)), 0, 8, 1)
+
+
+def gradient_config(K: int, V: int, target: int, grouped: bool) -> Config:
+    """For the gradients of a chunk: three [C, BK] sums stay in registers."""
+    BK = BV = 64
+    if grouped:
+        BK, BV = 64 if target < 90 else 32, 32
+    BK = max(16, min(BK, triton.next_power_of_2(K)))
+    return Config(BK, max(16, min(BV, triton.next_power_of_2(V))), 8, 1)
+
+
+def step_config(K: int, V: int) -> Config:
+    """For single tokens."""
+    return Config(max(16, triton.next_power_of_2(K)), max(16, min(32, V // 16 * 16)), 4, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The inputs as the kernels take them.
+
+    sequence_of_slot: int32 [slots], for packed sequences.
+    """
+
+    inputs: Inputs
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    beta: Tensor | None
+    cu_seqlens: Tensor | None
+    sequence_of_slot: Tensor | None
+    sequences: int
+    slots: int
+    decay: int
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> "Problem":
+        B, T = inputs.sizes[:2]
+        dtype = inputs.v.dtype
+        q, k, v = (_with_row_stride(x.to(dtype)) for x in (inputs.q, inputs.k, inputs.v))
+        if inputs.log_decay is None:
+            decay = DECAY_NONE
+        elif inputs.A_log is not None:
+            decay = DECAY_GATE
+        else:
+            constant = inputs.log_decay.ndim == 1
+            decay = DECAY_CONSTANT if constant else DECAY_SCALAR
+        log_decay = None if inputs.log_decay is None else inputs.log_decay.contiguous()
+        beta = None if inputs.beta is None else inputs.beta.contiguous()
+        problem = cls(inputs, q, k, v, log_decay, beta, None, None, B, 0, decay)
+        if inputs.cu_seqlens is not None:
+            return problem.packed(inputs.cu_seqlens)
+        return dataclasses.replace(problem, slots=B * -(-T // problem.chunk))
+
+    def packed(self, cu_seqlens: Tensor) -> "Problem":
+        """The same tokens as sequences with these boundaries."""
+        sequences = cu_seqlens.shape[0] - 1
+        tokens = self.inputs.sizes[0] * self.inputs.sizes[1]
+        slots = tokens // self.chunk + sequences
+        first = cu_seqlens[:-1] // self.chunk + torch.arange(sequences, device=cu_seqlens.device)
+        every = torch.arange(slots, device=cu_seqlens.device)
+        owner = torch.searchsorted(first, every, right=True, out_int32=True) - 1
+        return dataclasses.replace(
+            self,
+            cu_seqlens=cu_seqlens.contiguous(),
+            sequence_of_slot=owner,
+            sequences=sequences,
+            slots=slots,
+        )
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk."""
+        return chunk_length(self.inputs)
+
+    @property
+    def target(self) -> int:
+        """Compute capability of the card, 90 for 9.0."""
+        return capability(self.v.device)
+
+    @property
+    def length(self) -> int:
+        return self.inputs.sizes[1]
+
+    @property
+    def shape(self) -> dict[str, int]:
+        _, _, H, HV, K, V = self.inputs.sizes
+        return {"H": H, "HV": HV, "K": K, "V": V, "C": self.chunk}
+
+    @property
+    def switches(self) -> dict[str, object]:
+        inputs = self.inputs
+        return {
+            "L2": inputs.qk_l2norm,
+            "SIGMOID": inputs.beta_sigmoid,
+            "DOUBLE": inputs.allow_neg_eigval,
+        }
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, device=self.v.device, dtype=dtype or self.v.dtype)
+
+
+def _with_row_stride(x: Tensor) -> Tensor:
+    """x [B, T, heads, channels] with tokens a constant stride apart and packed within."""
+    B, T, heads, channels = x.shape
+    packed = x.stride(3) == 1 and (heads == 1 or x.stride(2) == channels)
+    if packed and (B == 1 or x.stride(0) == T * x.stride(1)):
+        return x
+    return x.contiguous()
