@@ -1,6 +1,6 @@
 """Operations: one public function each, several implementations behind `memlm.cuda.dispatch`."""
 
-from memlm.cuda.linear_recurrence import linear_recurrence
+from memlm.cuda.linear_recurrence import linear_recurrence, linear_recurrence_step
 from memlm.cuda.neural_memory import NeuralMemoryState, neural_memory
 from memlm.cuda.product_key import product_key_select, weighted_bag
 from memlm.cuda.short_convolution import short_convolution
@@ -9,6 +9,7 @@ from memlm.cuda.topk_search import topk_search
 __all__ = [
     "NeuralMemoryState",
     "linear_recurrence",
+    "linear_recurrence_step",
     "neural_memory",
     "product_key_select",
     "short_convolution",

@@ -16,7 +16,7 @@ from memlm.cuda.linear_recurrence import operator
 from memlm.cuda.linear_recurrence.inputs import CHUNK, Inputs, first_chunk_slots
 from memlm.cuda.linear_recurrence.reference import linear_recurrence_reference
 
-__all__ = ["CHUNK", "first_chunk_slots", "linear_recurrence"]
+__all__ = ["CHUNK", "first_chunk_slots", "linear_recurrence", "linear_recurrence_step"]
 
 
 def linear_recurrence(
@@ -92,3 +92,60 @@ def linear_recurrence(
         o, state, chunk_states = operator.run(name, inputs, return_chunk_states)
     found = (o, state if return_state else None)
     return (*found, chunk_states) if return_chunk_states else found
+
+
+def linear_recurrence_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    scale: float | None = None,
+    *,
+    qk_l2norm: bool = False,
+    beta_sigmoid: bool = False,
+    allow_neg_eigval: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+) -> Tensor:
+    """One token of every row in decoding, with the state overwritten in place; no gradient.
+
+    Args:
+        q, k, v, log_decay, beta, scale, options: as of `linear_recurrence`, with ``T == 1``.
+        state: ``[B, HV, K, V]``, float32 (float64 if v is float64) and contiguous.
+
+    Returns:
+        o ``[B, 1, HV, V]`` in v's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit together, more than one token, or a state of another
+            dtype or layout.
+    """
+    inputs = Inputs(
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
+        state,
+        None,
+        A_log,
+        dt_bias,
+        q.shape[-1] ** -0.5 if scale is None else scale,
+        qk_l2norm,
+        beta_sigmoid,
+        allow_neg_eigval,
+    )
+    inputs.check()
+    if q.shape[1] != 1:
+        raise ValueError(f"linear_recurrence_step takes one token per row, q has {q.shape[1]}")
+    if state.dtype != inputs.state_dtype or not state.is_contiguous():
+        raise ValueError(
+            f"the state must be contiguous {inputs.state_dtype} to be overwritten, "
+            f"it is {state.dtype} with strides {state.stride()}"
+        )
+    refusals = {**operator.refusals(inputs), "reference": "it never works in place"}
+    name = choose_name("linear_recurrence_step", refusals, q.device)
+    options = (inputs.scale, qk_l2norm, beta_sigmoid, allow_neg_eigval)
+    return operator.step(q, k, v, log_decay, beta, state, A_log, dt_bias, *options, name)

@@ -184,3 +184,49 @@ def _differentiate(ctx, do: Tensor, dstate: Tensor, _dchunks, _dsaved):
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+@torch.library.custom_op("memlm::linear_recurrence_step", mutates_args=("state",))
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    state: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    scale: float,
+    qk_l2norm: bool,
+    beta_sigmoid: bool,
+    allow_neg_eigval: bool,
+    implementation: str,
+) -> Tensor:
+    """One token per row, the state overwritten: see `linear_recurrence_step`."""
+    inputs = Inputs(
+        q,
+        k,
+        v,
+        log_decay,
+        beta,
+        state,
+        None,
+        A_log,
+        dt_bias,
+        scale,
+        qk_l2norm,
+        beta_sigmoid,
+        allow_neg_eigval,
+    )
+    module = _module(implementation)
+    with torch.autocast(q.device.type, enabled=False):
+        if implementation == "triton":
+            return module.step_in_place(inputs)
+        o, new_state, *_ = module.forward(inputs, False, False)
+    state.copy_(new_state)
+    return o
+
+
+@step.register_fake
+def _(q, k, v, *_) -> Tensor:
+    return torch.empty_like(v, memory_format=torch.contiguous_format)

@@ -98,3 +98,11 @@ def backward(inputs: Inputs, saved: list[Tensor], do: Tensor, dstate: Tensor) ->
     if inputs.log_decay is not None and inputs.log_decay.ndim == 1:
         gradients["log_decay"] = gradients["log_decay"].sum((0, 1))
     return gradients
+
+
+def step_in_place(inputs: Inputs) -> Tensor:
+    """Outputs of one token per row; the state is overwritten."""
+    B, T, _, HV, _, V = inputs.sizes
+    problem = Problem.of(inputs)
+    o = problem.empty(B, T, HV, V)
+    return step(problem, inputs.initial_state, o, inputs.initial_state)

@@ -98,6 +98,9 @@ class Problem:
             decay = DECAY_CONSTANT if constant else DECAY_SCALAR
         log_decay = None if inputs.log_decay is None else inputs.log_decay.contiguous()
         beta = None if inputs.beta is None else inputs.beta.contiguous()
+        if inputs.A_log is not None:
+            gates = {"A_log": inputs.A_log.contiguous(), "dt_bias": inputs.dt_bias.contiguous()}
+            inputs = dataclasses.replace(inputs, **gates)
         problem = cls(inputs, q, k, v, log_decay, beta, None, None, B, 0, decay)
         if inputs.cu_seqlens is not None:
             return problem.packed(inputs.cu_seqlens)
