@@ -22,7 +22,7 @@ LONGER = {"rows": 3, "tokens": 4999}  # what must need no binary of its own
 KEY_VALUE_SIZES = ((64, 64), (64, 128), (128, 128), (128, 256), (256, 256))
 # Kernels whose products have 64 rows (a chunk) or more, in 16-bit types.
 RECURRENCE_PRODUCTS = frozenset(
-    {"solve_kernel", "scan_kernel", "reverse_scan_kernel", "gradient_kernel"}
+    {"prepare_kernel", "scan_kernel", "reverse_scan_kernel", "gradient_kernel"}
 )
 
 
@@ -108,7 +108,7 @@ class Recurrence:
 
 
 def _recurrence(case: Recurrence) -> Specimen:
-    products = case.dtype != torch.float32 and min(case.K, case.V) >= 64
+    products = min(case.K, case.V) >= 64
     return Specimen(
         case.name,
         case.launch,
@@ -124,14 +124,13 @@ def _longer(case: "Recurrence | Convolution") -> Callable[[], object]:
 
 
 def _recurrence_matrix() -> list[Recurrence]:
-    dtypes = (torch.bfloat16, torch.float32)
     cases = [
-        Recurrence(K, V, dtype, tokens=tokens)
-        for (K, V), dtype, tokens in itertools.product(KEY_VALUE_SIZES, dtypes, (TOKENS, 1))
+        Recurrence(K, V, groups=groups, tokens=tokens)
+        for (K, V), groups, tokens in itertools.product(KEY_VALUE_SIZES, (1, 4), (TOKENS, 1))
     ]
     wide = functools.partial(Recurrence, 128, 256)
     cases += [wide(torch.float16)]
-    cases += [wide(groups=4, packed=packed) for packed in (False, True)]
+    cases += [wide(groups=4, packed=True)]
     cases += [wide(segments=4, packed=packed) for packed in (False, True)]
     cases += [
         wide(delta=delta, decay=decay, packed=packed)
@@ -140,7 +139,7 @@ def _recurrence_matrix() -> list[Recurrence]:
         )
     ]
     # Sizes that fill no power of two: Olmo-Hybrid's, and a small model's.
-    cases += [Recurrence(96, 192), Recurrence(24, 48), Recurrence(24, 48, torch.float32)]
+    cases += [Recurrence(96, 192), Recurrence(24, 48)]
     return cases
 
 

@@ -41,8 +41,10 @@ def scan_config(K: int, V: int, target: int) -> Config:
     BV, num_warps = 32, 4
     if BK <= 64 and target // 10 == 9:
         BV = 64
-    elif BK > 128:
-        BV, num_warps = (16, 4) if target < 90 else (32, 8)
+    elif BK > 128 and target < 90:
+        BV = 16
+    elif BK > 128 or (BK > 64 and target >= 100):
+        num_warps = 8
     return Config(BK, max(16, min(BV, triton.next_power_of_2(V))), num_warps, 2)
 
 
