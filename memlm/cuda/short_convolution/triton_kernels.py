@@ -417,7 +417,7 @@ def forward(inputs: Inputs) -> tuple[list[Tensor], Tensor]:
     x = _rows(inputs.x)
     constants, tiles = _constants(inputs)
     block = constants["BLOCK"]
-    tokens, warps = max(1, 4096 // block), 4
+    tokens, warps = max(1, 2048 // block), 4
     if T == 1:
         tokens, warps = 1, max(1, block // 128)
     with torch.cuda.device_of(x):
