@@ -74,6 +74,7 @@ def prepare_kernel(
     are one unless L2. norms [2, tokens, H] (None: not wanted): 1 / |q|, 1 / |k|. So the serial
     scans hold no decays, norms or options.
     """
+    plane = plane.to(tl.int64)
     slot, h = tl.program_id(0) // H, tl.program_id(0) % H
     first, count = chunk_of_slot(slot, T, cu_seqlens, sequence_of_slot, C)
     if count == 0:
@@ -150,6 +151,7 @@ def scan_kernel(
     CHUNKS_PER_STATE chunks (states), V~ (v_new). inverse None: no delta rule. v None: zero values,
     for the linear map of a stretch of tokens.
     """
+    plane = plane.to(tl.int64)
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     row = tl.program_id(0) // BLOCKS
     n, head = row // HV, row % HV
@@ -234,6 +236,7 @@ def reverse_scan_kernel(
     Writes the gradient of the state after every chunk (dends; None: not wanted), dR [tokens, HV, V]
     (None: not wanted; without the delta rule it is dV) and the gradient of the initial state.
     """
+    plane = plane.to(tl.int64)
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     row = tl.program_id(0) // BLOCKS
     n, head = row // HV, row % HV
