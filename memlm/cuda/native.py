@@ -1,0 +1,146 @@
+"""C++ for the CPU, compiled when it is first used: `load` and `unavailable`.
+
+One source with a plain C interface makes one library, in a folder of the user's cache and named by
+all that it depends on. torch.utils.cpp_extension would take ninja and half a minute; without torch's
+headers the compiler is done in seconds.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-ffp-contract=fast")
+# Not every compiler knows it for every CPU; what it makes without it is slower.
+NATIVE = "-march=native"
+PATIENCE = 120  # seconds a compiler may take
+
+
+def load(source: Path) -> ctypes.CDLL:
+    """The library made of a C++ file.
+
+    Raises:
+        RuntimeError: there is none; the message is what `unavailable` returns.
+    """
+    found = _library(source)
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def unavailable(source: Path) -> str | None:
+    """Why there is no library of a C++ file (no compiler, it fails, ...); None where there is one.
+
+    The first call compiles if the cache does not have the library.
+    """
+    found = _library(source)
+    return found if isinstance(found, str) else None
+
+
+@functools.cache
+def _library(source: Path) -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    if sys.platform == "win32":
+        return "native kernels are not made for Windows"
+    compiler = _compiler()
+    if compiler is None:
+        return f"no C++ compiler: set CXX or install one of {', '.join(COMPILERS)}"
+    try:
+        name = f"{source.parent.name}-{_key(source, compiler)}.so"
+        with tempfile.TemporaryDirectory() as elsewhere:
+            folder = _cache_folder() or Path(elsewhere)
+            if not (folder / name).exists():
+                _compile(compiler, source, folder / name)
+            # The file may go as soon as it is loaded.
+            return ctypes.CDLL(str(folder / name))
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{source.name} does not compile or load: {_first_line(error)}"
+
+
+def _compiler() -> list[str] | None:
+    """The command of the first compiler there is."""
+    for command in (os.environ.get("CXX", ""), *COMPILERS):
+        words = shlex.split(command)
+        if words and shutil.which(words[0]):
+            return words
+    return None
+
+
+def _key(source: Path, compiler: list[str]) -> str:
+    """A name for all that the library depends on."""
+    version = subprocess.run(
+        [*compiler, "--version"], capture_output=True, check=True, timeout=PATIENCE
+    )
+    parts = [*(path.read_bytes() for path in _sources(source)), version.stdout]
+    parts += [" ".join((*compiler, *FLAGS, NATIVE)).encode(), _cpu().encode()]
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:24]
+
+
+def _sources(path: Path) -> list[Path]:
+    """A C++ file and the headers beside it that it includes, each once."""
+    found, todo = [], [path.resolve()]
+    while todo:
+        current = todo.pop()
+        if current not in found:
+            found.append(current)
+            names = re.findall(r'^#include "(.+)"$', current.read_text(), re.MULTILINE)
+            todo += [(current.parent / name).resolve() for name in names]
+    return found
+
+
+def _cpu() -> str:
+    """What tells a CPU's instruction set from another's; homes are shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    features = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
+    return " ".join([platform.machine(), platform.processor(), *sorted(set(features))])
+
+
+def _cache_folder() -> Path | None:
+    """Where libraries are kept; None where that cannot be written."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(home) / "memlm" / "native"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def _compile(compiler: list[str], source: Path, target: Path) -> None:
+    """Make the library under another name and then rename it: others may be at it too."""
+    logger.info("compiling %s of %s with %s", source.name, source.parent.name, compiler[0])
+    handle, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".unfinished")
+    os.close(handle)
+    try:
+        command = [*compiler, *FLAGS, "-o", unfinished, str(source)]
+        options = {"capture_output": True, "text": True, "timeout": PATIENCE}
+        if subprocess.run([*command, NATIVE], **options).returncode:
+            subprocess.run(command, **options, check=True)
+        os.replace(unfinished, target)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+def _first_line(error: Exception) -> str:
+    """The compiler's first error, or what else went wrong, in one line."""
+    lines = (getattr(error, "stderr", None) or "").splitlines()
+    lines = [line for line in lines if "error" in line] or lines or str(error).splitlines()
+    return lines[0].strip() if lines else type(error).__name__
