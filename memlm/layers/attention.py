@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from memlm.errors import UserError
 from memlm.layers.context import CallContext, SequenceLayout
 from memlm.layers.convolution import ConvolutionState, ShortConvolution
+from memlm.layers.rotary import rotary_angles
 from memlm.layers.state import MemoryState
 
 
@@ -178,7 +179,9 @@ class Attention(nn.Module):
         key = self.k_norm(self.k_proj(hidden).view(batch_size, length, -1, self.head_dim))
         value = self.v_proj(hidden).view(batch_size, length, -1, self.head_dim)
         if self.rope_theta is not None:
-            cos, sin = self._rotary(context.position_ids, hidden.dtype)
+            cos, sin = rotary_angles(
+                context.position_ids, self.head_dim, self.rope_theta, hidden.dtype
+            )
             query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
 
         keys = torch.cat([state.keys.to(key.dtype), key], dim=1)
@@ -204,14 +207,6 @@ class Attention(nn.Module):
         incoming = layout.incoming(carried)
         mixed, tails = self.convolution(layout.pack(hidden), incoming.tail, layout)
         return hidden + layout.unpack(mixed), layout.outgoing(ConvolutionState(tails), carried).tail
-
-    def _rotary(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        # Computed from the positions of the call: a buffer of frequencies would be left
-        # uninitialised by loading on the meta device.
-        steps = torch.arange(0, self.head_dim, 2, device=position_ids.device, dtype=torch.float64)
-        angles = position_ids[..., None] * self.rope_theta ** (-steps / self.head_dim)
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def _visible(
         self, position: Tensor, document: Tensor, key_position: Tensor, key_document: Tensor

@@ -18,14 +18,13 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 
 from memlm.cuda import NeuralMemoryState, neural_memory
 from memlm.errors import UserError, nearest
 from memlm.layers.context import SequenceLayout
 from memlm.layers.convolution import ShortConvolution
-from memlm.layers.norm import l2_norm
+from memlm.layers.gated_norm import GatedRMSNorm
 from memlm.memory.base import CallContext, MemoryConfig, MemoryModule, MemoryState, register
 
 
@@ -139,7 +138,7 @@ class Titans(MemoryModule):
             torch.empty(H, *shape) for shape in self._layer_shapes()
         )
         self.g_proj = nn.Linear(hidden_size, H * D, bias=False)
-        self.o_norm = nn.RMSNorm(D, norm_eps)
+        self.o_norm = GatedRMSNorm(D, norm_eps)
         self.o_proj = nn.Linear(H * D, hidden_size, bias=False)
         self.init_weights()
 
@@ -182,14 +181,14 @@ class Titans(MemoryModule):
         x = layout.pack(hidden)
         incoming = layout.incoming(state)
         qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
-        qkv, tail = self.conv1d(qkv, incoming.conv, layout)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
+        split = [(self.heads, self.head_dim, normalize) for normalize in (True, True, False)]
+        (q, k, v), tail = self.conv1d(qkv, incoming.conv, layout, split)
         alpha, eta, theta = self._gates(x)
         if not context.write:
             alpha = eta = theta = torch.zeros_like(alpha)
         o, memory = neural_memory(
-            l2_norm(q),
-            l2_norm(k),
+            q,
+            k,
             v,
             alpha,
             eta,
@@ -198,7 +197,7 @@ class Titans(MemoryModule):
             self.config.chunk_size,
             layout.cu_seqlens,
         )
-        o = self.o_norm(o) * F.silu(self.g_proj(x)).view_as(o)
+        o = self.o_norm(o, self.g_proj(x))
         output = layout.unpack(self.o_proj(o.flatten(-2)))
         if not context.write:
             return output, state
