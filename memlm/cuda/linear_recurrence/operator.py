@@ -5,8 +5,10 @@ a module with ``forward(inputs, chunk_states, save)``, ``backward(inputs, saved,
 ``saved_like(inputs)``, the shapes of what its forward saves.
 """
 
+import contextlib
 import dataclasses
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -45,6 +47,13 @@ def refusals(inputs: Inputs) -> dict[str, str | None]:
     return {"reference": None, "eager": None, "triton": triton}
 
 
+@contextlib.contextmanager
+def _as_given(x: Tensor) -> Iterator[None]:
+    """In the precision and on the device of the tensors, whatever the caller has set."""
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        yield
+
+
 def _module(implementation: str) -> ModuleType:
     # On first use: where triton is missing, its kernels cannot even be imported.
     return importlib.import_module(MODULES[implementation])
@@ -57,7 +66,7 @@ def run(implementation: str, inputs: Inputs, chunk_states: bool) -> tuple[Tensor
     )
     if not save and inputs.q.shape[1] == 1 and not torch.compiler.is_compiling():
         # A token in decoding takes about as long as torch's way to a custom op and back.
-        with torch.autocast(inputs.q.device.type, enabled=False):
+        with _as_given(inputs.q):
             return _module(implementation).forward(inputs, chunk_states, save)[:3]
     values = (getattr(inputs, field.name) for field in dataclasses.fields(inputs))
     return _forward(*values, chunk_states, save, implementation)[:3]
@@ -97,7 +106,7 @@ def _forward(
         beta_sigmoid,
         allow_neg_eigval,
     )
-    with torch.autocast(q.device.type, enabled=False):
+    with _as_given(q):
         return _module(implementation).forward(inputs, chunk_states, save)
 
 
@@ -147,7 +156,7 @@ def _backward(
         allow_neg_eigval,
     )
     # A backward pass may itself be called under autocast.
-    with torch.autocast(q.device.type, enabled=False):
+    with _as_given(q):
         found = _module(implementation).backward(inputs, saved, do, dstate)
     return [
         found[name].to(tensor.dtype).contiguous()
@@ -219,7 +228,7 @@ def step(
         allow_neg_eigval,
     )
     module = _module(implementation)
-    with torch.autocast(q.device.type, enabled=False):
+    with _as_given(q):
         if implementation == "triton":
             return module.step_in_place(inputs)
         o, new_state, *_ = module.forward(inputs, False, False)
