@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.aot import Specimen
+from memlm.cuda.diagonal_scan import inputs as scan
 from memlm.cuda.linear_recurrence import inputs as recurrence
 from memlm.cuda.short_convolution import inputs as convolution
 
@@ -32,13 +33,15 @@ def quick() -> list[Specimen]:
         _recurrence(Recurrence(128, 128)),
         _recurrence(Recurrence(128, 128, tokens=1)),
         _convolution(Convolution(128, 128)),
+        _scan(Scan(1024)),
     ]
 
 
 def full() -> list[Specimen]:
     """Every size, type and switch."""
     convolutions = map(_convolution, _convolution_matrix())
-    return [*quick(), *map(_recurrence, _recurrence_matrix()), *convolutions]
+    scans = map(_scan, _scan_matrix())
+    return [*quick(), *map(_recurrence, _recurrence_matrix()), *convolutions, *scans]
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -117,7 +120,7 @@ def _recurrence(case: Recurrence) -> Specimen:
     )
 
 
-def _longer(case: "Recurrence | Convolution") -> Callable[[], object]:
+def _longer(case: "Recurrence | Convolution | Scan") -> Callable[[], object]:
     """The same launches for other lengths; single tokens stay single."""
     changes = LONGER if case.tokens > 1 else {"rows": LONGER["rows"]}
     return dataclasses.replace(case, **changes).launch
@@ -207,3 +210,56 @@ def _convolution_matrix() -> list[Convolution]:
     cases += [wide(width=width) for width in (2, 3, 8)]
     cases += [wide(packed=True), wide(split=False), wide(tokens=1), Convolution(96, 192)]
     return cases
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """One configuration of `memlm.cuda.diagonal_scan`: b in `dtype`, a at least float32."""
+
+    D: int
+    dtype: torch.dtype = torch.bfloat16
+    narrow: bool = False
+    packed: bool = False
+    rows: int = ROWS
+    tokens: int = TOKENS
+
+    @property
+    def name(self) -> str:
+        words = [
+            f"diagonal_scan {self.D} {str(self.dtype).removeprefix('torch.')}",
+            "narrow a" if self.narrow else "",
+            "packed" if self.packed else "",
+            "step" if self.tokens == 1 else "",
+        ]
+        return " ".join(word for word in words if word)
+
+    def inputs(self) -> scan.Inputs:
+        shape = (1 if self.packed else self.rows, self.tokens, self.D)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return scan.Inputs(
+            a=_empty(*shape, dtype=self.dtype if self.narrow else wide),
+            b=_empty(*shape, dtype=self.dtype),
+            initial_state=_empty(self.rows, self.D, dtype=wide),
+            cu_seqlens=_empty(self.rows + 1, dtype=torch.int64) if self.packed else None,
+        )
+
+    def launch(self) -> None:
+        from memlm.cuda.diagonal_scan import triton_kernels as launchers
+
+        inputs = self.inputs()
+        h, state = launchers.forward(inputs)
+        if self.tokens > 1:
+            launchers.backward(inputs, h, h, state)
+
+
+def _scan(case: Scan) -> Specimen:
+    return Specimen(case.name, case.launch, _longer(case))
+
+
+def _scan_matrix() -> list[Scan]:
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    cases = [Scan(D, dtype) for D, dtype in itertools.product((1024, 1536), dtypes)][1:]
+    wide = functools.partial(Scan, 1024)
+    cases += [wide(packed=True), wide(tokens=1), wide(narrow=True), wide(packed=True, tokens=1)]
+    # Rows that fill a card without a split, and channels that fill no block.
+    return [*cases, wide(rows=256), Scan(40)]

@@ -1,5 +1,6 @@
 """Operations: one public function each, several implementations behind `memlm.cuda.dispatch`."""
 
+from memlm.cuda.diagonal_scan import diagonal_scan
 from memlm.cuda.linear_recurrence import linear_recurrence, linear_recurrence_step
 from memlm.cuda.neural_memory import NeuralMemoryState, neural_memory
 from memlm.cuda.product_key import product_key_select, weighted_bag
@@ -8,6 +9,7 @@ from memlm.cuda.topk_search import topk_search
 
 __all__ = [
     "NeuralMemoryState",
+    "diagonal_scan",
     "linear_recurrence",
     "linear_recurrence_step",
     "neural_memory",
