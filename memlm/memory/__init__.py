@@ -14,6 +14,8 @@ from memlm.memory.base import (
 from memlm.memory.gated_delta import GatedDelta, GatedDeltaConfig
 from memlm.memory.knn_cache import KnnCache, KnnCacheConfig, KnnCacheState
 from memlm.memory.linear_attention import LinearAttention, LinearAttentionConfig
+from memlm.memory.min_gru import MinGRU, MinGRUConfig
+from memlm.memory.min_lstm import MinLSTM, MinLSTMConfig
 from memlm.memory.product_key import ProductKey, ProductKeyConfig, zeroed_values
 from memlm.memory.retention import Retention, RetentionConfig
 from memlm.memory.titans import Titans, TitansConfig
@@ -31,6 +33,10 @@ __all__ = [
     "MemoryConfig",
     "MemoryModule",
     "MemoryState",
+    "MinGRU",
+    "MinGRUConfig",
+    "MinLSTM",
+    "MinLSTMConfig",
     "ProductKey",
     "ProductKeyConfig",
     "Retention",

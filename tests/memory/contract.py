@@ -36,6 +36,11 @@ SPECS: dict[str, list[Spec]] = {
             "unnormalized",
         ),
     ],
+    "min_gru": [
+        Spec(EVERYWHERE),
+        Spec(("mixer",), {"expansion": 1.5, "conv_size": None}, "no_conv"),
+    ],
+    "min_lstm": [Spec(EVERYWHERE)],
     "product_key": [
         Spec(("ffn", "memory"), PRODUCT_KEY),
         Spec(("ffn",), {**PRODUCT_KEY, "share": "table"}, "shared"),

@@ -18,6 +18,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 ABLATION = {
     "gated_delta": "off",
     "linear_attention": "off",
+    "min_gru": "off",
+    "min_lstm": "off",
     "retention": "off",
     "titans": "off",
     "product_key": "zeroed",

@@ -58,15 +58,6 @@ def _slot(slot, T, sequences, size, cu_seqlens):
 
 
 @triton.jit
-def _first(x, x_batch, x_row, n, start, cu_seqlens):
-    """Pointer to the first token of a sequence; rows of the batch lie x_batch apart."""
-    if cu_seqlens is not None:
-        return x + start * x_row
-    else:
-        return x + n.to(tl.int64) * x_batch
-
-
-@triton.jit
 def _push(values, value):
     """The tuple with one more value at its end."""
     return values + (value,)  # noqa: RUF005 (the compiler knows no stars)
@@ -88,10 +79,8 @@ def _ahead(
 @triton.jit(do_not_specialize=["T", "sequences", "size"])
 def forward_kernel(
     a,
-    a_batch,
     a_row,
     b,
-    b_batch,
     b_row,
     entering,
     cu_seqlens,
@@ -107,7 +96,7 @@ def forward_kernel(
 ):
     """h [tokens, D] and the final states [N, D]; grid (slots, blocks of channels).
 
-    entering [slots, D] is what comes before each slot.
+    a and b have tokens a_row and b_row apart. entering [slots, D] is what comes before each slot.
     """
     slot = tl.program_id(0)
     n, start, length, position = _slot(slot, T, sequences, size, cu_seqlens)
@@ -115,8 +104,8 @@ def forward_kernel(
         return
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < D
-    a = _first(a, a_batch, a_row, n, start, cu_seqlens) + channel
-    b = _first(b, b_batch, b_row, n, start, cu_seqlens) + channel
+    a += start * a_row + channel
+    b += start * b_row + channel
     h += start * D + channel
     end = tl.minimum(length, position + size)
     x = tl.load(entering + slot.to(tl.int64) * D + channel, mask=inside, other=0).to(ACC)
@@ -139,7 +128,6 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["T", "sequences", "size"])
 def backward_kernel(
     a,
-    a_batch,
     a_row,
     h,
     dh,
@@ -167,7 +155,7 @@ def backward_kernel(
         return
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < D
-    a = _first(a, a_batch, a_row, n, start, cu_seqlens) + channel
+    a += start * a_row + channel
     h += (start - 1) * D + channel  # of the token before
     dh += start * D + channel
     da += start * D + channel
@@ -202,10 +190,8 @@ def backward_kernel(
 @triton.jit(do_not_specialize=["T", "sequences", "size"])
 def summary_kernel(
     a,
-    a_batch,
     a_row,
     b,
-    b_batch,
     b_row,
     cu_seqlens,
     product,
@@ -224,7 +210,7 @@ def summary_kernel(
     Backward (REVERSE) b is dh, and the pair is that of u.
     """
     slot = tl.program_id(0)
-    n, start, length, position = _slot(slot, T, sequences, size, cu_seqlens)
+    _, start, length, position = _slot(slot, T, sequences, size, cu_seqlens)
     if position >= length:
         return
     STEP: tl.constexpr = -1 if REVERSE else 1
@@ -238,8 +224,8 @@ def summary_kernel(
         return
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < D
-    a = _first(a, a_batch, a_row, n, start, cu_seqlens) + channel
-    b = _first(b, b_batch, b_row, n, start, cu_seqlens) + channel
+    a += start * a_row + channel
+    b += start * b_row + channel
     x = tl.zeros([BLOCK], ACC)
     factor = x + 1
     next_a = _ahead(a, a_row, p, position, end, inside, 1, STEP, AHEAD)
@@ -357,8 +343,14 @@ def _grid(inputs: Inputs, size: int, block: int) -> tuple[int, int]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x with channels side by side."""
-    return x if x.stride(2) == 1 else x.contiguous()
+    """x with channels side by side and all tokens equally far apart.
+
+    A stride between rows of the batch would be another number that the length decides, and whose
+    divisibility Triton would compile for.
+    """
+    B, T, _ = x.shape
+    even = B == 1 or x.stride(0) == T * x.stride(1)
+    return x if even and x.stride(2) == 1 else x.contiguous()
 
 
 def _entering(inputs: Inputs, a: Tensor, b: Tensor, first: Tensor, size: int, reverse: bool):
@@ -374,10 +366,8 @@ def _entering(inputs: Inputs, a: Tensor, b: Tensor, first: Tensor, size: int, re
     ).unbind()
     summary_kernel[grid](
         a,
-        a.stride(0),
         a.stride(1),
         b,
-        b.stride(0),
         b.stride(1),
         inputs.cu_seqlens,
         product,
@@ -418,10 +408,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         entering = _entering(inputs, a, b, initial, size, reverse=False)
         forward_kernel[_grid(inputs, size, constants["BLOCK"])](
             a,
-            a.stride(0),
             a.stride(1),
             b,
-            b.stride(0),
             b.stride(1),
             entering,
             inputs.cu_seqlens,
@@ -455,7 +443,6 @@ def backward(
         entering = _entering(inputs, a, dh, dstate, size, reverse=True)
         backward_kernel[_grid(inputs, size, constants["BLOCK"])](
             a,
-            a.stride(0),
             a.stride(1),
             h,
             dh,
