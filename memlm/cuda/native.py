@@ -1,8 +1,7 @@
 """C++ for the CPU, compiled when it is first used: `load` and `unavailable`.
 
 One source with a plain C interface makes one library, in a folder of the user's cache and named by
-all that it depends on. torch.utils.cpp_extension would take ninja and half a minute; without torch's
-headers the compiler is done in seconds.
+all that it depends on. torch.utils.cpp_extension would need ninja, and time for torch's headers.
 """
 
 import ctypes
@@ -22,7 +21,15 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-ffp-contract=fast")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+)
 # Not every compiler knows it for every CPU; what it makes without it is slower.
 NATIVE = "-march=native"
 PATIENCE = 120  # seconds a compiler may take

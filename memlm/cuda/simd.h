@@ -7,14 +7,23 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
 #ifdef __SSE__
 #include <xmmintrin.h>
 #endif
+
+// Loops over the registers of a product must be unrolled, or the registers go to memory.
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#define INLINE_LAMBDA __attribute__((always_inline))
+#define INLINE inline __attribute__((always_inline))
 
 namespace simd {
 
@@ -32,10 +41,10 @@ constexpr int W = 4, MR = 4, NV = 2;
 constexpr int R = W > MR ? W : MR;  // rows and columns are padded to a multiple of it
 
 typedef float vec __attribute__((vector_size(4 * W)));
-typedef float unaligned_vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef float unaligned_vec __attribute__((vector_size(4 * W), aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(4 * W)));
 typedef float half_vec __attribute__((vector_size(2 * W)));
-typedef float unaligned_half __attribute__((vector_size(2 * W), aligned(4), may_alias));
+typedef float unaligned_half __attribute__((vector_size(2 * W), aligned(4)));
 typedef double dvec __attribute__((vector_size(4 * W)));  // as many as a half_vec has
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -49,6 +58,13 @@ inline int64_t row_length(int64_t width) {
 inline vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
 inline void store(float* p, vec x) { *reinterpret_cast<unaligned_vec*>(p) = x; }
 inline vec all(float x) { return vec{} + x; }
+
+// 0, 1, 2, ...
+inline vec lanes() {
+  vec x = {};
+  for (int i = 0; i < W; ++i) x[i] = i;
+  return x;
+}
 
 // The first `count` numbers (all W if there are more), and zeros.
 inline vec load_part(const float* p, int64_t count) {
@@ -116,28 +132,89 @@ inline vec softplus(vec x) {
   return choose(x > 0, x, choose(x == x, vec{}, x)) + 2 * s * p;
 }
 
-// acc[r][n] += sum over d < depth of a[r, d] b[d, n]; with TA, a is stored transposed.
-template <int N, bool TA>
-inline __attribute__((always_inline)) void multiply(vec (&acc)[MR][N], const float* a, int64_t lda,
-                                                    const float* b, int64_t ldb, int64_t depth) {
-  for (int64_t d = 0; d < depth; ++d, b += ldb) {
-    vec columns[N];
-    for (int n = 0; n < N; ++n) columns[n] = load(b + n * W);
-    for (int r = 0; r < MR; ++r) {
-      const float x = TA ? a[d * lda + r] : a[r * lda + d];
-      for (int n = 0; n < N; ++n) acc[r][n] += x * columns[n];
+// MR rows of N vectors.
+template <int N>
+struct Tile {
+  vec x[MR][N] = {};
+
+  // this += a b with a [MR, depth] and b [depth, N vectors]; with TA, a is stored transposed.
+  template <bool TA>
+  INLINE void add(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth) {
+    for (int64_t d = 0; d < depth; ++d, b += ldb) {
+      vec columns[N];
+      UNROLL for (int n = 0; n < N; ++n) columns[n] = load(b + n * W);
+      UNROLL for (int r = 0; r < MR; ++r) {
+        const float y = TA ? a[d * lda + r] : a[r * lda + d];
+        UNROLL for (int n = 0; n < N; ++n) x[r][n] += y * columns[n];
+      }
     }
   }
-}
+
+  // x[r][n] = f(r, n, x[r][n])
+  template <class F>
+  INLINE void map(F f) {
+    UNROLL for (int r = 0; r < MR; ++r) {
+      UNROLL for (int n = 0; n < N; ++n) x[r][n] = f(r, n, x[r][n]);
+    }
+  }
+
+  INLINE void scale(const float* factors) {
+    map([=](int r, int, vec y) INLINE_LAMBDA { return factors[r] * y; });
+  }
+
+  // x[r][n] = f(r, y[r, n], x[r][n]) with zeros for what lies behind y's rows and columns.
+  template <class F>
+  INLINE void map_with(const float* y, int64_t ld, int64_t rows, int64_t columns, F f) {
+    if (rows >= MR && columns >= N * W) {
+      map([=](int r, int n, vec z) INLINE_LAMBDA { return f(r, load(y + r * ld + n * W), z); });
+    } else {
+      Tile read;
+      read.get_part(y, ld, rows, columns);
+      map([=](int r, int n, vec z) INLINE_LAMBDA { return f(r, read.x[r][n], z); });
+    }
+  }
+
+  // out[r, n] = x[r][n] for as many rows and columns as there are
+  INLINE void write(float* out, int64_t ld, int64_t rows, int64_t columns) const {
+    if (rows >= MR && columns >= N * W) {
+      put(out, ld);
+    } else {
+      Tile(*this).put_part(out, ld, rows, columns);  // a copy: this one stays in registers
+    }
+  }
+
+  __attribute__((noinline)) void get_part(const float* y, int64_t ld, int64_t rows,
+                                          int64_t columns) {
+    for (int64_t r = 0; r < std::min<int64_t>(rows, MR); ++r) {
+      for (int n = 0; n < N; ++n) x[r][n] = load_part(y + r * ld + n * W, columns - n * W);
+    }
+  }
+
+  __attribute__((noinline)) void put_part(float* out, int64_t ld, int64_t rows, int64_t columns) {
+    for (int64_t r = 0; r < std::min<int64_t>(rows, MR); ++r) {
+      for (int n = 0; n < N; ++n) store_part(out + r * ld + n * W, x[r][n], columns - n * W);
+    }
+  }
+
+  // out[r, n] = x[r][n]
+  INLINE void put(float* out, int64_t ld) const {
+    UNROLL for (int r = 0; r < MR; ++r) {
+      UNROLL for (int n = 0; n < N; ++n) store(out + r * ld + n * W, x[r][n]);
+    }
+  }
+};
 
 // f(N, first column) for panels of N vectors that cover `width` columns.
+template <int N>
+using constant = std::integral_constant<int, N>;
+
 template <class F>
 inline void for_panels(int64_t width, F f) {
   int64_t vectors = (width + W - 1) / W, column = 0;
   for (; vectors >= NV; vectors -= NV, column += NV * W) {
-    f(std::integral_constant<int, NV>(), column);
+    f(constant<NV>(), column);
   }
-  for (; vectors > 0; --vectors, column += W) f(std::integral_constant<int, 1>(), column);
+  for (; vectors > 0; --vectors, column += W) f(constant<1>(), column);
 }
 
 #ifdef __clang__
@@ -161,7 +238,7 @@ inline vec exchange_high(vec a, vec b, std::integer_sequence<int, L...>) {
 #endif
 
 template <int S>
-inline __attribute__((always_inline)) void exchange(vec (&x)[W]) {
+INLINE void exchange(vec (&x)[W]) {
   constexpr auto lanes = std::make_integer_sequence<int, W>();
   for (int r = 0; r < W; ++r) {
     if (r & S) continue;
@@ -172,7 +249,7 @@ inline __attribute__((always_inline)) void exchange(vec (&x)[W]) {
 }
 
 // W rows of W numbers become columns.
-inline __attribute__((always_inline)) void transpose(vec (&x)[W]) {
+INLINE void transpose(vec (&x)[W]) {
   exchange<1>(x);
   exchange<2>(x);
   if constexpr (W > 4) exchange<4>(x);
@@ -259,7 +336,7 @@ bool parallel(int64_t count, int64_t threads, F f) {
     while (static_cast<int64_t>(others.size()) + 1 < std::min(threads, count)) {
       others.emplace_back(work);
     }
-  } catch (const std::system_error&) {  // no more threads to be had: these do it
+  } catch (const std::exception&) {  // no more threads to be had: these do it
   }
   work();
   for (auto& thread : others) thread.join();

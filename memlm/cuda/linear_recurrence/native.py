@@ -21,9 +21,8 @@ def refusal(inputs: Inputs) -> str | None:
     """Why these inputs are not for this implementation, or None."""
     if inputs.v.device.type != "cpu":
         return f"the tensors are on {inputs.v.device.type}, it runs on the CPU"
-    tensors = inputs.differentiable().values()
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
-        return "it computes in float32, and an input is float64"
+    if inputs.v.dtype == torch.float64:
+        return "the values are float64, it computes in float32"
     return _unavailable()
 
 
@@ -70,6 +69,13 @@ def backward(inputs: Inputs, saved: list[Tensor], do: Tensor, dstate: Tensor) ->
     if inputs.A_log is not None:
         found |= {"dA_log": gate_times_decay, "ddt_bias": gate}
     return {name: found[f"d{name}"] for name in inputs.differentiable()}
+
+
+def step_in_place(inputs: Inputs) -> Tensor:
+    """One token per row, the initial state overwritten with the new one."""
+    o = _empty(inputs, inputs.v.shape)
+    _run("memlm_forward", inputs, {"o": o, "state": inputs.initial_state})
+    return o.to(inputs.v.dtype)
 
 
 def saved_like(inputs: Inputs) -> list[Tensor]:
@@ -123,6 +129,8 @@ class _Problem(ctypes.Structure):
 def _run(function: str, inputs: Inputs, tensors: dict[str, Tensor]) -> None:
     """Call the library on the inputs and on `tensors`, by their names in `_Problem`."""
     _, T, H, HV, K, V = inputs.sizes
+    if inputs.cu_seqlens is not None:
+        inputs.check()  # torch.compile has left out that of the boundaries
     rows = [_rows(x) for x in (inputs.q, inputs.k, inputs.v)]
     rows += [_gate(inputs.log_decay), _gate(inputs.beta), tensors.get("do")]
     packed = [

@@ -23,74 +23,90 @@ struct GateTerms {
   double inside[C + 1], whole;
 };
 
+// The transposed system: of MR rows, the gradient of what the tokens write through the system.
+template <int N>
+INLINE void substitute_back(Tile<N>& tile, const float* A, int64_t lda, const float* beta) {
+  UNROLL for (int r = MR - 1; r >= 0; --r) {
+    UNROLL for (int m = 0; m < N; ++m) {
+      const vec y = beta[r] * tile.x[r][m];
+      UNROLL for (int u = 0; u < r; ++u) tile.x[u][m] -= A[r * lda + u] * y;
+    }
+  }
+}
+
 // D, e^G D, the gradients of the values, and dS; panel by panel of value channels.
 template <bool DELTA>
 void value_gradients(const Problem& p, const Sequence& s, int64_t begin, int64_t n, int64_t rows,
-                     int64_t head, const Gates& gates, const Backward& b, GateTerms& terms) {
+                     int64_t head, const Gates& gates, const Backward& buffers, GateTerms& terms) {
+  const Backward b = buffers;
   const int64_t ldk = b.ldk, ldc = b.ldc, ldv = b.ldv, K = p.K, V = p.V;
-  const int64_t token = s.row * p.T + s.first + begin;
-  const float* dO = p.dO + s.row * p.so.row + (s.first + begin) * p.so.token + head * p.so.head;
+  const int64_t token = s.row * p.T + s.first + begin, ldo = p.HV * V, ldi = p.so.token;
+  const float* dO = p.dO + s.row * p.so.row + (s.first + begin) * ldi + head * p.so.head;
   const float* errors = DELTA ? p.errors + (token * p.HV + head) * V : nullptr;
   float* dv = p.dv + (token * p.HV + head) * V;
   const float *k = b.qk + C * ldk, *A = b.A + C * ldc, scale = static_cast<float>(p.scale);
   float *Dk = b.D + C * ldv, *Dk_start = b.D_start + C * ldv;
-  for_panels(V, [&](auto size, int64_t j) {
+  for_panels(V, [=, &gates, &terms](auto size, int64_t j) {
     constexpr int N = size;
     for (int64_t t = 0; t < rows; ++t) {
       for (int m = 0; m < N; ++m) {
         const int64_t c = j + m * W;
-        const vec x = t < n ? scale * load_part(dO + t * p.so.token + c, V - c) : vec{};
+        const vec x = t < n ? scale * load_part(dO + t * ldi + c, V - c) : vec{};
         store(b.D + t * ldv + c, x);
         store(b.D_start + t * ldv + c, gates.since_start[t] * x);
       }
     }
     for (int64_t i = rows - MR; i >= 0; i -= MR) {
-      vec acc[MR][N] = {};
-      multiply<N, false>(acc, k + i * ldk, ldk, b.dS + j, ldv, K);
-      scale_rows<N>(acc, gates.to_end + i);
-      multiply<N, true>(acc, b.A + i * ldc + i, ldc, b.D + i * ldv + j, ldv, rows - i);
+      Tile<N> tile;
+      tile.template add<false>(k + i * ldk, ldk, b.dS + j, ldv, K);
+      tile.scale(gates.to_end + i);
+      tile.template add<true>(b.A + i * ldc + i, ldc, b.D + i * ldv + j, ldv, rows - i);
       if (DELTA) {
         const int64_t later = i + MR;
-        multiply<N, true>(acc, A + later * ldc + i, ldc, Dk + later * ldv + j, ldv, rows - later);
+        const float *beta = gates.beta + i, *A_later = A + later * ldc + i;
+        tile.template add<true>(A_later, ldc, Dk + later * ldv + j, ldv, rows - later);
+        substitute_back(tile, A + i * ldc + i, ldc, beta);
+        vec* strength = terms.strength + i;
+        tile.map_with(errors + i * ldo + j, ldo, n - i, V - j,
+                      [=](int r, vec error, vec x) INLINE_LAMBDA {
+                        strength[r] += x * error;
+                        return x;
+                      });
+        tile.scale(beta);
       }
-      for (int r = MR - 1; r >= 0; --r) {
-        const int64_t t = i + r;
-        for (int m = 0; m < N; ++m) {
-          const int64_t c = j + m * W;
-          vec y = acc[r][m];
-          if (DELTA) {
-            if (t < n) terms.strength[t] += y * load_part(errors + t * p.HV * V + c, V - c);
-            y *= gates.beta[t];
-            for (int u = 0; u < r; ++u) acc[u][m] -= A[t * ldc + i + u] * y;
-            store(Dk + t * ldv + c, -y);
-            store(Dk_start + t * ldv + c, -gates.since_start[t] * y);
-          }
-          if (t < n) store_part(dv + t * p.HV * V + c, y, V - c);
-        }
+      tile.write(dv + i * ldo + j, ldo, n - i, V - j);
+      if (DELTA) {
+        tile.map([](int, int, vec y) INLINE_LAMBDA { return -y; });
+        tile.put(Dk + i * ldv + j, ldv);
+        tile.scale(gates.since_start + i);
+        tile.put(Dk_start + i * ldv + j, ldv);
       }
     }
     for (int64_t c = 0; c < K; c += MR) {
-      vec acc[MR][N] = {};
-      multiply<N, true>(acc, b.qk + c, ldk, b.D_start + j, ldv, rows);
-      if (DELTA) multiply<N, true>(acc, k + c, ldk, Dk_start + j, ldv, rows);
-      for (int r = 0; r < MR; ++r) {
-        float* dS = b.dS + (c + r) * ldv + j;
-        for (int m = 0; m < N; ++m) store(dS + m * W, gates.whole * load(dS + m * W) + acc[r][m]);
-      }
+      Tile<N> tile;
+      tile.template add<true>(b.qk + c, ldk, b.D_start + j, ldv, rows);
+      if (DELTA) tile.template add<true>(k + c, ldk, Dk_start + j, ldv, rows);
+      float* dS = b.dS + c * ldv + j;
+      const float whole = gates.whole;
+      tile.map([=](int r, int m, vec x) INLINE_LAMBDA {
+        return whole * load(dS + r * ldv + m * W) + x;
+      });
+      tile.put(dS, ldv);
     }
   });
 }
 
 // B = D V~^T * Gamma, and for each token the sum of what passes it within the chunk.
 template <bool DELTA>
-void inside_gradients(int64_t rows, int64_t V, const Backward& b, GateTerms& terms) {
+void inside_gradients(int64_t rows, int64_t V, const Backward& buffers, GateTerms& terms) {
+  const Backward b = buffers;
   const int64_t ld = b.ldc, half = C * ld;
-  lower_products(b.D, b.ldv, b.V_newT, ld, rows, V, [&](int64_t place, vec x) {
+  lower_products(b.D, b.ldv, b.V_newT, ld, rows, V, [=](int64_t place, vec x) INLINE_LAMBDA {
     store(b.B + place, x * load(b.gamma + place));
     store(b.M + place, x * load(b.A + place));
   });
   if (DELTA) {
-    lower_products(b.D + C * b.ldv, b.ldv, b.V_newT, ld, rows, V, [&](int64_t place, vec x) {
+    lower_products(b.D + C * b.ldv, b.ldv, b.V_newT, ld, rows, V, [=](int64_t place, vec x) INLINE_LAMBDA {
       store(b.B + half + place, x * load(b.gamma + place));
       store(b.M + place, load(b.M + place) + x * load(b.A + half + place));
     });
@@ -99,73 +115,66 @@ void inside_gradients(int64_t rows, int64_t V, const Backward& b, GateTerms& ter
   // From token t to t + 1, what begins at t is added and what ends at t falls away. In doubles the
   // difference is exact: the same products stand in rows and columns.
   constexpr int HALF = W / 2;
-  dvec columns[C / HALF] = {};
-  double ends[C];
+  dvec columns[C / HALF] = {}, ends[C];
   for (int64_t i = 0; i < rows; ++i) {
-    dvec row = {};
+    ends[i] = dvec{};
     for (int64_t j = 0; j < round_up(i + 1, R); j += HALF) {
       const dvec x = widen(b.M + i * ld + j);
       columns[j / HALF] += x;
-      row += x;
+      ends[i] += x;
     }
-    ends[i] = 0;
-    for (int m = 0; m < HALF; ++m) ends[i] += row[m];
   }
   terms.inside[0] = 0;
   for (int64_t t = 0; t < rows; ++t) {
-    terms.inside[t + 1] = terms.inside[t] + columns[t / HALF][t % HALF] - ends[t];
+    double end = 0;
+    for (int m = 0; m < HALF; ++m) end += ends[t][m];
+    terms.inside[t + 1] = terms.inside[t] + (columns[t / HALF][t % HALF] - end);
   }
 }
 
 // Gradients of (normed) queries and keys, panel by panel of key channels.
 template <bool DELTA>
-void key_gradients(const Problem& p, int64_t rows, const Gates& gates, const Backward& b,
+void key_gradients(const Problem& p, int64_t rows, const Gates& gates, const Backward& buffers,
                    GateTerms& terms) {
+  const Backward b = buffers;
   const int64_t ldk = b.ldk, ldc = b.ldc, ldv = b.ldv, V = p.V;
   const float *k = b.qk + C * ldk, *Bk = b.B + C * ldc, *Dk_start = b.D_start + C * ldv;
   float* dk = b.dqk + C * ldk;
-  for_panels(p.K, [&](auto size, int64_t j) {
-    constexpr int N = size;
+  // sums[r] += the product of row r and what lies at x
+  const auto products = [=](auto& tile, const float* x, vec* sums) INLINE_LAMBDA {
+    tile.map([=](int r, int m, vec y) INLINE_LAMBDA {
+      sums[r] += y * load(x + r * ldk + m * W);
+      return y;
+    });
+  };
+  for_panels(p.K, [=, &gates, &terms](auto size, int64_t j) {
     for (int64_t i = 0; i < rows; i += MR) {
-      vec acc[MR][N] = {};
-      multiply<N, false>(acc, b.D_start + i * ldv, ldv, b.ST + j, ldk, V);
-      for (int r = 0; r < MR; ++r) {
-        const float* q = b.qk + (i + r) * ldk + j;
-        for (int m = 0; m < N; ++m) terms.from_start[i + r] += acc[r][m] * load(q + m * W);
-      }
-      multiply<N, false>(acc, b.B + i * ldc, ldc, k + j, ldk, i + MR);
-      for (int r = 0; r < MR; ++r) {
-        for (int m = 0; m < N; ++m) store(b.dqk + (i + r) * ldk + j + m * W, acc[r][m]);
-      }
+      const int64_t place = i * ldk + j;
+      Tile<size> tile;
+      tile.template add<false>(b.D_start + i * ldv, ldv, b.ST + j, ldk, V);
+      products(tile, b.qk + place, terms.from_start + i);
+      tile.template add<false>(b.B + i * ldc, ldc, k + j, ldk, i + MR);
+      tile.put(b.dqk + place, ldk);
     }
     for (int64_t i = 0; i < rows; i += MR) {
-      vec acc[MR][N] = {};
-      multiply<N, false>(acc, b.V_new + i * ldv, ldv, b.dST + j, ldk, V);
-      scale_rows<N>(acc, gates.to_end + i);
-      for (int r = 0; r < MR; ++r) {
-        for (int m = 0; m < N; ++m) {
-          const int64_t place = (i + r) * ldk + j + m * W;
-          terms.to_end[i + r] += acc[r][m] * load(k + place);
-          store(dk + place, acc[r][m]);
-        }
-      }
+      const int64_t place = i * ldk + j;
+      Tile<size> tile;
+      tile.template add<false>(b.V_new + i * ldv, ldv, b.dST + j, ldk, V);
+      tile.scale(gates.to_end + i);
+      products(tile, k + place, terms.to_end + i);
       if (DELTA) {
-        for (auto& row : acc) std::fill(row, row + N, vec{});
-        multiply<N, false>(acc, Dk_start + i * ldv, ldv, b.ST + j, ldk, V);
-        for (int r = 0; r < MR; ++r) {
-          for (int m = 0; m < N; ++m) {
-            const int64_t place = (i + r) * ldk + j + m * W;
-            terms.from_start[i + r] += acc[r][m] * load(k + place);
-            acc[r][m] += load(dk + place);
-          }
-        }
-        multiply<N, false>(acc, Bk + i * ldc, ldc, k + j, ldk, i + MR);
-        multiply<N, true>(acc, Bk + i * ldc + i, ldc, k + i * ldk + j, ldk, rows - i);
+        tile.put(dk + place, ldk);
+        tile = {};
+        tile.template add<false>(Dk_start + i * ldv, ldv, b.ST + j, ldk, V);
+        products(tile, k + place, terms.from_start + i);
+        tile.map([=](int r, int m, vec y) INLINE_LAMBDA {
+          return y + load(dk + place + r * ldk + m * W);
+        });
+        tile.template add<false>(Bk + i * ldc, ldc, k + j, ldk, i + MR);
+        tile.template add<true>(Bk + i * ldc + i, ldc, k + place, ldk, rows - i);
       }
-      multiply<N, true>(acc, b.B + i * ldc + i, ldc, b.qk + i * ldk + j, ldk, rows - i);
-      for (int r = 0; r < MR; ++r) {
-        for (int m = 0; m < N; ++m) store(dk + (i + r) * ldk + j + m * W, acc[r][m]);
-      }
+      tile.template add<true>(b.B + i * ldc + i, ldc, b.qk + place, ldk, rows - i);
+      tile.put(dk + place, ldk);
     }
   });
 }
@@ -241,12 +250,14 @@ void backward_chunk(const Problem& p, const Sequence& s, int64_t begin, int64_t 
   transpose(b.V_new, b.ldv, rows, V, b.V_newT, b.ldc);
   transpose(S, V, K, V, b.ST, b.ldk);
   transpose(b.dS, b.ldv, K, V, b.dST, b.ldk);
-  vec whole = {};
+  vec whole[4] = {};  // several sums: none waits for the last addition, and they round less
   for (int64_t j = 0; j < V; ++j) {
     const float *ST = b.ST + j * b.ldk, *dST = b.dST + j * b.ldk;
-    for (int64_t c = 0; c < K; c += W) whole += load(ST + c) * load(dST + c);
+    vec row = {};
+    for (int64_t c = 0; c < K; c += W) row += load(ST + c) * load(dST + c);
+    whole[j % 4] += row;
   }
-  terms.whole = gates.whole * sum(whole);
+  terms.whole = gates.whole * sum((whole[0] + whole[1]) + (whole[2] + whole[3]));
   value_gradients<DELTA>(p, s, begin, n, rows, head, gates, b, terms);
   inside_gradients<DELTA>(rows, V, b, terms);
   key_gradients<DELTA>(p, rows, gates, b, terms);

@@ -51,9 +51,10 @@ struct Sequence {
 };
 
 // Decays and write strengths of a chunk; what lies behind its tokens has no decay and no strength.
+// G is kept as total + rest: its differences decide, and may be far smaller than the sums.
 struct Gates {
   alignas(64) float g[C], beta[C], since_start[C], to_end[C], g_slope[C], beta_slope[C];
-  double total[C];
+  alignas(64) float total[C], rest[C];
   float whole;
 
   void load(const Problem& p, const Sequence& s, int64_t begin, int64_t n, int64_t head) {
@@ -88,41 +89,44 @@ struct Gates {
   }
 
   void accumulate(int64_t rows) {
-    double sum = 0;
-    for (int64_t i = 0; i < rows; ++i) total[i] = sum += g[i];
+    double sum = 0, sums[C];
+    for (int64_t i = 0; i < rows; ++i) sums[i] = sum += g[i];
     for (int64_t i = 0; i < rows; ++i) {
-      since_start[i] = static_cast<float>(total[i]);
-      to_end[i] = static_cast<float>(sum - total[i]);
+      total[i] = static_cast<float>(sums[i]);
+      rest[i] = static_cast<float>(sums[i] - total[i]);
+      to_end[i] = static_cast<float>(sum - sums[i]);
     }
     for (int64_t i = 0; i < rows; i += W) {
-      store(since_start + i, simd::exp(simd::load(since_start + i)));
+      store(since_start + i, simd::exp(simd::load(total + i)));
       store(to_end + i, simd::exp(simd::load(to_end + i)));
     }
     whole = since_start[rows - 1];
   }
 
-  // Gamma, in the blocks of R rows and columns on the diagonal and below it. The sums are doubles:
-  // their differences decide. Away from the diagonal, the decay up to the last token before the
-  // block of rows is split off, which leaves one exponential per row and column.
+  // Gamma, in the blocks of R rows and columns on the diagonal and below it. Away from the diagonal,
+  // the decay up to the last token before the block of rows is split off, which leaves one
+  // exponential per row and column.
   void between(int64_t rows, float* gamma, int64_t ld) const {
     alignas(64) float column[C], row[R];
     for (int64_t i0 = 0; i0 < rows; i0 += R) {
-      if (i0 > 0) {
-        const double middle = total[i0 - 1];
-        for (int64_t j = 0; j < i0; ++j) column[j] = static_cast<float>(middle - total[j]);
-        for (int64_t j = 0; j < i0; j += W) store(column + j, simd::exp(simd::load(column + j)));
-        for (int r = 0; r < R; ++r) row[r] = static_cast<float>(total[i0 + r] - middle);
-        for (int r = 0; r < R; r += W) store(row + r, simd::exp(simd::load(row + r)));
-        for (int r = 0; r < R; ++r) {
-          float* out = gamma + (i0 + r) * ld;
-          for (int64_t j = 0; j < i0; j += W) store(out + j, row[r] * simd::load(column + j));
-        }
+      const int64_t last = i0 - 1;
+      for (int64_t j = 0; j < i0; j += W) {
+        store(column + j, simd::exp((total[last] - simd::load(total + j)) +
+                                    (rest[last] - simd::load(rest + j))));
+      }
+      for (int r = 0; i0 > 0 && r < R; r += W) {
+        store(row + r, simd::exp((simd::load(total + i0 + r) - total[last]) +
+                                 (simd::load(rest + i0 + r) - rest[last])));
       }
       for (int r = 0; r < R; ++r) {
-        float* out = gamma + (i0 + r) * ld + i0;
-        for (int c = 0; c < R; ++c) out[c] = static_cast<float>(total[i0 + r] - total[i0 + c]);
-        for (int c = r + 1; c < R; ++c) out[c] = 2 * LOG_ZERO;
-        for (int c = 0; c < R; c += W) store(out + c, simd::exp(simd::load(out + c)));
+        const int64_t i = i0 + r;
+        float* out = gamma + i * ld;
+        for (int64_t j = 0; j < i0; j += W) store(out + j, row[r] * simd::load(column + j));
+        for (int64_t j = i0; j < i0 + R; j += W) {
+          const vec x = simd::exp((total[i] - simd::load(total + j)) +
+                                  (rest[i] - simd::load(rest + j)));
+          store(out + j, choose(lanes() > all(static_cast<float>(i - j)), vec{}, x));
+        }
       }
     }
   }
@@ -171,31 +175,27 @@ void load_heads(const Problem& p, const float* x, const Strides& strides, const 
 template <class Put>
 void lower_products(const float* x, int64_t ldx, const float* yT, int64_t ld, int64_t rows,
                     int64_t depth, Put put) {
-  for_panels(rows, [&](auto size, int64_t j) {
-    constexpr int N = size;
-    for (int64_t i = j / MR * MR; i < rows; i += MR) {
-      vec acc[MR][N] = {};
-      multiply<N, false>(acc, x + i * ldx, ldx, yT + j, ld, depth);
-      for (int m = 0; m < N && j + m * W < round_up(i + MR, R); ++m) {
-        for (int r = 0; r < MR; ++r) put((i + r) * ld + j + m * W, acc[r][m]);
-      }
-    }
+  const auto product = [=](auto size, int64_t i, int64_t j) {
+    Tile<size> tile;
+    tile.template add<false>(x + i * ldx, ldx, yT + j, ld, depth);
+    tile.map([=](int r, int m, vec y) INLINE_LAMBDA {
+      put((i + r) * ld + j + m * W, y);
+      return y;
+    });
+  };
+  for_panels(rows, [=](auto size, int64_t j) {
+    int64_t i = j / MR * MR;
+    for (; i < rows && round_up(i + MR, R) < j + size * W; i += MR) product(constant<1>(), i, j);
+    for (; i < rows; i += MR) product(size, i, j);
   });
 }
 
 // out = x k^T * Gamma
 void decayed_products(const float* x, int64_t ldx, const float* kT, const float* gamma, int64_t ld,
                       int64_t rows, int64_t K, float* out) {
-  lower_products(x, ldx, kT, ld, rows, K, [=](int64_t place, vec products) {
+  lower_products(x, ldx, kT, ld, rows, K, [=](int64_t place, vec products) INLINE_LAMBDA {
     store(out + place, products * load(gamma + place));
   });
-}
-
-template <int N>
-inline void scale_rows(vec (&acc)[MR][N], const float* factors) {
-  for (int r = 0; r < MR; ++r) {
-    for (int m = 0; m < N; ++m) acc[r][m] *= factors[r];
-  }
 }
 
 void keep_state(const float* S, int64_t ld, int64_t K, int64_t V, float* out) {

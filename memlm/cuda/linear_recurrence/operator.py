@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from memlm.cuda.dispatch import interpreting
+from memlm.cuda.linear_recurrence import native
 from memlm.cuda.linear_recurrence.inputs import Inputs
 
 MODULES = {
     "eager": "memlm.cuda.linear_recurrence.eager",
+    "native": "memlm.cuda.linear_recurrence.native",
     "triton": "memlm.cuda.linear_recurrence.triton_implementation",
 }
 LARGEST = 256  # channels of a key or a value that the Triton kernels take
@@ -44,7 +46,12 @@ def refusals(inputs: Inputs) -> dict[str, str | None]:
         triton = f"{inputs.v.dtype} values are left to eager, the kernels take bfloat16 and float16"
     elif max(K, V) > LARGEST:
         triton = f"K = {K}, V = {V}: the kernels take up to {LARGEST} channels"
-    return {"reference": None, "eager": None, "triton": triton}
+    return {
+        "reference": None,
+        "eager": None,
+        "native": native.refusal(inputs),
+        "triton": triton,
+    }
 
 
 @contextlib.contextmanager
@@ -229,7 +236,7 @@ def step(
     )
     module = _module(implementation)
     with _as_given(q):
-        if implementation == "triton":
+        if implementation != "eager":
             return module.step_in_place(inputs)
         o, new_state, *_ = module.forward(inputs, False, False)
     state.copy_(new_state)
