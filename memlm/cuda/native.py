@@ -88,14 +88,11 @@ def _compiler() -> list[str] | None:
 def _key(source: Path, compiler: list[str]) -> str:
     """A name for all that the library depends on."""
     version = subprocess.run(
-        [*compiler, "--version"], capture_output=True, check=True, timeout=PATIENCE
+        [*compiler, "--version"], capture_output=True, text=True, check=True, timeout=PATIENCE
     )
-    parts = [*(path.read_bytes() for path in _sources(source)), version.stdout]
-    parts += [" ".join((*compiler, *FLAGS, NATIVE)).encode(), _cpu().encode()]
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(hashlib.sha256(part).digest())
-    return digest.hexdigest()[:24]
+    parts = [*(path.read_text() for path in _sources(source)), version.stdout, _cpu()]
+    parts += [*compiler, *FLAGS, NATIVE]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 def _sources(path: Path) -> list[Path]:
@@ -122,11 +119,11 @@ def _cpu() -> str:
 
 def _cache_folder() -> Path | None:
     """Where libraries are kept; None where that cannot be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "memlm" / "native"
     try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home) / "memlm" / "native"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home
         return None
     return folder if os.access(folder, os.W_OK | os.X_OK) else None
 

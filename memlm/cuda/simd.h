@@ -10,6 +10,7 @@
 #include <exception>
 #include <new>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 #ifdef __SSE__
@@ -129,7 +130,7 @@ inline vec softplus(vec x) {
   p = p * s2 + (1.0f / 5);
   p = p * s2 + (1.0f / 3);
   p = p * s2 + 1.0f;
-  return choose(x > 0, x, choose(x == x, vec{}, x)) + 2 * s * p;
+  return choose(x > 0, x, vec{}) + 2 * s * p;
 }
 
 // MR rows of N vectors.
@@ -204,16 +205,14 @@ struct Tile {
   }
 };
 
-// f(N, first column) for panels of N vectors that cover `width` columns.
 template <int N>
 using constant = std::integral_constant<int, N>;
 
+// f(N, first column) for panels of N vectors that cover `width` columns.
 template <class F>
 inline void for_panels(int64_t width, F f) {
   int64_t vectors = (width + W - 1) / W, column = 0;
-  for (; vectors >= NV; vectors -= NV, column += NV * W) {
-    f(constant<NV>(), column);
-  }
+  for (; vectors >= NV; vectors -= NV, column += NV * W) f(constant<NV>(), column);
   for (; vectors > 0; --vectors, column += W) f(constant<1>(), column);
 }
 
@@ -283,7 +282,7 @@ inline void sums(const vec* x, int64_t count, float* out) {
 }
 
 // Numbers too small for a float's full precision count as zero while this lives: a decayed state
-// is full of them, and they take a CPU a hundred times as long.
+// is full of them, and they take a CPU many times as long.
 class FlushDenormals {
 #ifdef __SSE__
  public:

@@ -60,6 +60,14 @@ def test_no_compiler(source, tmp_path, monkeypatch):
         native.load(source)
 
 
+def test_a_compiler_that_does_nothing(source, tmp_path, monkeypatch):
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert "does not compile" in native.unavailable(source)
+
+
 @needs_compiler
 def test_a_source_that_does_not_compile(source, tmp_path):
     source.write_text("int f() { return nothing_of_that_name; }\n")

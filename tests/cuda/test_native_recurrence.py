@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memlm.cuda import linear_recurrence
+from memlm.cuda import native as loader
 from memlm.cuda.linear_recurrence import (
     CHUNK,
     first_chunk_slots,
@@ -16,7 +17,7 @@ from memlm.cuda.linear_recurrence import (
 from tests.cuda.harness import TOLERANCE, assert_deterministic, assert_near, poisoned, scattered
 from tests.cuda.recurrence_cases import DECAYS, LENGTHS, Case, call, results, weighted
 
-REASON = native._unavailable()
+REASON = loader.unavailable(native.SOURCE)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 NEAR = 2e-6  # relative root mean square error in float32
@@ -314,3 +315,14 @@ def test_a_step_in_place(monkeypatch):
 def test_float64_is_refused():
     with pytest.raises(RuntimeError, match="native is unavailable.*float64"):
         call("native", Case((3,)).make(torch.float64))
+
+
+def test_nothing_is_compiled_where_another_implementation_is_forced(monkeypatch):
+    def fail(source):
+        raise AssertionError("it asks for the library")
+
+    monkeypatch.setattr(loader, "unavailable", fail)
+    tensors = Case((3,)).make(torch.float32)
+    call("eager", tensors)
+    with pytest.raises(AssertionError, match="asks for"):
+        call("native", tensors)

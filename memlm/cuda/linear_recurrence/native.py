@@ -5,12 +5,14 @@ The tensors are read and written where they lie, in float32.
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from memlm.cuda import native
+from memlm.cuda.dispatch import VARIABLE
 from memlm.cuda.linear_recurrence.inputs import Inputs
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -183,6 +185,8 @@ def _check(good: int) -> None:
 
 @torch.compiler.assume_constant_result
 def _unavailable() -> str | None:
+    if os.environ.get(VARIABLE, "auto") not in ("auto", "native"):
+        return "another implementation is forced, nothing is compiled"
     return native.unavailable(SOURCE)
 
 

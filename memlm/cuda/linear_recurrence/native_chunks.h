@@ -7,7 +7,6 @@
 
 using namespace simd;
 
-
 namespace {
 
 constexpr int64_t C = 64;  // also what `return_chunk_states` counts in
