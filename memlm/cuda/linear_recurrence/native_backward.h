@@ -106,7 +106,8 @@ void inside_gradients(int64_t rows, int64_t V, const Backward& buffers, GateTerm
     store(b.M + place, x * load(b.A + place));
   });
   if (DELTA) {
-    lower_products(b.D + C * b.ldv, b.ldv, b.V_newT, ld, rows, V, [=](int64_t place, vec x) INLINE_LAMBDA {
+    const float* Dk = b.D + C * b.ldv;
+    lower_products(Dk, b.ldv, b.V_newT, ld, rows, V, [=](int64_t place, vec x) INLINE_LAMBDA {
       store(b.B + half + place, x * load(b.gamma + place));
       store(b.M + place, load(b.M + place) + x * load(b.A + half + place));
     });

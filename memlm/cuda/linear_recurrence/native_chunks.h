@@ -102,9 +102,9 @@ struct Gates {
     whole = since_start[rows - 1];
   }
 
-  // Gamma, in the blocks of R rows and columns on the diagonal and below it. Away from the diagonal,
-  // the decay up to the last token before the block of rows is split off, which leaves one
-  // exponential per row and column.
+  // Gamma, in the blocks of R rows and columns on the diagonal and below it. Away from the
+  // diagonal, the decay up to the last token before the block of rows is split off, which leaves
+  // one exponential per row and column.
   void between(int64_t rows, float* gamma, int64_t ld) const {
     alignas(64) float column[C], row[R];
     for (int64_t i0 = 0; i0 < rows; i0 += R) {

@@ -67,8 +67,8 @@ void step(const Problem& p, const Sequence& s, int64_t begin, int64_t head, cons
   for (; j < V; j += W) columns(constant<1>(), j);
 }
 
-// Solve for the errors of MR rows in registers, from the values less what the state and earlier rows
-// hold; A is their block on the diagonal.
+// Solve for the errors of MR rows in registers, from the values less what the state and earlier
+// rows hold; A is their block on the diagonal.
 template <int N>
 INLINE void substitute(Tile<N>& tile, const float* A, int64_t lda, const float* beta) {
   UNROLL for (int r = 0; r < MR; ++r) {
