@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.memlm-installed
-# Tiny tensors: more threads only get into each other's way.
+# Tiny tensors: more threads only get into each other's way; two processes share the files.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL := -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint format clean
@@ -31,7 +32,7 @@ demo: setup ## Train a small model with a memory, then look for needles (at most
 	GOMP_SPINCOUNT=10000 $(BIN)/python -m memlm.demo
 
 test: setup ## Run the tests; coverage of the memories and the models must reach 95 %
-	$(PYTEST) --cov=memlm/memory --cov=memlm/models --cov-report=term-missing --cov-fail-under=95
+	$(PYTEST) $(PARALLEL) --cov=memlm/memory --cov=memlm/models --cov-report=term-missing --cov-fail-under=95
 
 test-slow: setup ## Run the tests that take minutes
 	$(PYTEST) -m slow

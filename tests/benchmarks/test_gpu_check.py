@@ -108,4 +108,4 @@ sys.exit(pytest.main([*options, "--confcutdir", "tests/cuda", "tests/cuda/test_g
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("test_recurrence_sizes_and_types[") == 15
+    assert done.stdout.count("test_recurrence_sizes_and_types[") == 10

@@ -16,10 +16,18 @@ def law_counter(request):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    outcome = yield
     if call.when == "call" and hasattr(item, "law_examples"):
         case, law = item.callspec.params["case"], item.callspec.params["law"]
-        _outcomes[str(case)][law] = (len(item.law_examples), outcome.get_result().passed)
+        # Travels with the report from the process that ran the test.
+        item.user_properties.append(("law", (str(case), law, len(item.law_examples))))
+    yield
+
+
+def pytest_runtest_logreport(report):
+    for name, value in report.user_properties:
+        if report.when == "call" and name == "law":
+            case, law, examples = value
+            _outcomes[case][law] = (examples, report.passed)
 
 
 def pytest_terminal_summary(terminalreporter):

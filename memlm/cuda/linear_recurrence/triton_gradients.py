@@ -10,6 +10,7 @@ from memlm.cuda.linear_recurrence.triton_tiles import (
     decay_matrix,
     decay_of,
     load_rows,
+    load_state,
     log_decays,
     store_rows,
     write_strengths,
@@ -40,8 +41,6 @@ def gradient_kernel(
     dlog_decay,
     dbeta,
     dA_log,
-    dq_sum,
-    dk_sum,
     scale,
     T,
     norm_plane,
@@ -71,8 +70,9 @@ def gradient_kernel(
         dK = (beta dL + (beta dL)^T) K + dP^T Q - beta e^G X + e^{G_C - G} Y
 
     The gradient of G_i collects every product with e^{G_i}; that of the log decays is its sum from
-    the end. dq_sum, dk_sum (float32 [tokens, H, K], or None) collect the sums over the value heads
-    and let the gradient of the l2 norm, which needs whole rows, be taken at the end.
+    the end; dA_log [tokens, HV] is its product with them. dq and dk take the sum over the
+    value heads of a key head: where there are several, they are float32 and zero before. With norms
+    they are the gradients of the unit vectors.
     """
     slot, h = tl.program_id(0) // H, tl.program_id(0) % H
     first, count = chunk_of_slot(slot, T, cu_seqlens, sequence_of_slot, C)
@@ -90,6 +90,7 @@ def gradient_kernel(
 
     for member in range(0, GROUP):
         head = h * GROUP + member
+        state_place = slot.to(tl.int64) * HV + head
         g = log_decays(log_decay, A_log, dt_bias, first, i, inside, head, HV, DECAY)
         G, G_end = tl.cumsum(g, 0), tl.sum(g, 0)
         gamma = decay_matrix(G, C)
@@ -128,7 +129,7 @@ def gradient_kernel(
             dL = dL + tl.trans(dL)
         dG = tl.sum(E, 1) - tl.sum(E, 0)
         dG_end = tl.zeros([C], tl.float32)
-        end = tl.zeros([BK], tl.float32)
+        end = tl.sum(tl.zeros([C], tl.float32))
         dP_low = (dP * scale).to(k.dtype.element_ty)
         dL_low = dL.to(k.dtype.element_ty)
         for k0 in range(0, K, BK):
@@ -143,11 +144,8 @@ def gradient_kernel(
             Z = tl.zeros([C, BK], tl.float32)
             for v0 in range(0, V, BV):
                 value = v0 + tl.arange(0, BV)
-                entries = key[:, None] * V + value[None, :]
-                real = (key < K)[:, None] & (value < V)[None, :]
-                state_row = (slot.to(tl.int64) * HV + head) * K * V
-                S = tl.load(states + state_row + entries, mask=real, other=0.0)
-                dS = tl.load(dends + state_row + entries, mask=real, other=0.0)
+                S = load_state(states, state_place, key, value, K, V)
+                dS = load_state(dends, state_place, key, value, K, V)
                 dout = load_rows(do + head * V, first, HV * V, i, value, inside, V)
                 V_new = load_rows(v_new + head * V, first, HV * V, i, value, inside, V)
                 Z = tl.dot(dout, tl.trans(S), Z)
@@ -156,7 +154,7 @@ def gradient_kernel(
                     dr = load_rows(dR + head * V, first, HV * V, i, value, inside, V)
                     X = tl.dot(dr, tl.trans(S), X)
                 if DECAY > 0:
-                    end += tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1)
+                    end += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
             wide_k, wide_q = keys.to(tl.float32), queries.to(tl.float32)
             q_dot = tl.sum(Z * wide_q, 1) * decay * scale
             end_dot = tl.sum(Y * wide_k, 1) * end_decay
@@ -173,27 +171,19 @@ def gradient_kernel(
                 dks -= X * (b * decay)[:, None]
                 dks = tl.dot(dL_low, keys, dks)
             if GROUP > 1:
-                if member > 0:
-                    dqs += load_rows(dq_sum + h * K, first, H * K, i, key, inside, K)
-                    dks += load_rows(dk_sum + h * K, first, H * K, i, key, inside, K)
-                if member < GROUP - 1:
-                    store_rows(dq_sum + h * K, first, H * K, i, key, inside, dqs, K)
-                    store_rows(dk_sum + h * K, first, H * K, i, key, inside, dks, K)
-                else:
-                    store_rows(dq + h * K, first, H * K, i, key, inside, dqs, K)
-                    store_rows(dk + h * K, first, H * K, i, key, inside, dks, K)
-            else:
-                store_rows(dq + h * K, first, H * K, i, key, inside, dqs, K)
-                store_rows(dk + h * K, first, H * K, i, key, inside, dks, K)
+                dqs += load_rows(dq + h * K, first, H * K, i, key, inside, K)
+                dks += load_rows(dk + h * K, first, H * K, i, key, inside, K)
+            store_rows(dq + h * K, first, H * K, i, key, inside, dqs, K)
+            store_rows(dk + h * K, first, H * K, i, key, inside, dks, K)
         if GROUP > 1:
             tl.debug_barrier()  # the next member reads the sums, maybe with other threads
         if DECAY > 0:
-            dG += tl.where(i == C - 1, tl.sum(end, 0) * decay_of(G_end), 0.0)
+            dG += tl.where(i == C - 1, end * decay_of(G_end), 0.0)
             # A token's own decay multiplies what was written before it, up to the chunk's end.
             dg = tl.cumsum(dG, 0, reverse=True) + tl.cumsum(dG_end, 0) - dG_end
             dg = tl.where(inside & (g > LOG_ZERO), dg, 0.0)
             if DECAY == 3:
-                tl.store(dA_log + slot.to(tl.int64) * HV + head, tl.sum(dg * g, 0))
+                tl.store(dA_log + first * HV + head + i * HV, dg * g, mask=inside)
                 raw = tl.load(log_decay + first * HV + head + i * HV, mask=inside, other=0.0)
                 bias = tl.load(dt_bias + head).to(tl.float32)
                 rate = tl.exp(tl.load(A_log + head).to(tl.float32))

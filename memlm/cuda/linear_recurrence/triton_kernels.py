@@ -27,10 +27,12 @@ from memlm.cuda.linear_recurrence.triton_tiles import (
     decay_matrix,
     decay_of,
     load_rows,
+    load_state,
     log_decays,
     row_scale,
     sequence,
     store_rows,
+    store_state,
     unit_lower_inverse,
     write_strengths,
 )
@@ -160,11 +162,9 @@ def scan_kernel(
     i = tl.arange(0, C)
     key = tl.arange(0, BK)
     value = tl.program_id(0) % BLOCKS * BV + tl.arange(0, BV)
-    entries = key[:, None] * V + value[None, :]
-    real = (key < K)[:, None] & (value < V)[None, :]
-    state_row = (n.to(tl.int64) * HV + head) * K * V
+    state_place = n.to(tl.int64) * HV + head
     if initial_state is not None:
-        S = tl.load(initial_state + state_row + entries, mask=real, other=0.0).to(tl.float32)
+        S = load_state(initial_state, state_place, key, value, K, V).to(tl.float32)
     else:
         S = tl.zeros([BK, BV], tl.float32)
     for chunk in range(0, tl.cdiv(length, C)):
@@ -172,8 +172,7 @@ def scan_kernel(
         first = start + chunk * C
         if states is not None and chunk % CHUNKS_PER_STATE == 0:
             place = (state_slot + chunk // CHUNKS_PER_STATE) * HV + head
-            place = states + place * K * V + entries
-            tl.store(place, S.to(states.dtype.element_ty), mask=real)
+            store_state(states, place, key, value, S, K, V)
         factor = factors + first * HV + head
         keys = load_rows(k + h * K, first, stride_k, i, key, inside, K)
         S_low = S.to(keys.dtype)
@@ -203,7 +202,7 @@ def scan_kernel(
         S = S * tl.load(factor + 4 * plane)
         S = tl.dot(tl.trans(keys), ends, S)
     if final_state is not None:
-        tl.store(final_state + state_row + entries, S, mask=real)
+        store_state(final_state, state_place, key, value, S, K, V)
 
 
 @triton.jit(do_not_specialize=["T", "plane"])
@@ -245,11 +244,9 @@ def reverse_scan_kernel(
     i = tl.arange(0, C)
     key = tl.arange(0, BK)
     value = tl.program_id(0) % BLOCKS * BV + tl.arange(0, BV)
-    entries = key[:, None] * V + value[None, :]
-    real = (key < K)[:, None] & (value < V)[None, :]
-    state_row = (n.to(tl.int64) * HV + head) * K * V
+    state_place = n.to(tl.int64) * HV + head
     if dfinal_state is not None:
-        dS = tl.load(dfinal_state + state_row + entries, mask=real, other=0.0).to(tl.float32)
+        dS = load_state(dfinal_state, state_place, key, value, K, V).to(tl.float32)
     else:
         dS = tl.zeros([BK, BV], tl.float32)
     chunks = tl.cdiv(length, C)
@@ -258,8 +255,7 @@ def reverse_scan_kernel(
         inside = chunk * C + i < length
         first = start + chunk * C
         if dends is not None:
-            place = dends + ((slot + chunk) * HV + head) * K * V + entries
-            tl.store(place, dS.to(dends.dtype.element_ty), mask=real)
+            store_state(dends, (slot + chunk) * HV + head, key, value, dS, K, V)
         factor = factors + first * HV + head
         kept = tl.load(factor + 2 * plane + i * HV, mask=inside, other=0.0)
         read = tl.load(factor + 3 * plane + i * HV, mask=inside, other=0.0)
@@ -282,4 +278,4 @@ def reverse_scan_kernel(
         if dR is not None:
             store_rows(dR + head * V, first, HV * V, i, value, inside, dV_new, V)
     if dinitial_state is not None:
-        tl.store(dinitial_state + state_row + entries, dS, mask=real)
+        store_state(dinitial_state, state_place, key, value, dS, K, V)

@@ -180,8 +180,11 @@ def chunk_gradients(
     inputs = problem.inputs
     B, T, H, HV, K, V = inputs.sizes
     config = gradient_config(K, V, problem.target, grouped=HV > H)
-    wide = torch.float32 if inputs.qk_l2norm else problem.v.dtype
-    found = {name: problem.empty(B, T, H, K, dtype=wide) for name in ("q", "k")}
+    if HV > H:
+        found = {name: problem.zeros(B, T, H, K) for name in ("q", "k")}
+    else:
+        wide = torch.float32 if inputs.qk_l2norm else problem.v.dtype
+        found = {name: problem.empty(B, T, H, K, dtype=wide) for name in ("q", "k")}
     found["v"] = dR
     if inputs.beta is not None:
         found["v"] = problem.empty(B, T, HV, V)
@@ -190,10 +193,7 @@ def chunk_gradients(
         found["log_decay"] = problem.empty(B, T, HV, dtype=torch.float32)
     dA_log = None
     if inputs.A_log is not None:
-        dA_log = torch.zeros(problem.slots, HV, device=problem.v.device)
-    dq_sum = dk_sum = None
-    if HV > H:
-        dq_sum, dk_sum = (problem.empty(B, T, H, K, dtype=torch.float32) for _ in range(2))
+        dA_log = problem.empty(B, T, HV, dtype=torch.float32)
     if problem.slots:
         gradient_kernel[(problem.slots * H,)](
             problem.q,
@@ -218,8 +218,6 @@ def chunk_gradients(
             found.get("log_decay"),
             found.get("beta"),
             dA_log,
-            dq_sum,
-            dk_sum,
             inputs.scale,
             problem.length,
             B * T * H,
@@ -238,7 +236,7 @@ def chunk_gradients(
         found["q"] = unit_gradient(problem.q, found["q"])
         found["k"] = unit_gradient(problem.k, found["k"])
     if inputs.A_log is not None:
-        found["A_log"] = dA_log.sum(0)
+        found["A_log"] = dA_log.sum((0, 1))
         found["dt_bias"] = found["log_decay"].sum((0, 1))
     return found
 

@@ -41,9 +41,9 @@ def scan_config(K: int, V: int, target: int) -> Config:
     BV, num_warps = 32, 4
     if BK <= 64 and target // 10 == 9:
         BV = 64
-    elif BK > 128 and target < 90:
-        BV = 16
-    elif BK > 128 or (BK > 64 and target >= 100):
+    elif BK > 128:
+        BV, num_warps = (32, 8) if target // 10 == 9 else (16, 4 if target < 90 else 8)
+    elif BK > 64 and target >= 100:
         num_warps = 8
     return Config(BK, max(16, min(BV, triton.next_power_of_2(V))), num_warps, 2)
 
@@ -55,9 +55,11 @@ def prepare_config(K: int) -> Config:
 
 def gradient_config(K: int, V: int, target: int, grouped: bool) -> Config:
     """For the gradients of a chunk: three [C, BK] sums stay in registers."""
-    BK = BV = 64
-    if grouped:
-        BK, BV = 64 if target < 90 else 32, 32
+    BK, BV = 64, 32
+    if target < 90:
+        BV = 16
+    elif grouped:
+        BK, BV = (32, 64) if target < 100 else (32, 16)
     BK = max(16, min(BK, triton.next_power_of_2(K)))
     return Config(BK, max(16, min(BV, triton.next_power_of_2(V))), 8, 1)
 
@@ -154,6 +156,10 @@ class Problem:
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, device=self.v.device, dtype=dtype or self.v.dtype)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Float32, to be added to."""
+        return torch.zeros(shape, device=self.v.device)
 
 
 def _with_row_stride(x: Tensor) -> Tensor:

@@ -80,6 +80,21 @@ def write_strengths(
     return tl.where(inside, b, 0.0)
 
 
+@triton.constexpr_function
+def divides(block, size):
+    """Whether blocks of this length fill a dimension of this size."""
+    return size % int(block.shape[0]) == 0
+
+
+@triton.jit
+def _within(inside, columns, WIDTH: tl.constexpr):
+    """Rows inside, columns below WIDTH; blocks that divide WIDTH have no other columns."""
+    if divides(columns, WIDTH):
+        return inside[:, None]
+    else:
+        return inside[:, None] & (columns < WIDTH)[None, :]
+
+
 @triton.jit
 def load_rows(pointer, first, stride, i, columns, inside, WIDTH: tl.constexpr):
     """Rows first + i, `stride` apart, of a matrix [tokens, WIDTH]; zero outside.
@@ -88,19 +103,40 @@ def load_rows(pointer, first, stride, i, columns, inside, WIDTH: tl.constexpr):
     """
     return tl.load(
         pointer + first * stride + (i[:, None] * stride + columns[None, :]),
-        mask=inside[:, None] & (columns < WIDTH)[None, :],
+        mask=_within(inside, columns, WIDTH),
         other=0.0,
     )
 
 
 @triton.jit
 def store_rows(pointer, first, stride, i, columns, inside, values, WIDTH: tl.constexpr):
-    """The counterpart of `_rows`."""
+    """The counterpart of `load_rows`."""
     tl.store(
         pointer + first * stride + (i[:, None] * stride + columns[None, :]),
         values.to(pointer.dtype.element_ty),
-        mask=inside[:, None] & (columns < WIDTH)[None, :],
+        mask=_within(inside, columns, WIDTH),
     )
+
+
+@triton.jit
+def load_state(pointer, place, key, value, K: tl.constexpr, V: tl.constexpr):
+    """The tile [key, value] of the state [K, V] at `place`, zero outside."""
+    entries = pointer + place * K * V + (key[:, None] * V + value[None, :])
+    if divides(key, K) and divides(value, V):
+        return tl.load(entries)
+    else:
+        return tl.load(entries, mask=(key < K)[:, None] & (value < V)[None, :], other=0.0)
+
+
+@triton.jit
+def store_state(pointer, place, key, value, tile, K: tl.constexpr, V: tl.constexpr):
+    """The counterpart of `load_state`."""
+    entries = pointer + place * K * V + (key[:, None] * V + value[None, :])
+    tile = tile.to(pointer.dtype.element_ty)
+    if divides(key, K) and divides(value, V):
+        tl.store(entries, tile)
+    else:
+        tl.store(entries, tile, mask=(key < K)[:, None] & (value < V)[None, :])
 
 
 @triton.jit
