@@ -140,7 +140,7 @@ def reverse_scan(
 ) -> Tensor:
     """Walk back; returns the gradient of the initial states [sequences, HV, K, V]."""
     _, _, _, HV, K, V = problem.inputs.sizes
-    config = scan_config(K, V, problem.target)
+    config = scan_config(K, V, problem.target, reverse=True)
     dinitial = problem.empty(problem.sequences, HV, K, V, dtype=torch.float32)
     if problem.sequences:
         reverse_scan_kernel[(problem.sequences * HV * triton.cdiv(V, config.BV),)](

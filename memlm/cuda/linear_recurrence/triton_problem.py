@@ -35,17 +35,18 @@ class Config:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def scan_config(K: int, V: int, target: int) -> Config:
+def scan_config(K: int, V: int, target: int, reverse: bool = False) -> Config:
     """For the two scans: the state tile [BK, BV] stays in registers."""
     BK = max(16, triton.next_power_of_2(K))
-    BV, num_warps = 32, 4
+    BV, num_warps, num_stages = 32, 4, 2
     if BK <= 64 and target // 10 == 9:
         BV = 64
     elif BK > 128:
         BV, num_warps = (32, 8) if target // 10 == 9 else (16, 4 if target < 90 else 8)
+        num_stages = 3 if target >= 100 and not reverse else 2
     elif BK > 64 and target >= 100:
         num_warps = 8
-    return Config(BK, max(16, min(BV, triton.next_power_of_2(V))), num_warps, 2)
+    return Config(BK, max(16, min(BV, triton.next_power_of_2(V))), num_warps, num_stages)
 
 
 def prepare_config(K: int) -> Config:
