@@ -158,6 +158,7 @@ TRITON_CASES = {
     "blocks of channels": ([9, 9], 70, False, torch.float32),
     "one token": ([1, 1], 5, False, torch.float16),
     "no token": ([0, 0], 5, True, torch.float32),
+    "bfloat16": ([9, 9], 5, False, torch.bfloat16),
     "a block of tokens": ([8], 64, False, torch.float32),
 }
 

@@ -6,7 +6,7 @@ Run by `python -m benchmarks.gpu_check`, or `pytest -m gpu tests/cuda`; skipped 
 import pytest
 import torch
 
-from memlm.cuda import linear_recurrence, short_convolution
+from memlm.cuda import diagonal_scan, linear_recurrence, short_convolution
 from memlm.cuda.dispatch import VARIABLE
 from tests.cuda.harness import TOLERANCE, assert_deterministic, assert_near, poisoned
 
@@ -58,6 +58,20 @@ def convolution_inputs(lengths, D=384, dtype=BF16, width=4, packed=False, parts=
     }
     options = {"split": ((1, D // 3, True), (1, D // 3, True), (2, D // 6, False))}
     options = options if parts else {}
+    if packed:
+        options["cu_seqlens"] = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    return inputs, options
+
+
+def scan_inputs(lengths, D=200, dtype=BF16, packed=False, wide=True):
+    """Coefficients in [-1, 1], in float32 where wide; channels that fill no block."""
+    B, T = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
+    inputs = {
+        "a": normal(B, T, D, seed=1).tanh().to(FP32 if wide else dtype),
+        "b": normal(B, T, D, dtype=dtype, seed=2),
+        "initial_state": normal(len(lengths), D, seed=3),
+    }
+    options = {"return_state": True}
     if packed:
         options["cu_seqlens"] = torch.tensor([0, *lengths], device="cuda").cumsum(0)
     return inputs, options
@@ -182,6 +196,7 @@ def test_two_runs_give_the_same_bits(gpu, packed):
     for function, (inputs, options) in (
         (linear_recurrence, recurrence_inputs(lengths, groups=4, packed=packed)),
         (short_convolution, convolution_inputs(lengths, packed=packed)),
+        (diagonal_scan, scan_inputs(lengths, packed=packed)),
     ):
         assert_deterministic(lambda f=function, i=inputs, o=options: run(f, i, o))
 
@@ -250,3 +265,59 @@ def test_short_convolution_of_a_view(gpu):
         strict=True,
     ):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_diagonal_scan(gpu, monkeypatch, packed, wide, dtype):
+    lengths = RAGGED if packed else (150, 150)
+    inputs, options = scan_inputs(lengths, dtype=dtype, packed=packed, wide=wide)
+    assert_right(monkeypatch, diagonal_scan, inputs, options, dtype)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 8, 9, 65])
+@pytest.mark.parametrize("D", [1, 64, 1024])
+def test_diagonal_scan_lengths_and_widths(gpu, monkeypatch, T, D):
+    inputs, options = scan_inputs([T, T], D, FP32)
+    assert_right(monkeypatch, diagonal_scan, inputs, options, FP32)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_split_diagonal_scan_is_the_whole_one(gpu, monkeypatch, packed):
+    lengths = (2000, 0, 1, 1695, 128, 256) if packed else (4080,)
+    inputs, options = scan_inputs(lengths, dtype=FP32, packed=packed)
+    inputs["a"] = 1 - 1e-3 * inputs["a"].abs()  # so that every slot matters to the next
+    split = run(diagonal_scan, inputs, options)
+    monkeypatch.setenv("MEMLM_SEQUENCE_SPLIT", "0")
+    assert_near(split, run(diagonal_scan, inputs, options), TOLERANCE[FP32])
+
+
+def test_a_row_of_a_diagonal_scan_does_not_depend_on_its_neighbours(gpu, monkeypatch):
+    monkeypatch.setenv("MEMLM_SEQUENCE_SPLIT", "0")
+    inputs, options = scan_inputs([300] * 8)
+    together, states = diagonal_scan(**inputs, **options)
+    alone = {name: x[3:4].contiguous() for name, x in inputs.items()}
+    h, state = diagonal_scan(**alone, **options)
+    assert torch.equal(h, together[3:4]) and torch.equal(state, states[3:4])
+
+
+def test_a_diagonal_scan_of_very_many_rows(gpu, monkeypatch):
+    inputs, options = scan_inputs([2] * 70_000, 16, FP32)
+    found = run(diagonal_scan, inputs, options)
+    last = {name: x[-9:] for name, x in found.items()}
+    expected = exact(monkeypatch, diagonal_scan, inputs, options)
+    assert_near(last, {name: x[-9:] for name, x in expected.items()}, TOLERANCE[FP32])
+
+
+def test_a_diagonal_scan_beyond_32_bits(gpu, monkeypatch):
+    free, _ = torch.cuda.mem_get_info()
+    if free < 40 << 30:
+        pytest.skip(f"needs 40 GiB of free GPU memory, there are {free >> 30}")
+    monkeypatch.setenv("MEMLM_SEQUENCE_SPLIT", "0")
+    inputs, options = scan_inputs([33_000] * 4, 1 << 14, FP16, wide=False)
+    assert inputs["b"].numel() > 2**31
+    with torch.no_grad():
+        together, states = diagonal_scan(**inputs, **options)
+        h, state = diagonal_scan(**{name: x[3:] for name, x in inputs.items()}, **options)
+    assert torch.equal(h, together[3:]) and torch.equal(state, states[3:])

@@ -67,7 +67,10 @@ def _push(values, value):
 def _ahead(
     x, x_row, p, low, high, inside, NEUTRAL: tl.constexpr, STEP: tl.constexpr, N: tl.constexpr
 ):
-    """Tokens p, p + STEP, ... of a sequence, N in all; NEUTRAL outside [low, high)."""
+    """Tokens p, p + STEP, ... of a sequence, N in all; NEUTRAL outside [low, high).
+
+    NEUTRAL is a float: the interpreter takes an integer for the bits of a bfloat16.
+    """
     values = ()
     for i in tl.static_range(N):
         q = p + i * STEP
@@ -109,14 +112,14 @@ def forward_kernel(
     h += start * D + channel
     end = tl.minimum(length, position + size)
     x = tl.load(entering + slot.to(tl.int64) * D + channel, mask=inside, other=0).to(ACC)
-    next_a = _ahead(a, a_row, position, position, end, inside, 1, 1, AHEAD)
-    next_b = _ahead(b, b_row, position, position, end, inside, 0, 1, AHEAD)
+    next_a = _ahead(a, a_row, position, position, end, inside, 1.0, 1, AHEAD)
+    next_b = _ahead(b, b_row, position, position, end, inside, 0.0, 1, AHEAD)
     for i in range(0, end - position, AHEAD):
         these_a = next_a
         these_b = next_b
         p = position + i
-        next_a = _ahead(a, a_row, p + AHEAD, position, end, inside, 1, 1, AHEAD)
-        next_b = _ahead(b, b_row, p + AHEAD, position, end, inside, 0, 1, AHEAD)
+        next_a = _ahead(a, a_row, p + AHEAD, position, end, inside, 1.0, 1, AHEAD)
+        next_b = _ahead(b, b_row, p + AHEAD, position, end, inside, 0.0, 1, AHEAD)
         for j in tl.static_range(AHEAD):
             x = these_a[j].to(ACC) * x + these_b[j].to(ACC)
             rows = h + (p + j).to(tl.int64) * D
@@ -163,18 +166,18 @@ def backward_kernel(
     end = tl.minimum(length, position + size)
     u = tl.load(entering + slot.to(tl.int64) * D + channel, mask=inside, other=0).to(ACC)
     first = tl.load(initial + n.to(tl.int64) * D + channel, mask=inside, other=0).to(ACC)
-    next_a = _ahead(a, a_row, end - 1, position, end, inside, 1, -1, AHEAD)
-    next_h = _ahead(h, D, end - 1, tl.maximum(position, 1), end, inside, 0, -1, AHEAD)
-    next_g = _ahead(dh, D, end - 1, position, end, inside, 0, -1, AHEAD)
+    next_a = _ahead(a, a_row, end - 1, position, end, inside, 1.0, -1, AHEAD)
+    next_h = _ahead(h, D, end - 1, tl.maximum(position, 1), end, inside, 0.0, -1, AHEAD)
+    next_g = _ahead(dh, D, end - 1, position, end, inside, 0.0, -1, AHEAD)
     for i in range(0, end - position, AHEAD):
         these_a = next_a
         these_h = next_h
         these_g = next_g
         p = end - 1 - i
         q = p - AHEAD
-        next_a = _ahead(a, a_row, q, position, end, inside, 1, -1, AHEAD)
-        next_h = _ahead(h, D, q, tl.maximum(position, 1), end, inside, 0, -1, AHEAD)
-        next_g = _ahead(dh, D, q, position, end, inside, 0, -1, AHEAD)
+        next_a = _ahead(a, a_row, q, position, end, inside, 1.0, -1, AHEAD)
+        next_h = _ahead(h, D, q, tl.maximum(position, 1), end, inside, 0.0, -1, AHEAD)
+        next_g = _ahead(dh, D, q, position, end, inside, 0.0, -1, AHEAD)
         for j in tl.static_range(AHEAD):
             g = these_g[j].to(ACC) + u
             u = these_a[j].to(ACC) * g
@@ -228,14 +231,14 @@ def summary_kernel(
     b += start * b_row + channel
     x = tl.zeros([BLOCK], ACC)
     factor = x + 1
-    next_a = _ahead(a, a_row, p, position, end, inside, 1, STEP, AHEAD)
-    next_b = _ahead(b, b_row, p, position, end, inside, 0, STEP, AHEAD)
+    next_a = _ahead(a, a_row, p, position, end, inside, 1.0, STEP, AHEAD)
+    next_b = _ahead(b, b_row, p, position, end, inside, 0.0, STEP, AHEAD)
     for _ in range(0, end - position, AHEAD):
         these_a = next_a
         these_b = next_b
         p += STEP * AHEAD
-        next_a = _ahead(a, a_row, p, position, end, inside, 1, STEP, AHEAD)
-        next_b = _ahead(b, b_row, p, position, end, inside, 0, STEP, AHEAD)
+        next_a = _ahead(a, a_row, p, position, end, inside, 1.0, STEP, AHEAD)
+        next_b = _ahead(b, b_row, p, position, end, inside, 0.0, STEP, AHEAD)
         for j in tl.static_range(AHEAD):
             coefficient = these_a[j].to(ACC)
             factor *= coefficient
@@ -290,13 +293,13 @@ def carry_kernel(
         high = count
         p = count - 1
     x = tl.load(initial + n.to(tl.int64) * D + channel, mask=inside, other=0)
-    next_product = _ahead(product, D, p, low, high, inside, 1, STEP, AHEAD)
-    next_total = _ahead(total, D, p, low, high, inside, 0, STEP, AHEAD)
+    next_product = _ahead(product, D, p, low, high, inside, 1.0, STEP, AHEAD)
+    next_total = _ahead(total, D, p, low, high, inside, 0.0, STEP, AHEAD)
     for _ in range(0, count, AHEAD):
         products = next_product
         totals = next_total
-        next_product = _ahead(product, D, p + STEP * AHEAD, low, high, inside, 1, STEP, AHEAD)
-        next_total = _ahead(total, D, p + STEP * AHEAD, low, high, inside, 0, STEP, AHEAD)
+        next_product = _ahead(product, D, p + STEP * AHEAD, low, high, inside, 1.0, STEP, AHEAD)
+        next_total = _ahead(total, D, p + STEP * AHEAD, low, high, inside, 0.0, STEP, AHEAD)
         for j in tl.static_range(AHEAD):
             q = p + STEP * j
             live = inside & (q >= 0) & (q < count)
