@@ -11,6 +11,7 @@ _HF_HOME = tempfile.mkdtemp(prefix="memlm-tests-")
 atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)
 os.environ.update(
     HF_HOME=_HF_HOME,
+    XDG_CACHE_HOME=_HF_HOME,
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",

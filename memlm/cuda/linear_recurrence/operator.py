@@ -187,12 +187,18 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.present = [value is not None for value in values[: len(TENSORS)]]
     tensors = [value for value in values[: len(TENSORS)] if value is not None]
     ctx.save_for_backward(*tensors, *output[3])
+    # Zeros for the gradients of all that is saved would take longer than some backward passes.
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, do: Tensor, dstate: Tensor, _dchunks, _dsaved):
+def _differentiate(ctx, do: Tensor | None, dstate: Tensor | None, _dchunks, _dsaved):
     tensors = list(ctx.saved_tensors)
     values = [tensors.pop(0) if present else None for present in ctx.present]
     inputs = Inputs(*values, *ctx.options)
+    if do is None:
+        do = torch.zeros_like(inputs.v)
+    if dstate is None:
+        dstate = inputs.v.new_zeros(inputs.state_shape, dtype=inputs.state_dtype)
     gradients = _backward(*values, *ctx.options, tensors, do, dstate, ctx.implementation)
     by_name = dict(zip(inputs.differentiable(), gradients, strict=True))
     nothing = [None] * (len(ctx.options) + 3)
