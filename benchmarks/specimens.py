@@ -143,6 +143,8 @@ def _recurrence_matrix() -> list[Recurrence]:
     ]
     # Sizes that fill no power of two: Olmo-Hybrid's, and a small model's.
     cases += [Recurrence(96, 192), Recurrence(24, 48)]
+    # Linear attention: values with a column of ones.
+    cases += [Recurrence(64, 65, delta=False, decay="none")]
     return cases
 
 

@@ -2,8 +2,9 @@
 
 Every public operation of ``memlm.cuda`` has a ``reference`` (the readable formula), an ``eager``
 (fast torch) and possibly faster implementations. The environment variable ``MEMLM_KERNELS`` forces
-one of them by name; ``auto`` (the default) takes the fastest one that is available and trusted on
-the device at hand, and warns once where that leaves a GPU to plain torch.
+one of them by name, for all operations or for some (``auto,linear_recurrence=triton``); ``auto``
+(the default) takes the fastest one that is available and trusted on the device at hand, and warns
+once where that leaves a GPU to plain torch.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import functools
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -60,20 +62,31 @@ def choose_name(
     take it for these arguments, or None. Raises what `choose` raises.
     """
     device = torch.device("cpu") if device is None else device
-    wanted = os.environ.get(VARIABLE, "auto")
+    wanted = _wanted(operation)
     if wanted == "auto":
         return _fastest(operation, refusals, device)
-    if wanted not in SPEED_ORDER:
-        options = ("auto", *reversed(SPEED_ORDER))
-        raise UserError(
-            f"{VARIABLE}={wanted} is not one of {', '.join(options)}{nearest(wanted, options)}"
-        )
     reason = "it has no such implementation"
     if wanted in refusals:
         reason = refusals[wanted] or _unavailable(wanted, device)
     if reason is not None:
         raise RuntimeError(f"{VARIABLE}={wanted} is unavailable for {operation}: {reason}")
     return wanted
+
+
+def _wanted(operation: str) -> str:
+    """What ``MEMLM_KERNELS`` says of this operation, or else of all."""
+    value = os.environ.get(VARIABLE, "auto")
+    found = {"": "auto"}
+    for entry in value.split(","):
+        name, _, wanted = entry.strip().rpartition("=")
+        options = ("auto", *reversed(SPEED_ORDER))
+        if wanted not in options:
+            raise UserError(
+                f"{VARIABLE}={value}: {wanted} is not one of {', '.join(options)}"
+                f"{nearest(wanted, options)}"
+            )
+        found[name] = wanted
+    return found.get(operation, found[""])
 
 
 def _fastest(operation: str, refusals: Mapping[str, str | None], device: torch.device) -> str:
@@ -83,7 +96,7 @@ def _fastest(operation: str, refusals: Mapping[str, str | None], device: torch.d
             continue
         reason = refusals[name] or _unavailable(name, device)
         if reason is None and name in KERNELS:
-            reason = distrusted(device)
+            reason = distrusted(operation, device)
         if reason is None:
             _log_choice(operation, name, device, passed_over)
             return name
@@ -132,7 +145,7 @@ def triton_unavailable(device: torch.device) -> str | None:
     return None
 
 
-def distrusted(device: torch.device) -> str | None:
+def distrusted(operation: str, device: torch.device) -> str | None:
     """Why ``auto`` passes Triton kernels over although they run; None where it trusts them.
 
     Triton 3.4 up to 3.7.0 compiles gated recurrences to wrong gradients on Hopper cards
@@ -141,11 +154,12 @@ def distrusted(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "the interpreter is only for tests"
     version = triton_version()
-    if capability(device) // 10 == 9 and (3, 4, 0) <= version < (3, 7, 1):
+    affected = operation == "linear_recurrence" and capability(device) // 10 == 9
+    if affected and (3, 4, 0) <= version < (3, 7, 1):
         found = ".".join(map(str, version))
         return (
-            f"triton {found} is known for wrong gradients on compute capability 9; "
-            f"use triton 3.7.1 or newer, or force it with {VARIABLE}=triton"
+            f"triton {found} is known for wrong gradients on compute capability 9; use triton "
+            f"3.7.1 or newer, or force it with {VARIABLE}=auto,{operation}=triton"
         )
     return None
 
@@ -177,5 +191,6 @@ def triton_version() -> tuple[int, int, int]:
     """The version of the installed Triton."""
     import triton
 
-    major, minor, patch = triton.__version__.split("+")[0].split(".")[:3]
-    return int(major), int(minor), int(patch)
+    numbers = [int(number) for number in re.findall(r"\d+", triton.__version__)[:3]]
+    major, minor, patch = [*numbers, 0, 0][:3]
+    return major, minor, patch

@@ -354,11 +354,11 @@ def test_the_inputs_are_left_as_they_are(monkeypatch, implementation):
         ({"a": torch.zeros(1, 3, 1)}, "a is .* expected floating point"),
         ({"initial_state": torch.zeros(2, 5)}, "initial_state is"),
         ({"initial_state": torch.zeros(1, 4)}, "initial_state is"),
-        ({"cu_seqlens": torch.tensor([0, 2])}, "must rise from 0 to 3"),
-        ({"cu_seqlens": torch.tensor([1, 3])}, "must rise from 0 to 3"),
+        ({"cu_seqlens": torch.tensor([0, 2])}, "must rise from 0 to the number of tokens, 3"),
+        ({"cu_seqlens": torch.tensor([1, 3])}, "must rise from 0 to the number of tokens, 3"),
         (
             {"cu_seqlens": torch.tensor([0, 3, 1, 3]), "initial_state": torch.zeros(3, 5)},
-            "must rise from 0 to 3",
+            "must rise from 0 to the number of tokens, 3",
         ),
         (
             {

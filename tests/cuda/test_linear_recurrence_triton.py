@@ -136,6 +136,31 @@ def test_views_are_read_as_they_lie():
             assert torch.equal(found[name], tensor), name
 
 
+def test_single_tokens_are_read_as_they_lie():
+    case = Case((1, 1, 1), (1, 2, 16, 16), decay="gated")
+    tensors = {name: x.float() for name, x in case.make().items()}
+    # Rows of one sequence turned into a batch: the stride of their only token means nothing.
+    turned = {
+        name: x.transpose(0, 1).contiguous().transpose(0, 1) if x.ndim > 1 else x
+        for name, x in tensors.items()
+    }
+    expected = results("triton", tensors)
+    alone = call("triton", tensors, return_state=True)
+    for views in (turned, {name: scattered(x) for name, x in tensors.items()}):
+        found = results("triton", views)
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+        for one, other in zip(call("triton", views, return_state=True), alone, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_gate_that_diverged_shows():
+    tensors = {name: x.float() for name, x in Case((70,), (1, 1, 16, 16)).make().items()}
+    tensors["log_decay"][:, 40] = torch.nan
+    o = call("triton", tensors)[0]
+    assert o[:, 40:].isnan().all()
+
+
 def test_runs_and_rows_are_bit_equal():
     case = Case((70, 70), (1, 2, 16, 16), decay="scalar")
     tensors = {name: x.float() for name, x in case.make().items()}

@@ -232,6 +232,12 @@ def test_the_custom_op(implementation, packed):
     leaves = [x.requires_grad_() for x in inputs.values()]
     columns = [list(column) for column in zip(*SPLIT, strict=True)]
     torch.library.opcheck(operator._forward, (*leaves, boundaries, True, *columns, implementation))
+    values = [leaf.detach() for leaf in leaves]
+    with torch.no_grad():
+        parts, tail = operator._forward(*values, boundaries, True, *columns, implementation)
+    torch.library.opcheck(
+        operator._backward, (*values, boundaries, True, *columns, parts, tail, implementation)
+    )
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -299,7 +305,7 @@ def test_autocast_changes_nothing(monkeypatch):
         ({"activation": "relu"}, "activation is 'relu'"),
         ({"split": ((2, 3, True),)}, "split covers 6 channels, x has 24"),
         ({"split": ((2, 12, True), (0, 4, False))}, "must be at least 1"),
-        ({"cu_seqlens": torch.tensor([0, 2])}, "cu_seqlens ends at 2"),
+        ({"cu_seqlens": torch.tensor([0, 2])}, "ends with 2"),
         ({"x": torch.zeros(2, 3, 24), "cu_seqlens": torch.tensor([0, 3])}, "one row"),
     ],
 )

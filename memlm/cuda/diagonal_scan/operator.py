@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from memlm.cuda.diagonal_scan.inputs import Inputs
 
@@ -115,6 +116,7 @@ class _Untraced(torch.autograd.Function):
         return outputs
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh: Tensor, dstate: Tensor):
         *tensors, h = _saved(ctx)
         found = _module(ctx.implementation).backward(Inputs(*tensors), h, dh, dstate)

@@ -91,7 +91,7 @@ def linear_recurrence(
     else:
         o, state, chunk_states = operator.run(name, inputs, return_chunk_states)
     found = (o, state if return_state else None)
-    return (*found, chunk_states) if return_chunk_states else found
+    return (*found, chunk_states.detach()) if return_chunk_states else found
 
 
 def linear_recurrence_step(

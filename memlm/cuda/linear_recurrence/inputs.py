@@ -5,6 +5,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from memlm.cuda.boundaries import check_boundaries
+
 CHUNK = 64  # tokens between the states that `return_chunk_states` gives
 
 
@@ -67,6 +69,13 @@ class Inputs:
 
     def check(self) -> None:
         """Raise ValueError for shapes that do not fit together."""
+        for name in ("q", "k", "v"):
+            x = getattr(self, name)
+            if x.ndim != 4 or not x.is_floating_point():
+                raise ValueError(
+                    f"{name} is {x.dtype} {tuple(x.shape)}: "
+                    "expected floating point [B, T, heads, channels]"
+                )
         B, T, H, HV = self.sizes[:4]
         if self.k.shape != self.q.shape:
             raise ValueError(f"q is {tuple(self.q.shape)} but k is {tuple(self.k.shape)}")
@@ -85,22 +94,7 @@ class Inputs:
             )
         self._check_options()
         if self.cu_seqlens is not None:
-            self._check_boundaries()
-
-    def _check_boundaries(self) -> None:
-        B, T = self.q.shape[:2]
-        if B != 1:
-            raise ValueError(f"cu_seqlens needs all tokens in one row: q has {B} rows")
-        # Reading boundaries that lie on an accelerator would make the host wait for it.
-        if self.cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        bounds = self.cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to the {T} tokens of q: it begins with {bounds[0]}, "
-                f"ends with {bounds[-1]}, and "
-                f"{'rises' if bounds == sorted(bounds) else 'falls'} between"
-            )
+            check_boundaries(self.cu_seqlens, B, T)
 
     def _check_options(self) -> None:
         HV = self.v.shape[2]

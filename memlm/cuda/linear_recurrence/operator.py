@@ -71,7 +71,8 @@ def run(implementation: str, inputs: Inputs, chunk_states: bool) -> tuple[Tensor
     save = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in inputs.differentiable().values()
     )
-    if not save and inputs.q.shape[1] == 1 and not torch.compiler.is_compiling():
+    untraced = type(inputs.q) is Tensor and not torch.compiler.is_compiling()
+    if not save and inputs.q.shape[1] == 1 and untraced:
         # A token in decoding takes about as long as torch's way to a custom op and back.
         with _as_given(inputs.q):
             return _module(implementation).forward(inputs, chunk_states, save)[:3]

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from memlm.cuda.linear_recurrence.inputs import Inputs
 from memlm.cuda.linear_recurrence.triton_launchers import (
@@ -10,7 +11,7 @@ from memlm.cuda.linear_recurrence.triton_launchers import (
     reverse_scan,
     scan,
 )
-from memlm.cuda.linear_recurrence.triton_problem import Problem, chunk_length
+from memlm.cuda.linear_recurrence.triton_problem import Problem, aligned, chunk_length
 from memlm.cuda.linear_recurrence.triton_split import Split, segment_slots, segments
 from memlm.cuda.linear_recurrence.triton_step import step
 
@@ -19,16 +20,29 @@ def forward(
     inputs: Inputs, chunk_states: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Outputs, final state, chunk states (empty unless asked for), and what `backward` needs:
-    T_0 (with the delta rule), and for split sequences the segments' start states and maps."""
+    the gated inverse (with the delta rule), and for split sequences the segments' start states and
+    maps."""
+    _, _, _, _, K, V = inputs.sizes
+    inputs = aligned(inputs)
+    o, state, chunks, saved = _forward(inputs, chunk_states, save)
+    if chunk_states:
+        chunks = chunks[..., :K, :V].contiguous()
+    return o[..., :V].contiguous(), state[..., :K, :V].contiguous(), chunks, saved
+
+
+def _forward(
+    inputs: Inputs, chunk_states: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """`forward` of aligned inputs."""
     problem = Problem.of(inputs)
     B, T, _, HV, _, V = inputs.sizes
     chunks = problem.empty(0, dtype=torch.float32)
     if chunk_states:
-        chunks = torch.zeros(inputs.chunk_states_shape, device=inputs.v.device)
+        chunks = problem.zeros(*inputs.chunk_states_shape)
     o = problem.empty(B, T, HV, V)
     if T == 1 and inputs.cu_seqlens is None and not (save or chunk_states):
         state = problem.empty(*inputs.state_shape, dtype=torch.float32)
-        return step(problem, inputs.initial_state, o, state), state, chunks, []
+        return step(problem, _dense(inputs.initial_state), o, state), state, chunks, []
     prepared = Prepared.of(problem)
     saved = [] if prepared.inverse is None else [prepared.inverse]
     count = segments(inputs)
@@ -48,6 +62,7 @@ def forward(
 
 def saved_like(inputs: Inputs) -> list[Tensor]:
     """Empty tensors of the shapes that `forward` saves."""
+    inputs = aligned(inputs)
     B, T, _, HV, K, V = inputs.sizes
     saved = []
     if inputs.beta is not None:
@@ -62,6 +77,21 @@ def saved_like(inputs: Inputs) -> list[Tensor]:
 
 def backward(inputs: Inputs, saved: list[Tensor], do: Tensor, dstate: Tensor) -> dict[str, Tensor]:
     """Gradients by the name of the input."""
+    _, _, _, _, K, V = inputs.sizes
+    inputs = aligned(inputs)
+    _, _, _, _, K_wide, V_wide = inputs.sizes
+    do = F.pad(do, (0, V_wide - V))
+    dstate = F.pad(dstate, (0, V_wide - V, 0, K_wide - K))
+    found = _backward(inputs, saved, do, dstate)
+    found |= {name: found[name][..., :K] for name in ("q", "k")}
+    found["v"] = found["v"][..., :V]
+    if "initial_state" in found:
+        found["initial_state"] = found["initial_state"][..., :K, :V]
+    return found
+
+
+def _backward(inputs: Inputs, saved: list[Tensor], do: Tensor, dstate: Tensor) -> dict[str, Tensor]:
+    """`backward` of aligned inputs."""
     problem = Problem.of(inputs)
     saved = list(saved)
     prepared = Prepared.of(problem, saved.pop(0) if inputs.beta is not None else None)
@@ -102,7 +132,16 @@ def backward(inputs: Inputs, saved: list[Tensor], do: Tensor, dstate: Tensor) ->
 
 def step_in_place(inputs: Inputs) -> Tensor:
     """Outputs of one token per row; the state is overwritten."""
-    B, T, _, HV, _, V = inputs.sizes
-    problem = Problem.of(inputs)
-    o = problem.empty(B, T, HV, V)
-    return step(problem, inputs.initial_state, o, inputs.initial_state)
+    _, _, _, _, K, V = inputs.sizes
+    wide = aligned(inputs)
+    problem = Problem.of(wide)
+    o = problem.empty(*wide.v.shape)
+    step(problem, wide.initial_state, o, wide.initial_state)
+    if wide is inputs:
+        return o
+    inputs.initial_state.copy_(wide.initial_state[..., :K, :V])
+    return o[..., :V].contiguous()
+
+
+def _dense(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.contiguous()

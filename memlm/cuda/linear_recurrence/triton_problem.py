@@ -5,6 +5,7 @@ import dataclasses
 import torch
 import triton
 from torch import Tensor
+from torch.nn import functional as F
 
 from memlm.cuda.dispatch import capability
 from memlm.cuda.linear_recurrence.inputs import CHUNK, Inputs
@@ -15,10 +16,37 @@ from memlm.cuda.linear_recurrence.triton_tiles import (
     DECAY_SCALAR,
 )
 
+ALIGNMENT = 16  # of channels, rows and addresses, so that loads are whole
+
+
+def target_of(device: torch.device) -> int:
+    """Compute capability that decides sizes: 80, 90 or 100.
+
+    Consumer Blackwell cards (12.x) have the matrix units and the shared memory of the 8.x ones.
+    """
+    found = capability(device)
+    return 80 if found >= 120 else found
+
 
 def chunk_length(inputs: Inputs) -> int:
     """Tokens of a chunk: fewer where products of 64 x 64 would not stay in registers."""
-    return CHUNK if capability(inputs.v.device) >= 90 else CHUNK // 2
+    return CHUNK if target_of(inputs.v.device) >= 90 else CHUNK // 2
+
+
+def aligned(inputs: Inputs) -> Inputs:
+    """The same with zero channels up to a multiple of ALIGNMENT, which change no other channel."""
+    _, _, _, _, K, V = inputs.sizes
+    k_pad, v_pad = -K % ALIGNMENT, -V % ALIGNMENT
+    if not (k_pad or v_pad):
+        return inputs
+    state = inputs.initial_state
+    return dataclasses.replace(
+        inputs,
+        q=F.pad(inputs.q, (0, k_pad)),
+        k=F.pad(inputs.k, (0, k_pad)),
+        v=F.pad(inputs.v, (0, v_pad)),
+        initial_state=None if state is None else F.pad(state, (0, v_pad, 0, k_pad)),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +141,7 @@ class Problem:
 
     def packed(self, cu_seqlens: Tensor) -> "Problem":
         """The same tokens as sequences with these boundaries."""
+        cu_seqlens = cu_seqlens.to(self.v.device).contiguous()
         sequences = cu_seqlens.shape[0] - 1
         tokens = self.inputs.sizes[0] * self.inputs.sizes[1]
         slots = tokens // self.chunk + sequences
@@ -121,7 +150,7 @@ class Problem:
         owner = torch.searchsorted(first, every, right=True, out_int32=True) - 1
         return dataclasses.replace(
             self,
-            cu_seqlens=cu_seqlens.contiguous(),
+            cu_seqlens=cu_seqlens,
             sequence_of_slot=owner,
             sequences=sequences,
             slots=slots,
@@ -134,8 +163,8 @@ class Problem:
 
     @property
     def target(self) -> int:
-        """Compute capability of the card, 90 for 9.0."""
-        return capability(self.v.device)
+        """See `target_of`."""
+        return target_of(self.v.device)
 
     @property
     def length(self) -> int:
@@ -160,13 +189,20 @@ class Problem:
 
     def zeros(self, *shape: int) -> Tensor:
         """Float32, to be added to."""
-        return torch.zeros(shape, device=self.v.device)
+        return torch.zeros(shape, device=self.v.device, dtype=torch.float32)
 
 
 def _with_row_stride(x: Tensor) -> Tensor:
-    """x [B, T, heads, channels] with tokens a constant stride apart and packed within."""
+    """x [B, T, heads, channels] with tokens a constant stride apart, and packed within.
+
+    The stride of tokens is that of dimension 1. A copy where the kernels could not load 16 bytes
+    at a time.
+    """
     B, T, heads, channels = x.shape
+    stride = x.stride(0) if T == 1 else x.stride(1)
     packed = x.stride(3) == 1 and (heads == 1 or x.stride(2) == channels)
-    if packed and (B == 1 or x.stride(0) == T * x.stride(1)):
-        return x
-    return x.contiguous()
+    regular = B == 1 or x.stride(0) == T * stride
+    aligned = stride % ALIGNMENT == 0 and x.data_ptr() % ALIGNMENT == 0
+    if packed and regular and aligned:
+        return x.as_strided(x.shape, (T * stride, stride, channels, 1))
+    return x.clone(memory_format=torch.contiguous_format)

@@ -7,10 +7,10 @@ import os
 import torch
 from torch import Tensor
 
-from memlm.cuda.dispatch import capability, interpreting
+from memlm.cuda.dispatch import interpreting
 from memlm.cuda.linear_recurrence.inputs import CHUNK, Inputs
 from memlm.cuda.linear_recurrence.triton_launchers import Prepared, reverse_scan, scan
-from memlm.cuda.linear_recurrence.triton_problem import Problem, scan_config
+from memlm.cuda.linear_recurrence.triton_problem import Problem, scan_config, target_of
 
 SPLIT_VARIABLE = "MEMLM_SEQUENCE_SPLIT"
 SEGMENT = 1024  # fewest tokens of a segment of a split sequence
@@ -30,8 +30,10 @@ def segments(inputs: Inputs) -> int:
     """
     if os.environ.get(SPLIT_VARIABLE) == "0" or inputs.v.device.type != "cuda" or interpreting():
         return 1
+    if inputs.sequences == 0:
+        return 1
     _, T, _, HV, K, V = inputs.sizes
-    tiles = -(-V // scan_config(K, V, capability(inputs.v.device)).BV)
+    tiles = -(-V // scan_config(K, V, target_of(inputs.v.device)).BV)
     programs = inputs.sequences * HV * tiles
     length = T // inputs.sequences if inputs.cu_seqlens is not None else T
     return max(1, min(_processors(inputs.v.device) // max(1, programs), length // SEGMENT))
@@ -82,7 +84,8 @@ class Split:
             start, end = owner * T, (owner + 1) * T
             final = torch.arange(B, device=device) * count + count - 1
         else:
-            starts, ends = inputs.cu_seqlens[:-1].long(), inputs.cu_seqlens[1:].long()
+            bounds = inputs.cu_seqlens.to(device).long()
+            starts, ends = bounds[:-1], bounds[1:]
             first = starts // length + torch.arange(len(starts), device=device)
             owner = torch.searchsorted(first, every, right=True) - 1
             place = every - first[owner]
@@ -97,7 +100,7 @@ class Split:
         inputs = self.problem.inputs
         _, _, _, HV, K, _ = inputs.sizes
         rows = self.problem.sequences
-        eye = torch.eye(K, device=self.owner.device).expand(rows, HV, K, K)
+        eye = torch.eye(K, device=self.owner.device, dtype=torch.float32).expand(rows, HV, K, K)
         maps = scan(self.problem, prepared, eye, zero_values=True)
         added = scan(self.problem, prepared, None)
         fresh = torch.zeros_like(added)

@@ -64,7 +64,8 @@ def log_decays(
     if DECAY == 3:
         rate = tl.exp(tl.load(A_log + head).to(tl.float32))
         g = -rate * softplus(g + tl.load(dt_bias + head).to(tl.float32))
-    return tl.where(inside, tl.maximum(g, LOG_ZERO), 0.0)
+    # Comparisons, for maximum and minimum drop a NaN, and a gate that diverged has to show.
+    return tl.where(inside, tl.where(g < LOG_ZERO, LOG_ZERO, g), 0.0)
 
 
 @triton.jit
@@ -153,15 +154,16 @@ def row_scale(x, L2: tl.constexpr):
 def decay_matrix(G, C: tl.constexpr):
     """e^{G_i - G_j} for i >= j, else 0."""
     i = tl.arange(0, C)
-    difference = tl.minimum(G[:, None] - G[None, :], 0.0)
-    keep = (i[:, None] >= i[None, :]) & (difference > LOG_ZERO)
-    return tl.where(keep, tl.exp(tl.where(keep, difference, 0.0)), 0.0)
+    difference = G[:, None] - G[None, :]
+    none = (i[:, None] < i[None, :]) | (difference <= LOG_ZERO)
+    return tl.where(none, 0.0, tl.exp(tl.where(none | (difference > 0.0), 0.0, difference)))
 
 
 @triton.jit
 def decay_of(G):
     """e^G, zero below LOG_ZERO."""
-    return tl.where(G > LOG_ZERO, tl.exp(tl.maximum(G, LOG_ZERO)), 0.0)
+    none = G <= LOG_ZERO
+    return tl.where(none, 0.0, tl.exp(tl.where(none, 0.0, G)))
 
 
 @triton.jit

@@ -105,7 +105,7 @@ def backward(
     _backward_new_tail(inputs, dnew_tail.to(dtype), dx, dtail)
     return (
         dx.view_as(inputs.x).to(inputs.x.dtype),
-        dtaps.t().unsqueeze(1).to(inputs.weight.dtype, memory_format=torch.contiguous_format),
+        dtaps.t().unsqueeze(1).to(inputs.weight.dtype).contiguous(),
         dtail.to(inputs.tail.dtype),
     )
 

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from memlm.cuda.short_convolution.inputs import Inputs, Part
 
@@ -138,6 +139,7 @@ class _Untraced(torch.autograd.Function):
         return (*parts, new_tail)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *gradients):
         *dparts, dnew_tail = gradients
         tensors = ctx.saved_tensors if ctx.packed else (*ctx.saved_tensors, None)

@@ -128,7 +128,7 @@ def _forward_part(
             tl.store(new_tail + i * D + channel, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "sequences"])
+@triton.jit(do_not_specialize=["T", "sequences", "x_batch"])
 def forward_kernel(
     x,
     x_batch,
@@ -290,7 +290,7 @@ def _backward_part(
         tl.store(partial + (REACH - lag) * D + channel, sums[lag], mask=inside)
 
 
-@triton.jit(do_not_specialize=["T", "sequences"])
+@triton.jit(do_not_specialize=["T", "sequences", "x_batch"])
 def backward_kernel(
     x,
     x_batch,
@@ -406,6 +406,13 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
+def _boundaries(inputs: Inputs) -> Tensor | None:
+    """Boundaries of packed sequences, beside the tokens."""
+    if inputs.cu_seqlens is None:
+        return None
+    return inputs.cu_seqlens.to(inputs.x.device).contiguous()
+
+
 def forward(inputs: Inputs) -> tuple[list[Tensor], Tensor]:
     """See `short_convolution`; the outputs come in parts."""
     _, T, _ = inputs.x.shape
@@ -427,7 +434,7 @@ def forward(inputs: Inputs) -> tuple[list[Tensor], Tensor]:
             x.stride(1),
             inputs.weight.contiguous(),
             tail,
-            inputs.cu_seqlens,
+            _boundaries(inputs),
             *_three(parts),
             new_tail,
             T,
@@ -463,7 +470,7 @@ def backward(
             x.stride(1),
             inputs.weight.contiguous(),
             tail,
-            inputs.cu_seqlens,
+            _boundaries(inputs),
             *_three([dpart.contiguous() for dpart in dparts]),
             dnew_tail.contiguous(),
             dx,
@@ -476,4 +483,4 @@ def backward(
             num_warps=max(1, constants["BLOCK"] // lanes),
         )
     dweight = partial.sum(0).t().unsqueeze(1)
-    return dx, dweight.to(inputs.weight.dtype, memory_format=torch.contiguous_format), dtail
+    return dx, dweight.to(inputs.weight.dtype).contiguous(), dtail
