@@ -24,3 +24,8 @@ def check_boundaries(cu_seqlens: Tensor, rows: int, tokens: int) -> None:
             f"cu_seqlens must rise from 0 to the number of tokens, {tokens}: it begins with "
             f"{bounds[0]}, ends with {bounds[-1]}, and {'rises' if rises else 'falls'} between"
         )
+
+
+def boundaries_beside(cu_seqlens: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """The boundaries as a kernel reads them: dense, on the device of the tokens."""
+    return None if cu_seqlens is None else cu_seqlens.to(tokens.device).contiguous()

@@ -22,39 +22,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memlm.cuda.boundaries import boundaries_beside
 from memlm.cuda.diagonal_scan.inputs import Inputs
 from memlm.cuda.linear_recurrence.triton_split import SPLIT_VARIABLE
+from memlm.cuda.triton_slots import locate_slot
 
 BLOCK = 64  # channels of a program: two per lane of one warp
 AHEAD = 8  # tokens whose loads are under way; with their successors 64 registers of float32 pairs
 SLOT = 128  # fewest tokens of a slot of a split sequence
 MAX_SLOTS = 128  # of a sequence: they are walked through one by one
 FULL = 1 << 17  # channels of all rows that fill a card without a split
-
-
-@triton.jit
-def _slot(slot, T, sequences, size, cu_seqlens):
-    """Sequence, its first token and length, and the position in it where the slot begins."""
-    if cu_seqlens is not None:
-        low = slot * 0
-        high = low + sequences - 1
-        while low < high:  # the last sequence whose slots begin at or before this one
-            middle = (low + high + 1) // 2
-            first = (tl.load(cu_seqlens + middle).to(tl.int64) // size).to(tl.int32) + middle
-            before = first <= slot
-            low = tl.where(before, middle, low)
-            high = tl.where(before, high, middle - 1)
-        n = low
-        start = tl.load(cu_seqlens + n).to(tl.int64)
-        length = (tl.load(cu_seqlens + n + 1).to(tl.int64) - start).to(tl.int32)
-        position = (slot - n - (start // size).to(tl.int32)) * size
-    else:
-        slots = tl.cdiv(T, size)
-        n = slot // slots
-        start = n.to(tl.int64) * T
-        length = T
-        position = (slot % slots) * size
-    return n, start, length, position
 
 
 @triton.jit
@@ -102,7 +79,7 @@ def forward_kernel(
     a and b have tokens a_row and b_row apart. entering [slots, D] is what comes before each slot.
     """
     slot = tl.program_id(0)
-    n, start, length, position = _slot(slot, T, sequences, size, cu_seqlens)
+    n, start, length, position = locate_slot(slot, T, sequences, size, cu_seqlens)
     if (position > 0) & (position >= length):
         return
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -153,7 +130,7 @@ def backward_kernel(
     h, dh [tokens, D]; initial [N, D]; entering [slots, D] is the u that comes after each slot.
     """
     slot = tl.program_id(0)
-    n, start, length, position = _slot(slot, T, sequences, size, cu_seqlens)
+    n, start, length, position = locate_slot(slot, T, sequences, size, cu_seqlens)
     if (position > 0) & (position >= length):
         return
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -213,7 +190,7 @@ def summary_kernel(
     Backward (REVERSE) b is dh, and the pair is that of u.
     """
     slot = tl.program_id(0)
-    _, start, length, position = _slot(slot, T, sequences, size, cu_seqlens)
+    _, start, length, position = locate_slot(slot, T, sequences, size, cu_seqlens)
     if position >= length:
         return
     STEP: tl.constexpr = -1 if REVERSE else 1
@@ -372,7 +349,7 @@ def _entering(inputs: Inputs, a: Tensor, b: Tensor, first: Tensor, size: int, re
         a.stride(1),
         b,
         b.stride(1),
-        inputs.cu_seqlens,
+        boundaries_beside(inputs.cu_seqlens, inputs.b),
         product,
         total,
         T,
@@ -386,7 +363,7 @@ def _entering(inputs: Inputs, a: Tensor, b: Tensor, first: Tensor, size: int, re
         product,
         total,
         first,
-        inputs.cu_seqlens,
+        boundaries_beside(inputs.cu_seqlens, inputs.b),
         entering,
         T,
         size,
@@ -415,7 +392,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
             b,
             b.stride(1),
             entering,
-            inputs.cu_seqlens,
+            boundaries_beside(inputs.cu_seqlens, inputs.b),
             h,
             state,
             T,
@@ -451,7 +428,7 @@ def backward(
             dh,
             inputs.initial_state.contiguous(),
             entering,
-            inputs.cu_seqlens,
+            boundaries_beside(inputs.cu_seqlens, inputs.b),
             da,
             db,
             dinitial,

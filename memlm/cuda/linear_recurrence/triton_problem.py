@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from memlm.cuda.boundaries import boundaries_beside
 from memlm.cuda.dispatch import capability
 from memlm.cuda.linear_recurrence.inputs import CHUNK, Inputs
 from memlm.cuda.linear_recurrence.triton_tiles import (
@@ -141,7 +142,7 @@ class Problem:
 
     def packed(self, cu_seqlens: Tensor) -> "Problem":
         """The same tokens as sequences with these boundaries."""
-        cu_seqlens = cu_seqlens.to(self.v.device).contiguous()
+        cu_seqlens = boundaries_beside(cu_seqlens, self.v)
         sequences = cu_seqlens.shape[0] - 1
         tokens = self.inputs.sizes[0] * self.inputs.sizes[1]
         slots = tokens // self.chunk + sequences

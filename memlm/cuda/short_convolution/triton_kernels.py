@@ -18,36 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from memlm.cuda.boundaries import boundaries_beside
 from memlm.cuda.short_convolution.inputs import L2_NORM_EPS, Inputs
+from memlm.cuda.triton_slots import locate_slot
 
 EPS = tl.constexpr(L2_NORM_EPS)
 AHEAD = tl.constexpr(4)  # tokens the backward kernel loads before it needs them
 BACKWARD_TOKENS = 64  # of a slot: 3 more are recomputed for a width of 4
-
-
-@triton.jit
-def _slot(slot, T, sequences, cu_seqlens, BLOCK_T: tl.constexpr):
-    """Sequence, its first token and length, and the position in it where the slot begins."""
-    if cu_seqlens is not None:
-        low = slot * 0
-        high = low + sequences - 1
-        while low < high:  # the last sequence whose slots begin at or before this one
-            middle = (low + high + 1) // 2
-            first = (tl.load(cu_seqlens + middle).to(tl.int64) // BLOCK_T).to(tl.int32) + middle
-            before = first <= slot
-            low = tl.where(before, middle, low)
-            high = tl.where(before, high, middle - 1)
-        n = low
-        start = tl.load(cu_seqlens + n).to(tl.int64)
-        length = (tl.load(cu_seqlens + n + 1).to(tl.int64) - start).to(tl.int32)
-        position = (slot - n - (start // BLOCK_T).to(tl.int32)) * BLOCK_T
-    else:
-        slots = tl.cdiv(T, BLOCK_T)
-        n = slot // slots
-        start = n.to(tl.int64) * T
-        length = T
-        position = (slot % slots) * BLOCK_T
-    return n, start, length, position
 
 
 @triton.jit
@@ -162,7 +139,7 @@ def forward_kernel(
 
     x has rows x_row apart; rows of the batch x_batch apart. weight [D, W], tail [N, W - 1, D].
     """
-    n, start, length, position = _slot(tl.program_id(0), T, sequences, cu_seqlens, BLOCK_T)
+    n, start, length, position = locate_slot(tl.program_id(0), T, sequences, BLOCK_T, cu_seqlens)
     if (position > 0) & (position >= length):
         return
     if cu_seqlens is not None:
@@ -328,7 +305,7 @@ def backward_kernel(
     Grid and inputs as of `forward_kernel`; gradients of outputs and new tails are contiguous.
     """
     slot = tl.program_id(0)
-    n, start, length, position = _slot(slot, T, sequences, cu_seqlens, BLOCK_T)
+    n, start, length, position = locate_slot(slot, T, sequences, BLOCK_T, cu_seqlens)
     # A slot without tokens stores sums of zero and, if its sequence is empty, the tail's gradient.
     if cu_seqlens is not None:
         x += start * x_row
@@ -406,13 +383,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _boundaries(inputs: Inputs) -> Tensor | None:
-    """Boundaries of packed sequences, beside the tokens."""
-    if inputs.cu_seqlens is None:
-        return None
-    return inputs.cu_seqlens.to(inputs.x.device).contiguous()
-
-
 def forward(inputs: Inputs) -> tuple[list[Tensor], Tensor]:
     """See `short_convolution`; the outputs come in parts."""
     _, T, _ = inputs.x.shape
@@ -434,7 +404,7 @@ def forward(inputs: Inputs) -> tuple[list[Tensor], Tensor]:
             x.stride(1),
             inputs.weight.contiguous(),
             tail,
-            _boundaries(inputs),
+            boundaries_beside(inputs.cu_seqlens, inputs.x),
             *_three(parts),
             new_tail,
             T,
@@ -470,7 +440,7 @@ def backward(
             x.stride(1),
             inputs.weight.contiguous(),
             tail,
-            _boundaries(inputs),
+            boundaries_beside(inputs.cu_seqlens, inputs.x),
             *_three([dpart.contiguous() for dpart in dparts]),
             dnew_tail.contiguous(),
             dx,
