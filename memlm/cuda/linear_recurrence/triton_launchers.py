@@ -39,7 +39,7 @@ class Prepared:
         """Computed anew; an inverse that was kept is taken as it is."""
         inputs = problem.inputs
         B, T, H, HV, K, _ = inputs.sizes
-        config = prepare_config(K)
+        config = prepare_config(K, problem.target, delta)
         delta = inputs.beta is not None
         solve = delta and inverse is None
         if solve:

@@ -68,8 +68,8 @@ def scan_config(K: int, V: int, target: int, reverse: bool = False) -> Config:
     """For the two scans: the state tile [BK, BV] stays in registers."""
     BK = max(16, triton.next_power_of_2(K))
     BV, num_warps, num_stages = 32, 4, 2
-    if BK <= 64 and target // 10 == 9:
-        BV = 64
+    if BK <= 64 and target < 100:
+        BV, num_warps = (64, 4) if target >= 90 else (32, 8)
     elif BK > 128:
         BV, num_warps = (32, 8) if target // 10 == 9 else (16, 4 if target < 90 else 8)
         num_stages = 3 if target >= 100 and not reverse else 2
@@ -78,9 +78,10 @@ def scan_config(K: int, V: int, target: int, reverse: bool = False) -> Config:
     return Config(BK, max(16, min(BV, triton.next_power_of_2(V))), num_warps, num_stages)
 
 
-def prepare_config(K: int) -> Config:
+def prepare_config(K: int, target: int, delta: bool) -> Config:
     """For whole keys and queries."""
-    return Config(max(16, triton.next_power_of_2(K)), 0, 8, 1)
+    num_warps = 4 if delta and target < 90 else 8
+    return Config(max(16, triton.next_power_of_2(K)), 0, num_warps, 1)
 
 
 def gradient_config(K: int, V: int, target: int, grouped: bool) -> Config:
@@ -88,8 +89,10 @@ def gradient_config(K: int, V: int, target: int, grouped: bool) -> Config:
     BK, BV = 64, 32
     if target < 90:
         BV = 16
+    elif target >= 100:
+        BK, BV = 32, 16 if grouped else 32
     elif grouped:
-        BK, BV = (32, 64) if target < 100 else (32, 16)
+        BK, BV = 32, 64 if K > 64 else 32
     BK = max(16, min(BK, triton.next_power_of_2(K)))
     return Config(BK, max(16, min(BV, triton.next_power_of_2(V))), 8, 1)
 
