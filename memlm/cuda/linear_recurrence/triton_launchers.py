@@ -39,8 +39,8 @@ class Prepared:
         """Computed anew; an inverse that was kept is taken as it is."""
         inputs = problem.inputs
         B, T, H, HV, K, _ = inputs.sizes
-        config = prepare_config(K, problem.target, delta)
         delta = inputs.beta is not None
+        config = prepare_config(K, problem.target, delta)
         solve = delta and inverse is None
         if solve:
             inverse = problem.empty(B, T, HV, problem.chunk)
