@@ -30,6 +30,11 @@ if not torch.cuda.is_available():
 
 from hypothesis import settings  # noqa: E402
 
+from tests.memory.law_report import (  # noqa: E402, F401
+    pytest_runtest_logreport,
+    pytest_terminal_summary,
+)
+
 # A slow machine is no failure of the property; CI must give the same verdict twice.
 settings.register_profile("memlm", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("memlm")
