@@ -1,6 +1,7 @@
 """Operations: one public function each, several implementations behind `memlm.cuda.dispatch`."""
 
 from memlm.cuda.diagonal_scan import diagonal_scan
+from memlm.cuda.large_chunk_memory import LargeChunkMemoryState, large_chunk_memory
 from memlm.cuda.linear_recurrence import linear_recurrence, linear_recurrence_step
 from memlm.cuda.neural_memory import NeuralMemoryState, neural_memory
 from memlm.cuda.product_key import product_key_select, weighted_bag
@@ -8,8 +9,10 @@ from memlm.cuda.short_convolution import short_convolution
 from memlm.cuda.topk_search import topk_search
 
 __all__ = [
+    "LargeChunkMemoryState",
     "NeuralMemoryState",
     "diagonal_scan",
+    "large_chunk_memory",
     "linear_recurrence",
     "linear_recurrence_step",
     "neural_memory",
