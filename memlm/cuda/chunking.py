@@ -35,16 +35,29 @@ class ChunkLayout:
     slot: Tensor
 
     @classmethod
-    def build(cls, lengths: Tensor, size: int, offset: Tensor | None = None) -> "ChunkLayout":
+    def build(
+        cls,
+        lengths: Tensor,
+        size: int,
+        offset: Tensor | None = None,
+        period: int | None = None,
+    ) -> "ChunkLayout":
         """Lay out sequences of `lengths` (int64 ``[sequences]``, zeros allowed).
 
-        `offset` (int64 ``[sequences]``) is the slot of every sequence's first token in its first
-        chunk; default zero.
+        `offset` (int64 ``[sequences]``) is the place of every sequence's first token in its first
+        period; default zero. A new chunk begins with every `period` tokens (default `size`), of
+        which as many chunks as needed are made.
         """
         device = lengths.device
+        period = size if period is None else period
+        per_period = -(-period // size)
         if offset is None:
             offset = torch.zeros_like(lengths)
-        steps = torch.where(lengths > 0, (offset + lengths + size - 1) // size, 0)
+
+        def chunk_of(place: Tensor) -> Tensor:
+            return place // period * per_period + place % period // size
+
+        steps = torch.where(lengths > 0, chunk_of(offset + lengths - 1) + 1, 0)
         order = torch.argsort(steps, descending=True, stable=True)
         inverse_order = torch.argsort(order)
         longest = int(steps.max()) if len(steps) else 0
@@ -53,8 +66,9 @@ class ChunkLayout:
         sequence = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
         starts = torch.cumsum(lengths, 0) - lengths
         place = torch.arange(len(sequence), device=device) - (starts - offset)[sequence]
-        chunk = first_chunk[place // size] + inverse_order[sequence]
-        return cls(size, active.tolist(), order, inverse_order, chunk, place % size)
+        chunk = first_chunk[chunk_of(place)] + inverse_order[sequence]
+        slot = place % period % size
+        return cls(size, active.tolist(), order, inverse_order, chunk, slot)
 
     @property
     def chunks(self) -> int:

@@ -1,3 +1,4 @@
+import importlib
 import itertools
 
 import pytest
@@ -5,12 +6,17 @@ import torch
 
 from memlm.cuda import NeuralMemoryState, neural_memory
 from memlm.cuda.dispatch import VARIABLE
+from memlm.cuda.neural_memory import eager
 
+# The package's attribute of that name is the function.
+OPERATION = importlib.import_module("memlm.cuda.neural_memory")
 FLOAT64 = torch.float64
 INPUTS = ("q", "k", "v", "alpha", "eta", "theta")
 
 
-def make(lengths, depth, H=2, D=3, hidden=5, packed=False, offset=None, seed=0):
+def make(
+    lengths, depth, H=2, D=3, hidden=5, packed=False, offset=None, seed=0, gain=False, exact=False
+):
     """Float64 inputs in a stable regime (unit keys, small steps) and a state in mid-stream."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -24,20 +30,29 @@ def make(lengths, depth, H=2, D=3, hidden=5, packed=False, offset=None, seed=0):
     inputs["alpha"] = 0.1 * normal(B, T, H).sigmoid()
     inputs["eta"] = normal(B, T, H).sigmoid()
     inputs["theta"] = 0.05 * normal(B, T, H).sigmoid()
-    shapes = [(N, H, D, D)] if depth == 1 else [(N, H, D, hidden), (N, H, hidden, D)]
+    widths = [D, *[hidden] * (depth - 1), D]
+    shapes = [(N, H, *pair) for pair in itertools.pairwise(widths)] + [(N, H, D)] * gain
     layers = [tuple(normal(*shape) for shape in shapes) for _ in range(2)]
     momentum = tuple(0.1 * normal(*shape) for shape in shapes)
     offset = torch.zeros(N, dtype=torch.int64) if offset is None else torch.tensor(offset)
     boundaries = torch.tensor([0, *lengths]).cumsum(0) if packed else None
+    layers[0] = () if exact else layers[0]
     return inputs, NeuralMemoryState(*layers, momentum, offset), boundaries
 
 
-def run(monkeypatch, implementation, inputs, state, chunk_size, cu_seqlens=None):
+def run(monkeypatch, implementation, inputs, state, chunk_size, cu_seqlens=None, **options):
     """Outputs, final state, and gradients of a fixed random function of both."""
     monkeypatch.setenv(VARIABLE, implementation)
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     state = state.map(lambda x: x.clone().requires_grad_())
-    o, final = neural_memory(**leaves, state=state, chunk_size=chunk_size, cu_seqlens=cu_seqlens)
+    o, final, statistics = neural_memory(
+        **leaves,
+        state=state,
+        chunk_size=chunk_size,
+        cu_seqlens=cu_seqlens,
+        return_statistics=True,
+        **options,
+    )
     results = {"o": o}
     names = ("anchor", "weights", "momentum")
     for name in names:
@@ -52,16 +67,17 @@ def run(monkeypatch, implementation, inputs, state, chunk_size, cu_seqlens=None)
         loss, list(leaves.values()), allow_unused=True, materialize_grads=True
     )
     results |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+    results |= statistics._asdict()
     return {"offset": final.offset} | {name: x.detach() for name, x in results.items()}
 
 
-def assert_equal(monkeypatch, inputs, state, chunk_size, cu_seqlens=None):
-    expected = run(monkeypatch, "reference", inputs, state, chunk_size, cu_seqlens)
-    got = run(monkeypatch, "eager", inputs, state, chunk_size, cu_seqlens)
+def assert_equal(monkeypatch, inputs, state, chunk_size, cu_seqlens=None, **options):
+    expected = run(monkeypatch, "reference", inputs, state, chunk_size, cu_seqlens, **options)
+    got = run(monkeypatch, "eager", inputs, state, chunk_size, cu_seqlens, **options)
     assert expected.keys() == got.keys()
     for name in expected:
         torch.testing.assert_close(
-            got[name], expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            got[name], expected[name], rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -84,6 +100,122 @@ def test_packed_sequences_resumed_inside_a_chunk(monkeypatch, depth, lengths):
 def test_a_batch_of_rows_at_different_offsets(monkeypatch, depth):
     inputs, state, _ = make([6, 6, 6], depth, offset=[0, 2, 3])
     assert_equal(monkeypatch, inputs, state, 4)
+
+
+OPTIONS = [
+    {"read": "chunk_start"},
+    {"read": "chunk_gates"},
+    {"read": "chunk_gates", "refresh": "never"},
+    {"refresh": "never"},
+    {"refresh": 8},
+    {"clip": 1.0},
+    {"clip": 1.0, "read": "chunk_gates", "refresh": 8},
+]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_convention_equals_the_reference(monkeypatch, depth, options):
+    inputs, state, boundaries = make(
+        [9, 0, 6], depth, packed=True, offset=[3, 0, 2], gain=depth == 3
+    )
+    assert_equal(monkeypatch, inputs, state, 4, boundaries, **options)
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+@pytest.mark.parametrize("gain", [False, True])
+def test_deep_memories_equal_the_reference(monkeypatch, depth, gain):
+    inputs, state, _ = make([7, 7], depth, gain=gain)
+    assert_equal(monkeypatch, inputs, state, 4)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 16])
+@pytest.mark.parametrize("lengths", [[11], [3, 0, 9, 1]])
+def test_exact_equals_the_reference(monkeypatch, chunk_size, lengths):
+    inputs, state, boundaries = make(lengths, 1, packed=True, exact=True)
+    inputs["theta"] *= 10
+    assert_equal(monkeypatch, inputs, state, chunk_size, boundaries, exact=True)
+
+
+def test_exact_is_the_memory_with_chunks_of_one_token():
+    inputs, state, _ = make([13, 13], 1)
+    o, final = neural_memory(**inputs, state=state, chunk_size=1)
+    exact = NeuralMemoryState((), state.weights, state.momentum, state.offset)
+    # The first gradient is taken at the anchor, which for a state in mid-stream is not its weights.
+    state.anchor[0].copy_(state.weights[0])
+    o, final = neural_memory(**inputs, state=state, chunk_size=1)
+    for chunk_size in (8, 16, 64, 128):
+        o_exact, last = neural_memory(**inputs, state=exact, chunk_size=chunk_size, exact=True)
+        torch.testing.assert_close(o_exact, o, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(last.weights, final.weights, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(last.momentum, final.momentum, rtol=1e-11, atol=1e-11)
+        assert last.anchor == ()
+
+
+@pytest.mark.parametrize("tile", [3, 4, 256])
+@pytest.mark.parametrize(
+    "options", [{}, {"refresh": "never"}, {"refresh": 24}, {"exact": True}, {"read": "chunk_start"}]
+)
+def test_tiles_are_a_matter_of_speed(monkeypatch, tile, options):
+    exact = options.get("exact", False)
+    inputs, state, _ = make([40, 40], 1 if exact else 2, offset=[0, 5], exact=exact)
+    whole = run(monkeypatch, "eager", inputs, state, 12, **options)
+    monkeypatch.setattr(OPERATION, "_longest_tile", lambda D: tile)
+    tiled = run(monkeypatch, "eager", inputs, state, 12, **options)
+    for name in whole:
+        torch.testing.assert_close(tiled[name], whole[name], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("lengths", [[21, 21], [17, 0, 30, 2]])
+def test_recomputed_groups_have_the_same_gradients(monkeypatch, lengths):
+    inputs, state, boundaries = make(lengths, 2, packed=True)
+    whole = run(monkeypatch, "eager", inputs, state, 4, boundaries)
+    monkeypatch.setattr(eager, "GROUP_BYTES", 1)
+    in_groups = run(monkeypatch, "eager", inputs, state, 4, boundaries)
+    for name in whole:
+        torch.testing.assert_close(in_groups[name], whole[name], rtol=1e-12, atol=1e-12)
+
+
+def test_memory_grows_by_the_state_per_group_of_tiles(monkeypatch):
+    # What autograd holds on to after the forward pass, by kind of growth.
+    def held(tokens):
+        inputs, state, _ = make([tokens], 2, D=8, hidden=64)
+        state = state.map(lambda x: x.requires_grad_())
+        kept = {}
+
+        def pack(x):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            o, _ = neural_memory(**inputs, state=state, chunk_size=8)
+        assert o.requires_grad
+        return sum(kept.values())
+
+    per_token = (held(1024) - held(512)) / 512
+    monkeypatch.setattr(eager, "GROUP_BYTES", 2**20)
+    grouped = (held(1024) - held(512)) / 512
+    assert grouped < per_token / 4
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("options", [{}, *OPTIONS], ids=str)
+@pytest.mark.parametrize("split", [(40, 56), (7, 16, 3, 20, 1, 1, 48)])
+def test_published_splits_are_exact(depth, options, split):
+    inputs, state, _ = make([96], depth)
+    whole, last = neural_memory(**inputs, state=state, chunk_size=16, **_at_16(options))
+    pieces = []
+    for length, end in zip(split, itertools.accumulate(split), strict=True):
+        part = {name: x[:, end - length : end] for name, x in inputs.items()}
+        o, state = neural_memory(**part, state=state, chunk_size=16, **_at_16(options))
+        pieces.append(o)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-9, atol=1e-9)
+    for part in ("anchor", "weights", "momentum"):
+        torch.testing.assert_close(getattr(state, part), getattr(last, part), rtol=1e-9, atol=1e-9)
+
+
+def _at_16(options):
+    return options | ({"refresh": 32} if options.get("refresh") == 8 else {})
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -172,12 +304,52 @@ def test_without_grad_the_reference_returns_plain_tensors(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"read": "chunk_stat"}, "did you mean 'chunk_start'"),
+        ({"refresh": 6}, "multiple of the chunk size, 4"),
+        ({"refresh": "always"}, "'never'"),
+        ({"read": "chunk_start", "refresh": "never"}, "reads the anchor"),
+        ({"exact": True, "clip": 1.0}, "no clip"),
+        ({"exact": True}, "anchor must be empty"),
+        ({"clip": 0.0}, "clip is 0.0"),
+    ],
+)
+def test_options_are_checked(options, message):
+    inputs, state, _ = make([3], 1)
+    with pytest.raises(ValueError, match=message):
+        neural_memory(**inputs | {"state": state, "chunk_size": 4} | options)
+
+
+def test_exact_is_for_the_linear_memory():
+    inputs, state, _ = make([3], 2, exact=True)
+    with pytest.raises(ValueError, match="the state has 2 layers"):
+        neural_memory(**inputs, state=state, chunk_size=4, exact=True)
+
+
+def test_gradients_beyond_the_clip_shrink_to_it():
+    inputs, state, _ = make([6], 1)
+    _, _, free = neural_memory(**inputs, state=state, chunk_size=8, return_statistics=True)
+    norms = free.gradient_norm
+    bound = float(norms.median())
+    scaled = inputs | {"theta": inputs["theta"] * (bound / norms).clamp(max=1)}
+    expected, _ = neural_memory(**scaled, state=state, chunk_size=8)
+    clipped, _ = neural_memory(**inputs, state=state, chunk_size=8, clip=bound)
+    torch.testing.assert_close(clipped, expected)
+    surprise = (
+        torch.einsum("bthd,bhde->bthe", inputs["k"], state.anchor[0]) - inputs["v"]
+    ).square()
+    torch.testing.assert_close(free.surprise, surprise.sum(-1))
+
+
+@pytest.mark.parametrize(
     "change, message",
     [
         ({"k": torch.zeros(1, 3, 2, 4)}, "k is"),
         ({"theta": torch.zeros(1, 3, 1)}, "theta is"),
         ({"cu_seqlens": torch.tensor([0, 2])}, "cu_seqlens"),
-        ({"state": make([3, 3], 2)[1]}, "the state's layers"),
+        ({"state": make([3, 3], 2)[1]}, "the state's weights has layers"),
     ],
 )
 def test_shapes_are_checked(change, message):

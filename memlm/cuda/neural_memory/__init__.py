@@ -8,21 +8,37 @@ weights ``M``, momentum ``S`` and the loss ``l(M; k, v) = ||M(k) - v||^2`` (sum 
     o_t = M_t(q_t)
 
 The anchor is the memory at the start of the current chunk of `chunk_size` tokens: the chunk size
-is part of the function, not a matter of speed. Depth 1 is ``M(x) = x W``, depth 2
-``M(x) = x + LN(gelu(x W1) W2)`` with a layer norm without weights.
+is part of the function, not a matter of speed. Depth 1 is ``M(x) = x W``; depths 2 to 4 are
+``M(x) = x + LN(gelu(.. gelu(x W1) ..) WL)`` with a layer norm that has no weights, or a gain that
+is learned as the weights are.
 """
+
+import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from memlm.cuda.dispatch import choose
-from memlm.cuda.neural_memory.eager import neural_memory_eager
+from memlm.cuda.neural_memory.eager import solve_tiles
+from memlm.cuda.neural_memory.inputs import Rule, check_shapes
 from memlm.cuda.neural_memory.reference import neural_memory_reference
 from memlm.cuda.neural_memory.state import NeuralMemoryState
+from memlm.cuda.neural_memory.tiles import run_tiles
 
-__all__ = ["NeuralMemoryState", "neural_memory"]
+__all__ = ["NeuralMemoryState", "NeuralMemoryStatistics", "neural_memory"]
 
-IMPLEMENTATIONS = {"reference": neural_memory_reference, "eager": neural_memory_eager}
+
+class NeuralMemoryStatistics(NamedTuple):
+    """What the tokens did to the memory, without gradients, ``[B, T, H]``.
+
+    Attributes:
+        surprise: the loss of the token at the weights at which its gradient is taken.
+        gradient_norm: Frobenius norm of that gradient over all layers, before `clip`.
+    """
+
+    surprise: Tensor
+    gradient_norm: Tensor
 
 
 def neural_memory(
@@ -34,8 +50,13 @@ def neural_memory(
     theta: Tensor,
     state: NeuralMemoryState,
     chunk_size: int,
+    read: str = "inclusive",
+    refresh: str | int = "chunk",
+    exact: bool = False,
+    clip: float | None = None,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, NeuralMemoryState]:
+    return_statistics: bool = False,
+) -> tuple[Tensor, NeuralMemoryState] | tuple[Tensor, NeuralMemoryState, NeuralMemoryStatistics]:
     """Run the memory over a batch of sequences.
 
     Args:
@@ -43,67 +64,57 @@ def neural_memory(
         alpha: decay of the weights in [0, 1], ``[B, T, H]``.
         eta: decay of the momentum in [0, 1], ``[B, T, H]``.
         theta: step size, ``[B, T, H]``.
-        state: of the N sequences; its number of layers (1 or 2) is the depth.
-        chunk_size: tokens between refreshes of the anchor, counted from each sequence's start.
+        state: of the N sequences; its number of layers (1 to 4) is the depth.
+        chunk_size: tokens of a chunk, counted from each sequence's start.
+        read: "inclusive": token t reads M_t. "chunk_start": it reads the weights at the start of
+            its chunk. "chunk_gates": the weights change at the end of a chunk only, with the
+            momentum gate of its first and the decay of its last token (gates pooled over a chunk
+            are given to all of its tokens), so token t reads what floor((t + 1) / chunk_size)
+            chunks left behind; with gradients at the initial weights, what titans-pytorch computes.
+        refresh: when the anchor becomes the present weights: "chunk", at every chunk's start (the
+            paper); "never"; or after that many tokens, a multiple of `chunk_size`.
+        exact: take each gradient at the weights of the token before, for the memory of depth 1;
+            the chunk size then changes the speed alone. The state's anchor is empty.
+        clip: largest norm of a token's gradient over all layers; theta shrinks for those above it.
         cu_seqlens: int ``[N + 1]``, boundaries of the sequences packed along T (then ``B == 1``);
             empty sequences are allowed. None: one sequence per row, ``N == B``.
+        return_statistics: also return surprise and gradient norms.
 
     Returns:
         o ``[B, T, H, D]`` in v's dtype and the final state (float32; float64 if v is float64).
         Gradients flow through both, and through the inner updates.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or an option without meaning.
     """
     B, T, H, D = q.shape
-    _check_shapes(q, k, v, alpha, eta, theta, state, cu_seqlens)
+    rule = Rule.build(chunk_size, read, refresh, exact, clip)
+    tokens = {"q": q, "k": k, "v": v, "alpha": alpha, "eta": eta, "theta": theta}
+    check_shapes(tokens, state, rule, cu_seqlens)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     if cu_seqlens is None:
         lengths = torch.full((B,), T, dtype=torch.int64, device=q.device)
     else:
         lengths = cu_seqlens.diff().to(torch.int64)
-    run = choose("neural_memory", IMPLEMENTATIONS)
+    implementations = {
+        "reference": neural_memory_reference,
+        "eager": functools.partial(run_tiles, solve_tiles, _longest_tile(D)),
+    }
+    run = choose("neural_memory", implementations, q.device)
     with torch.autocast(q.device.type, enabled=False):  # the weights and their updates stay float32
-        o, state = run(
+        o, final, *statistics = run(
             *(x.to(dtype).reshape(B * T, H, D) for x in (q, k, v)),
             *(gate.to(dtype).reshape(B * T, H) for gate in (alpha, eta, theta)),
             state.map(lambda x: x.to(dtype)),
-            chunk_size,
+            rule,
             lengths,
         )
-    return o.view(B, T, H, D).to(v.dtype), state
+    o = o.view(B, T, H, D).to(v.dtype)
+    if not return_statistics:
+        return o, final
+    return o, final, NeuralMemoryStatistics(*(x.view(B, T, H) for x in statistics))
 
 
-def _check_shapes(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    eta: Tensor,
-    theta: Tensor,
-    state: NeuralMemoryState,
-    cu_seqlens: Tensor | None,
-) -> None:
-    B, T, H, D = q.shape
-    for name, x, shape in (
-        ("k", k, q.shape),
-        ("v", v, q.shape),
-        ("alpha", alpha, q.shape[:3]),
-        ("eta", eta, q.shape[:3]),
-        ("theta", theta, q.shape[:3]),
-    ):
-        if x.shape != shape:
-            raise ValueError(f"{name} is {tuple(x.shape)}: expected {tuple(shape)}")
-    if cu_seqlens is not None and (B != 1 or int(cu_seqlens[-1]) != T):
-        raise ValueError(
-            f"cu_seqlens needs one row with all its tokens: it ends at {int(cu_seqlens[-1])}, "
-            f"q has {B} rows of {T} tokens"
-        )
-    N = B if cu_seqlens is None else len(cu_seqlens) - 1
-    hidden = state.weights[0].shape[-1]
-    expected = [(N, H, D, D)] if len(state.weights) == 1 else [(N, H, D, hidden), (N, H, hidden, D)]
-    for part in (state.anchor, state.weights, state.momentum):
-        if [tuple(w.shape) for w in part] != expected:
-            raise ValueError(
-                f"the state's layers are {[tuple(w.shape) for w in part]}: expected {expected}"
-            )
+def _longest_tile(D: int) -> int:
+    """Tokens of a tile on a CPU: the wider the memory, the more a pass over its weights costs."""
+    return 64 if D < 128 else 256

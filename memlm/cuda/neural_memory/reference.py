@@ -4,27 +4,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.cuda.neural_memory.state import NORM_EPS, NeuralMemoryState
+from memlm.cuda.neural_memory.inputs import Rule
+from memlm.cuda.neural_memory.state import NORM_EPS, Layers, NeuralMemoryState
 
 
-def read(weights: tuple[Tensor, ...], x: Tensor) -> Tensor:
+def read(weights: Layers, x: Tensor) -> Tensor:
     """The memory as a function: weights per layer ``[H, d_in, d_out]``, x ``[H, D]``."""
-    if len(weights) == 1:
-        return torch.einsum("hd,hde->he", x, weights[0])
-    hidden = F.gelu(torch.einsum("hd,hde->he", x, weights[0]))
-    y = torch.einsum("hd,hde->he", hidden, weights[1])
-    return x + F.layer_norm(y, y.shape[-1:], eps=NORM_EPS)
+    layers = [w for w in weights if w.ndim == 3]
+    y = torch.einsum("hd,hde->he", x, layers[0])
+    if len(layers) == 1:
+        return y
+    for w in layers[1:]:
+        y = torch.einsum("hd,hde->he", F.gelu(y), w)
+    y = F.layer_norm(y, y.shape[-1:], eps=NORM_EPS)
+    if len(weights) > len(layers):
+        y = y * (1 + weights[-1])
+    return x + y
 
 
-def loss_gradient(anchor: tuple[Tensor, ...], k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """Gradient of ``||M(k) - v||^2`` per head by the weights, itself differentiable."""
+def loss_gradient(anchor: Layers, k: Tensor, v: Tensor) -> tuple[Layers, Tensor]:
+    """Gradient of ``||M(k) - v||^2`` per head by the weights, itself differentiable, and the loss
+    ``[H]``."""
     with torch.enable_grad():
         # A non-leaf alias, so that gradients of the gradient reach the anchor's own history.
         anchor = tuple(
             w.view_as(w) if w.requires_grad else w.detach().requires_grad_() for w in anchor
         )
-        loss = (read(anchor, k) - v).square().sum()
-        return torch.autograd.grad(loss, anchor, create_graph=True)
+        loss = (read(anchor, k) - v).square().sum(-1)
+        return torch.autograd.grad(loss.sum(), anchor, create_graph=True), loss.detach()
 
 
 def neural_memory_reference(
@@ -35,12 +42,13 @@ def neural_memory_reference(
     eta: Tensor,
     theta: Tensor,
     state: NeuralMemoryState,
-    chunk_size: int,
+    rule: Rule,
     lengths: Tensor,
-) -> tuple[Tensor, NeuralMemoryState]:
+) -> tuple[Tensor, NeuralMemoryState, Tensor, Tensor]:
     """Tokens of all sequences one after the other: q, k, v ``[tokens, H, D]``, gates
-    ``[tokens, H]``, lengths ``[N]``. Returns (o ``[tokens, H, D]``, final state)."""
-    outputs, finals = [], []
+    ``[tokens, H]``, lengths ``[N]``. Returns o ``[tokens, H, D]``, the final state, surprise and
+    gradient norm ``[tokens, H]``."""
+    outputs, surprises, norms, finals = [], [], [], []
     token = 0
     for sequence, length in enumerate(lengths.tolist()):
         anchor = tuple(w[sequence] for w in state.anchor)
@@ -48,27 +56,42 @@ def neural_memory_reference(
         S = tuple(s[sequence] for s in state.momentum)
         offset = int(state.offset[sequence])
         for t in range(token, token + length):
-            decay, carry, step = (gate[t][:, None, None] for gate in (1 - alpha, eta, theta))
-            gradient = loss_gradient(anchor, k[t], v[t])
-            S = tuple(carry * s - step * g for s, g in zip(S, gradient, strict=True))
-            W = tuple(decay * w + s for w, s in zip(W, S, strict=True))
-            outputs.append(read(W, q[t]))
+            gradient, surprise = loss_gradient(W if rule.exact else anchor, k[t], v[t])
+            square = sum(g.flatten(1).square().sum(1) for g in gradient)
+            step = theta[t]
+            if rule.clip is not None:
+                step = step * rule.clip * square.clamp_min(rule.clip**2).rsqrt()
+            begins, ends = offset % rule.chunk_size == 0, (offset + 1) % rule.chunk_size == 0
+            by_chunk = rule.read == "chunk_gates"
+            carry = torch.ones_like(step) if by_chunk and not begins else eta[t]
+            S = tuple(
+                _per_head(carry, s) * s - _per_head(step, g) * g
+                for s, g in zip(S, gradient, strict=True)
+            )
+            if ends or not by_chunk:
+                W = tuple(_per_head(1 - alpha[t], w) * w + s for w, s in zip(W, S, strict=True))
+            outputs.append(read(anchor if rule.read == "chunk_start" else W, q[t]))
+            surprises.append(surprise)
+            norms.append(square.detach().sqrt())
             offset += 1
-            if offset == chunk_size:
-                anchor, offset = W, 0
-        finals.append((anchor, W, S, torch.tensor(offset, device=q.device)))
+            if offset == rule.cycle:
+                offset = 0
+                anchor = W if rule.refresh and not rule.exact else anchor
+        finals.append((anchor, W, S))
         token += length
     if not outputs:
-        return torch.zeros_like(v), state
+        nothing = theta.detach()
+        return torch.zeros_like(v), state, nothing, nothing
     o = torch.stack(outputs)
-    anchors, weights, momenta, offsets = zip(*finals, strict=True)
-    final = NeuralMemoryState(
-        *(
-            tuple(torch.stack(layer) for layer in zip(*part, strict=True))
-            for part in (anchors, weights, momenta)
-        ),
-        torch.stack(offsets),
-    )
+    parts = [
+        tuple(torch.stack(layer) for layer in zip(*part, strict=True))
+        for part in zip(*finals, strict=True)
+    ]
+    final = NeuralMemoryState(*parts, rule.offset_after(state.offset, lengths))
     if not torch.is_grad_enabled():
-        return o.detach(), final.map(Tensor.detach)
-    return o, final
+        o, final = o.detach(), final.map(Tensor.detach)
+    return o, final, torch.stack(surprises), torch.stack(norms)
+
+
+def _per_head(gate: Tensor, x: Tensor) -> Tensor:
+    return gate.view(-1, *[1] * (x.ndim - 1))

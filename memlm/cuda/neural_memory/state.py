@@ -5,27 +5,37 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-NORM_EPS = 1e-5  # of the layer norm inside the depth-2 memory
+NORM_EPS = 1e-5  # of the layer norm inside a memory of two layers or more
+Layers = tuple[Tensor, ...]
 
 
 @dataclasses.dataclass
 class NeuralMemoryState:
     """Constant size, exact at any cut of a sequence.
 
+    A memory of two layers or more may have a gain on its layer norm, learned as the weights are:
+    one more entry ``[N, H, D]`` behind those of the layers.
+
     Attributes:
-        anchor: per layer ``[N, H, d_in, d_out]``, the weights at the start of the current chunk,
-            where its gradients are taken.
+        anchor: per layer ``[N, H, d_in, d_out]``, the weights at which gradients are taken; empty
+            for the exact linear memory, which takes them at the weights themselves.
         weights: the weights now.
         momentum: the momentum of the updates.
-        offset: int64 ``[N]``, tokens of the current chunk seen so far.
+        offset: int64 ``[N]``, tokens since the anchor was taken (since the chunk began where it
+            never is).
     """
 
-    anchor: tuple[Tensor, ...]
-    weights: tuple[Tensor, ...]
-    momentum: tuple[Tensor, ...]
+    anchor: Layers
+    weights: Layers
+    momentum: Layers
     offset: Tensor
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "NeuralMemoryState":
         """Apply `function` to all weights and momenta (not to the offset)."""
         parts = (self.anchor, self.weights, self.momentum)
         return NeuralMemoryState(*(tuple(map(function, part)) for part in parts), self.offset)
+
+    @property
+    def depth(self) -> int:
+        """Layers of the memory, a gain not counted."""
+        return sum(w.ndim == 4 for w in self.weights)
