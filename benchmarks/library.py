@@ -4,11 +4,16 @@ Runs that are compared take turns (A B A B ...), so that a disturbance or a chan
 all of them; what counts is the median of the ratios within a turn.
 """
 
+import argparse
 import contextlib
+import ctypes
 import dataclasses
+import gc
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -140,6 +145,21 @@ def peak_memory(run: Run, device: torch.device | str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def resident_growth(run: Run) -> int:
+    """Bytes by which a call raises the process's resident memory at its peak. Linux only."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # so that the call cannot reuse freed memory unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+    before = _resident("VmRSS")
+    run(0)
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    return 1024 * int(found.group(1))
+
+
 def copy_ceiling(device: torch.device | str, size: int | None = None) -> float:
     """Bytes per second, read and written, that copying a large buffer reaches here.
 
@@ -163,3 +183,10 @@ def matmul_ceiling(
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = time_interleaved({"matmul": lambda _: a @ b}, device)["matmul"]
     return 2 * size**3 / statistics.median(times)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as the type of an argument of a command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-LIBRARIES = ("torch", "triton", "transformers", "flash-linear-attention", "flash-qla")
+LIBRARIES = (
+    "torch",
+    "triton",
+    "transformers",
+    "flash-linear-attention",
+    "flash-qla",
+    "titans-pytorch",
+)
 
 
 def machine() -> dict[str, Any]:

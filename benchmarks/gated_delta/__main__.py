@@ -8,12 +8,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.gated_delta import cpu, cuda
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
-    return int(text)
+from benchmarks.library import positive
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gated_delta")
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument(
-        "--repeats", type=_positive, help="rounds; default 7 on the CPU, 20 on a GPU"
+        "--repeats", type=positive, help="rounds; default 7 on the CPU, 20 on a GPU"
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, a few seconds")
     parser.add_argument("--seconds", type=float, help="GPU: begin no further size after these")
