@@ -175,15 +175,7 @@ class Attention(nn.Module):
         if self.convolution is not None:
             hidden, tail = self._convolve(hidden, state, layout)
         batch_size, length, _ = hidden.shape
-        query = self.q_norm(self.q_proj(hidden).view(batch_size, length, -1, self.head_dim))
-        key = self.k_norm(self.k_proj(hidden).view(batch_size, length, -1, self.head_dim))
-        value = self.v_proj(hidden).view(batch_size, length, -1, self.head_dim)
-        if self.rope_theta is not None:
-            cos, sin = rotary_angles(
-                context.position_ids, self.head_dim, self.rope_theta, hidden.dtype
-            )
-            query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
-
+        query, key, value = self._project(hidden, context.position_ids)
         keys = torch.cat([state.keys.to(key.dtype), key], dim=1)
         values = torch.cat([state.values.to(value.dtype), value], dim=1)
         positions = torch.cat([state.positions, context.position_ids], dim=1)
@@ -199,6 +191,22 @@ class Attention(nn.Module):
             output = self._masked(query, keys, values, positions, documents, layout)
         new_state = self._next_state(state, keys, values, positions, documents, tail, layout)
         return self.o_proj(output.reshape(batch_size, length, -1)), new_state
+
+    def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [..., heads, head_dim] of [..., hidden_size], without positions."""
+        query, key, value = (
+            proj(hidden).unflatten(-1, (-1, self.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.q_norm(query), self.k_norm(key), value
+
+    def _project(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [B, T, heads, head_dim] of tokens [B, T, hidden_size]."""
+        query, key, value = self._heads(hidden)
+        if self.rope_theta is not None:
+            cos, sin = rotary_angles(position_ids, self.head_dim, self.rope_theta, hidden.dtype)
+            query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
+        return query, key, value
 
     def _convolve(
         self, hidden: Tensor, state: AttentionState, layout: SequenceLayout

@@ -15,6 +15,7 @@ from memlm.layers.state import MemoryState
 from memlm.specification import build_config
 
 __all__ = [
+    "AttendingMemory",
     "CallContext",
     "MemoryConfig",
     "MemoryModule",
@@ -42,6 +43,11 @@ class MemoryConfig:
     gate: float | None = None
     share: str | None = None
 
+    @property
+    def delay(self) -> int:
+        """Tokens until what was written can be read; attention has to see as far."""
+        return 1
+
     def check_sizes(self, hidden_size: int) -> None:
         """Raise UserError for sizes that cannot work in a model of width `hidden_size`."""
 
@@ -65,6 +71,13 @@ class MemoryModule(nn.Module, ABC):
         self.config = config
         self.hidden_size = hidden_size
         self.norm_eps = norm_eps
+
+    @classmethod
+    def build(
+        cls, config: MemoryConfig, hidden_size: int, norm_eps: float = 1e-6
+    ) -> "MemoryModule":
+        """The module of a config; a memory with variants chooses its class here."""
+        return cls(config, hidden_size, norm_eps)
 
     @abstractmethod
     def init_state(
@@ -111,6 +124,38 @@ class MemoryModule(nn.Module, ABC):
         over as `context.shared[config.share]`. None when only results of a call are shared.
         """
         return None
+
+
+class AttendingMemory(MemoryModule):
+    """A memory with an attention of its own, which goes on when the memory is off.
+
+    What the attention carries is kept apart from the memory's state, under a name of its own: to
+    reset, swap or freeze memories leaves it as it is, as with attention at the mixer site.
+    """
+
+    @abstractmethod
+    def init_attention_state(
+        self,
+        batch_size: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MemoryState:
+        """The attention's state before the first token."""
+
+    @abstractmethod
+    def forward(
+        self,
+        hidden: Tensor,
+        state: MemoryState,
+        context: CallContext,
+        attention_state: MemoryState,
+        use_memory: bool = True,
+    ) -> tuple[Tensor, MemoryState, MemoryState]:
+        """Read and write; with `use_memory` False only attend, and return `state` as it is.
+
+        Returns:
+            The branch [B, T, hidden_size], the new state and the attention's new state.
+        """
 
 
 _MEMORIES: dict[str, type[MemoryModule]] = {}

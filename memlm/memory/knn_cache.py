@@ -51,6 +51,10 @@ class KnnCacheConfig(MemoryConfig):
     temperature: float = 10.0
     gate: float | None = 1.0
 
+    @property
+    def delay(self) -> int:
+        return self.segment
+
     def sizes(self, hidden_size: int) -> tuple[int, int]:
         """Channels of a compressed state and heads of the cache attention."""
         key_size = self.key_size if self.key_size is not None else max(1, hidden_size // 4)

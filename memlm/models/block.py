@@ -12,7 +12,10 @@ from memlm.layers.context import CallContext
 from memlm.layers.mlp import SwiGLU
 from memlm.layers.state import MemoryState
 from memlm.memory import MemoryModule, memory_class
+from memlm.memory.base import AttendingMemory
 from memlm.models.configuration import SITES, LayerPlan, MemLMConfig
+
+States = dict[str, MemoryState]
 
 
 class Branch(nn.Module):
@@ -30,7 +33,7 @@ class Branch(nn.Module):
         elif name == "swiglu":
             self.module = SwiGLU(width, spec.intermediate_size or config.intermediate_size)
         else:
-            self.module = memory_class(name)(spec, width, eps)
+            self.module = memory_class(name).build(spec, width, eps)
         self.is_memory = isinstance(self.module, MemoryModule)
         self.parallel = site == "memory" and spec.parallel
         self.norm = nn.RMSNorm(width, eps) if norm in ("pre", "sandwich") else nn.Identity()
@@ -43,23 +46,60 @@ class Branch(nn.Module):
         if self.gate is not None:
             init.constant_(self.gate, self.gate_start)
 
-    def init_state(self, batch_size: int, device=None, dtype=None) -> MemoryState | None:
-        """The module's state before the first token, None for a stateless module."""
+    def init_states(self, name: str, batch_size: int, device=None, dtype=None) -> States:
+        """The module's states before the first token by name: none for a stateless module."""
         if isinstance(self.module, SwiGLU):
-            return None
-        return self.module.init_state(batch_size, device, dtype)
+            return {}
+        states = {name: self.module.init_state(batch_size, device, dtype)}
+        if isinstance(self.module, AttendingMemory):
+            own = self.module.init_attention_state(batch_size, device, dtype)
+            states[attention_state_name(name)] = own
+        return {name: state for name, state in states.items() if state is not None}
 
     def forward(
-        self, hidden: Tensor, state: MemoryState | None, context: CallContext
-    ) -> tuple[Tensor, MemoryState | None]:
-        """The branch [B, T, hidden_size] to add to the stream, and the new state."""
+        self,
+        hidden: Tensor,
+        name: str,
+        states: States,
+        context: CallContext,
+        use_memory: bool = True,
+    ) -> tuple[Tensor | None, States]:
+        """Run the site.
+
+        Args:
+            hidden: [B, T, hidden_size].
+            name: of its state.
+            states: the states of the block.
+            context: the documents of the call.
+            use_memory: False leaves a memory out; one that attends goes on attending.
+
+        Returns:
+            The branch [B, T, hidden_size] to add to the stream, None for a memory left out, and the
+            new states of the site.
+        """
+        state, attention = states.get(name), attention_state_name(name)
+        attends = isinstance(self.module, AttendingMemory)
+        if self.is_memory and not use_memory and not attends:
+            return None, {} if state is None else {name: state}
+        new_states = {}
         hidden = self.norm(hidden)
         if isinstance(self.module, SwiGLU):
-            output = self.module(hidden)
+            output, state = self.module(hidden), None
+        elif attends:
+            output, state, new_states[attention] = self.module(
+                hidden, state, context, states[attention], use_memory
+            )
         else:
             output, state = self.module(hidden, state, context)
+        if state is not None:
+            new_states[name] = state
         output = self.post_norm(output)
-        return (output if self.gate is None else output * self.gate), state
+        return (output if self.gate is None else output * self.gate), new_states
+
+
+def attention_state_name(name: str) -> str:
+    """The name of the state of the attention inside the memory called `name`."""
+    return f"{name}.attention"
 
 
 class Block(GradientCheckpointingLayer):
@@ -78,13 +118,17 @@ class Block(GradientCheckpointingLayer):
         found = {f"{self.index}.{site}": getattr(self, site) for site in SITES}
         return {name: branch for name, branch in found.items() if branch is not None}
 
+    def state_names(self) -> list[str]:
+        """The names that states of this block can have."""
+        return [name for own in self.branches() for name in (own, attention_state_name(own))]
+
     def forward(
         self,
         hidden: Tensor,
-        states: dict[str, MemoryState],
+        states: States,
         context: CallContext,
         use_memory: bool = True,
-    ) -> tuple[Tensor, dict[str, MemoryState]]:
+    ) -> tuple[Tensor, States]:
         """Run the sites in order.
 
         Args:
@@ -92,19 +136,15 @@ class Block(GradientCheckpointingLayer):
             states: the states of this block's branches by name; never changed in place, so
                 gradient checkpointing may run the block twice.
             context: the documents of the call.
-            use_memory: False leaves every memory branch out, states untouched.
+            use_memory: False leaves every memory out, its state untouched.
         """
         if context.layout.num_tokens == 0:  # nothing but padding
             return hidden, states
         new_states = {}
         before = hidden
         for name, branch in self.branches().items():
-            state = states.get(name)
-            if branch.is_memory and not use_memory:
-                new_state = state
-            else:
-                output, new_state = branch(before if branch.parallel else hidden, state, context)
-                hidden = hidden + output
-            if new_state is not None:
-                new_states[name] = new_state
+            source = before if branch.parallel else hidden
+            output, branch_states = branch(source, name, states, context, use_memory)
+            hidden = hidden if output is None else hidden + output
+            new_states.update(branch_states)
         return hidden, new_states

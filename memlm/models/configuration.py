@@ -130,10 +130,10 @@ class MemLMConfig(PreTrainedConfig):
                 except UserError as error:
                     raise UserError(f"{where}.{site}: {error}") from error
         window = getattr(sites["mixer"][1], "window", None) if sites["mixer"] else None
-        segment = getattr(sites["memory"][1], "segment", None) if sites["memory"] else None
-        if window is not None and segment is not None and segment > window:
+        delay = sites["memory"][1].delay if sites["memory"] else 1
+        if window is not None and delay > window:
             raise UserError(
-                f"{where}: the memory's segment ({segment}) is longer than the attention window "
+                f"{where}: the memory's segment ({delay}) is longer than the attention window "
                 f"({window}), so some tokens would be visible nowhere; use segment <= window"
             )
 

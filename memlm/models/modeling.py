@@ -122,9 +122,7 @@ class MemLMModel(MemLMPreTrainedModel):
         }
         for block in self.layers:
             for name, branch in block.branches().items():
-                state = branch.init_state(batch_size, weight.device, weight.dtype)
-                if state is not None:
-                    states[name] = state
+                states.update(branch.init_states(name, batch_size, weight.device, weight.dtype))
         return states
 
     def memory_state_names(self) -> list[str]:
@@ -133,7 +131,7 @@ class MemLMModel(MemLMPreTrainedModel):
             name
             for block in self.layers
             for name, branch in block.branches().items()
-            if branch.is_memory and branch.init_state(1) is not None
+            if branch.is_memory and name in branch.init_states(name, 1)
         ]
 
     def memories(self) -> dict[str, MemoryModule]:
@@ -162,19 +160,20 @@ class MemLMModel(MemLMPreTrainedModel):
                 would be visible nowhere.
         """
         for index, block in enumerate(self.layers):
-            attention = block.mixer.module if block.mixer is not None else None
-            if not isinstance(attention, Attention) or attention.configured_window is None:
-                continue
-            capped = min(attention.configured_window, window or attention.configured_window)
             memory = block.memory.module if block.memory is not None else None
-            segment = getattr(getattr(memory, "config", None), "segment", 1)
-            if capped < segment:
-                raise UserError(
-                    f"layer {index}: an attention window of {capped} is shorter than the memory's "
-                    f"segment ({segment}), so some tokens would be visible nowhere; use at least "
-                    f"{segment}"
-                )
-            attention.window = capped
+            delay = 1 if memory is None else memory.config.delay
+            for branch in block.branches().values():
+                for attention in branch.modules():
+                    if not isinstance(attention, Attention) or attention.configured_window is None:
+                        continue
+                    capped = min(attention.configured_window, window or attention.configured_window)
+                    if branch is block.mixer and capped < delay:
+                        raise UserError(
+                            f"layer {index}: an attention window of {capped} is shorter than the "
+                            f"memory's segment ({delay}), so some tokens would be visible nowhere; "
+                            f"use at least {delay}"
+                        )
+                    attention.window = capped
 
     def flops(self, tokens: int) -> int:
         """Floating point operations of a forward pass over one row, without the head."""
@@ -218,7 +217,7 @@ class MemLMModel(MemLMPreTrainedModel):
         )
         new_states: States = {"position": _advance(states["position"], position_ids, valid)}
         for block in self.layers:
-            own = {name: states[name] for name in block.branches() if name in states}
+            own = {name: states[name] for name in block.state_names() if name in states}
             hidden, block_states = block(hidden, own, context, use_memory)
             new_states.update(block_states)
         return self.norm(hidden), new_states

@@ -16,6 +16,7 @@ EVERYWHERE = ("mixer", "memory", "parallel")
 GATED_DELTA = {"num_heads": 2, "num_v_heads": 4, "head_dim": 8}
 DELTA_RULE = {"decay": False, "use_gate": False, "conv_size": None, "allow_neg_eigval": True}
 TITANS = {"num_heads": 2, "head_dim": 8, "expansion": 2, "chunk_size": 4}
+TITANS_ATTENTION = {"window": 5, "segment": 5, "persistent_tokens": 2, "attention_heads": 2}
 PRODUCT_KEY = {"num_keys": 6, "num_heads": 2, "top_k": 3}
 KNN_CACHE = {"capacity": 12, "segment": 4, "key_size": 8, "top_k": 3, "num_heads": 2}
 # The only thing a new memory adds here.
@@ -49,6 +50,17 @@ SPECS: dict[str, list[Spec]] = {
     "titans": [
         Spec(EVERYWHERE, {**TITANS, "depth": 1}, "depth1"),
         Spec(EVERYWHERE, {**TITANS, "depth": 2}, "depth2", stable={"theta_max": 1e-3}),
+        *(
+            Spec(
+                ("mixer",),
+                {**TITANS, **TITANS_ATTENTION, "variant": variant, "depth": depth},
+                f"{variant}-depth{depth}",
+                stable={"theta_max": 1e-3} if depth > 1 else {},
+                examples=2,
+            )
+            for variant in ("mag", "mal")
+            for depth in (1, 2)
+        ),
     ],
 }
 

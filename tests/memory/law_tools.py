@@ -29,6 +29,7 @@ class Spec:
         label: tells several specs of one memory apart.
         without_gradient: fields of its state that take no gradient by design (stores).
         stable: further options in float32, for a memory that is chaotic with its usual ones.
+        examples: draws per law.
     """
 
     sites: tuple[str, ...]
@@ -36,6 +37,7 @@ class Spec:
     label: str = ""
     without_gradient: tuple[str, ...] = ()
     stable: dict[str, Any] = dataclasses.field(default_factory=dict)
+    examples: int = 6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

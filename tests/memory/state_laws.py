@@ -7,7 +7,10 @@ import tempfile
 import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from memlm import MemLMForCausalLM
+from memlm.memory.base import AttendingMemory
 from tests.memory.law_tools import (
     LENGTH,
     VOCABULARY,
@@ -99,7 +102,11 @@ def packed(case: Case, data) -> None:
 
 @torch.no_grad()
 def off(case: Case, data) -> None:
-    """A gate of zero and use_memory=False both give the base model's logits, bit by bit."""
+    """A gate of zero and use_memory=False both give the base model's logits, bit by bit.
+
+    A memory with an attention of its own goes on attending instead: nothing of the memory reaches
+    the logits then, and the attention streams.
+    """
     ids = draw_ids(data, 2)
     cut = data.draw(st.integers(1, LENGTH - 1), label="cut")
     gated = build_model(case.layers(gate=0.0))
@@ -113,8 +120,28 @@ def off(case: Case, data) -> None:
         assert torch.equal(run(gated, ids[:, cut:], states, **options)[0], expected_rest)
     # With the gate open, use_memory=False still is the base.
     model = copy.deepcopy(model_of(case))
+    if any(isinstance(module, AttendingMemory) for module in model.modules()):
+        _only_attends(model, ids, cut)
+        return
     assert not base.load_state_dict(model.state_dict(), strict=False).missing_keys
     assert torch.equal(run(model, ids, use_memory=False)[0], run(base, ids)[0])
+
+
+def _only_attends(model: MemLMForCausalLM, ids: Tensor, cut: int) -> None:
+    expected, _ = run(model, ids, use_memory=False)
+    first, states = run(model, ids[:, :cut], use_memory=False)
+    second, _ = run(model, ids[:, cut:], states, use_memory=False)
+    assert_close(torch.cat([first, second], 1), expected)
+    # Other memories, kept or trained, make no difference.
+    _, read = run(model, ids[:, :cut])
+    attending = run(model, ids[:, :cut], use_memory=False)[1]
+    swapped = attending | {name: read[name] for name in model.memory_state_names()}
+    assert torch.equal(run(model, ids[:, cut:], swapped, use_memory=False)[0], second)
+    for name, parameter in model.named_parameters():
+        if ".memory." in name:
+            parameter += 1
+    assert torch.equal(run(model, ids, use_memory=False)[0], expected)
+    assert not torch.allclose(run(model, ids)[0], expected)
 
 
 @torch.no_grad()

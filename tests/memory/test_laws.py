@@ -7,12 +7,10 @@ from hypothesis import strategies as st
 from memlm.memory import memory_names
 from tests.memory.contract import LAWS, SPECS, cases
 
-EXAMPLES = 6
 deterministic = settings(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=EXAMPLES,
     suppress_health_check=list(HealthCheck),
     phases=[Phase.generate],  # a law names what it drew; shrinking it takes minutes
 )
@@ -25,7 +23,7 @@ def test_every_memory_is_under_the_law():
 @pytest.mark.parametrize("case", cases(), ids=str)
 @pytest.mark.parametrize("law", LAWS)
 def test_law(law, case, law_counter):
-    @deterministic
+    @settings(deterministic, max_examples=case.spec.examples)
     @given(data=st.data())
     def holds(data):
         law_counter.append(1)

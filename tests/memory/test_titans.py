@@ -35,20 +35,20 @@ def test_the_layer_is_the_published_formula(average):
     # Depth 1 with a chunk of one token: the gradient has the simple form 2 k (k W - v).
     module = build(depth=1, chunk_size=1, average_momentum=average, theta_max=0.3)
     with torch.no_grad():
-        module.initial_weights[0].normal_()
+        module.memory.initial_weights[0].normal_()
     x = torch.randn(6, 16, dtype=FLOAT64)
     w = dict(module.named_parameters())
-    qkv = torch.cat([x @ w[f"{name}_proj.weight"].t() for name in "qkv"], -1)
+    qkv = torch.cat([x @ w[f"memory.{name}_proj.weight"].t() for name in "qkv"], -1)
     padded = F.pad(qkv, (0, 0, 3, 0))
-    qkv = F.silu(sum(padded[j : j + 6] * w["conv1d.weight"][:, 0, j] for j in range(4)))
+    qkv = F.silu(sum(padded[j : j + 6] * w["memory.conv1d.weight"][:, 0, j] for j in range(4)))
     q, k, v = (part.view(6, 2, 4) for part in qkv.chunk(3, -1))
     q, k = (part * (part.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for part in (q, k))
-    gates = (x @ w["gates_proj.weight"].t() + w["gates_bias"]).sigmoid()
+    gates = (x @ w["memory.gates_proj.weight"].t() + w["memory.gates_bias"]).sigmoid()
     alpha, eta, theta = gates.chunk(3, -1)
     theta = 0.3 * theta * ((1 - eta) if average else 1)
     outputs = torch.zeros(6, 2, 4, dtype=FLOAT64)
     for head in range(2):
-        W, S = w["initial_weights.0"][head], torch.zeros(4, 4, dtype=FLOAT64)
+        W, S = w["memory.initial_weights.0"][head], torch.zeros(4, 4, dtype=FLOAT64)
         for t in range(6):
             gradient = 2 * torch.outer(k[t, head], k[t, head] @ W - v[t, head])
             S = eta[t, head] * S - theta[t, head] * gradient
@@ -76,9 +76,15 @@ def test_sizes_follow_the_hidden_size(options, hidden_size, sizes):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"variant": "mac"}, "variant 'mac' is not implemented, 'lmm' is"),
         ({"variant": "lm"}, "did you mean 'lmm'"),
-        ({"depth": 3}, "depth is 3"),
+        ({"depth": 5}, "depth is 5, it must be 1 to 4"),
+        ({"persistent_tokens": -1}, "persistent_tokens is -1"),
+        ({"refresh": 24}, "refresh is 24, it must be chunk, never or a multiple of chunk_size"),
+        ({"refresh": "often"}, "refresh is 'often'"),
+        ({"read": "chunk_start", "refresh": "never"}, "it needs refresh: chunk"),
+        ({"exact": True}, "exact is for depth 1"),
+        ({"clip": 0.0}, "clip is 0.0"),
+        ({"variant": "mag", "attention_heads": 5}, "attention of mag: hidden_size 64"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"theta_max": 0.0}, "theta_max is 0.0"),
     ],
@@ -94,19 +100,19 @@ def test_start_values_survive_the_initialisation_of_a_model():
     )
     (module,) = (module for module in model.modules() if isinstance(module, Titans))
     torch.testing.assert_close(
-        module.gates_bias, torch.tensor([-6.0, 2.0, 0.0]).repeat_interleave(2)
+        module.memory.gates_bias, torch.tensor([-6.0, 2.0, 0.0]).repeat_interleave(2)
     )
-    assert module.initial_weights[0].std().item() == pytest.approx(1, rel=0.1)
+    assert module.memory.initial_weights[0].std().item() == pytest.approx(1, rel=0.1)
 
 
 def test_start_values():
     module = Titans(TitansConfig(num_heads=2, head_dim=32), 64)
-    alpha, eta, theta = module._gates(torch.zeros(1, 1, 64))
+    alpha, eta, theta = module.memory._gates(torch.zeros(1, 1, 64))
     torch.testing.assert_close(alpha, torch.full((1, 1, 2), -6.0).sigmoid())
     torch.testing.assert_close(eta, torch.full((1, 1, 2), 2.0).sigmoid())
     torch.testing.assert_close(theta, 0.05 * (1 - eta))
-    assert module.initial_weights[0].std().item() == pytest.approx(1, rel=0.1)
-    assert module.initial_weights[1].std().item() == pytest.approx(128**-0.5, rel=0.1)
+    assert module.memory.initial_weights[0].std().item() == pytest.approx(1, rel=0.1)
+    assert module.memory.initial_weights[1].std().item() == pytest.approx(128**-0.5, rel=0.1)
     assert TitansConfig(chunk_size=64).step_bound == pytest.approx(0.025)
     assert TitansConfig(chunk_size=64, theta_max=0.5).step_bound == 0.5
 
@@ -122,7 +128,7 @@ def test_untrained_defaults_stay_stable_on_repeated_tokens(depth, chunk_size):
     with torch.no_grad():
         output, state = call(module, hidden)
     assert output.isfinite().all()
-    for start, end in zip(module.initial_weights, state.weights, strict=True):
+    for start, end in zip(module.memory.initial_weights, state.weights, strict=True):
         assert end.norm() < 2 * start.norm() + 10
 
 
@@ -132,9 +138,10 @@ def test_the_memory_learns_what_it_reads():
     token = torch.randn(1, 1, 16, dtype=FLOAT64)
     losses, state = [], module.init_state(1, dtype=FLOAT64)
     key = F.normalize(
-        F.silu(module.k_proj(token) * module.conv1d.weight[8:16, 0, 0]).view(2, 4), dim=-1
+        F.silu(module.memory.k_proj(token) * module.memory.conv1d.weight[8:16, 0, 0]).view(2, 4),
+        dim=-1,
     )
-    value = F.silu(module.v_proj(token) * module.conv1d.weight[16:, 0, 0]).view(2, 4)
+    value = F.silu(module.memory.v_proj(token) * module.memory.conv1d.weight[16:, 0, 0]).view(2, 4)
     with torch.no_grad():
         for _ in range(60):
             _, state = call(module, token, state)
@@ -158,7 +165,9 @@ def test_reset_rows_start_from_the_learned_weights():
 
     def gradient(state):
         output, _ = call(module, hidden, state)
-        return torch.autograd.grad(output.sum(), module.initial_weights[1], materialize_grads=True)
+        return torch.autograd.grad(
+            output.sum(), module.memory.initial_weights[1], materialize_grads=True
+        )
 
     state = dataclasses.replace(state.detach())
     assert gradient(state)[0].abs().max() == 0

@@ -1,0 +1,205 @@
+"""The neural memory that all Titans variants contain: projections, gates, learned initial weights.
+
+Behrouz, Zhong, Mirrokni, "Titans: Learning to Memorize at Test Time", arXiv 2501.00663.
+"""
+
+import dataclasses
+import itertools
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from memlm.cuda import NeuralMemoryState, neural_memory, short_convolution
+from memlm.layers.convolution import ShortConvolution
+from memlm.memory.base import MemoryState
+from memlm.memory.titans_config import TitansConfig
+
+Layers = tuple[Tensor, ...]
+
+
+@dataclasses.dataclass
+class TitansState(MemoryState):
+    """Constant in size; exact at any cut of a document.
+
+    Attributes:
+        conv: [B, conv_size - 1, channels], the last inputs of the convolution (no tokens without).
+        anchor, weights, momentum: per layer [B, H, d_in, d_out], float32 (NeuralMemoryState); the
+            exact linear memory has one anchor, [B, 0].
+        offset: int64 [B], tokens of the current chunk seen so far.
+        fresh: bool [B], rows whose weights are the module's learned initial ones.
+    """
+
+    conv: Tensor
+    anchor: Layers
+    weights: Layers
+    momentum: Layers
+    offset: Tensor
+    fresh: Tensor
+
+    def reset(self, rows: Tensor | None = None) -> "TitansState":
+        if rows is None:
+            rows = torch.ones_like(self.fresh)
+        cleared = self._map(lambda x: x.masked_fill(rows.view(-1, *[1] * (x.ndim - 1)), 0))
+        return dataclasses.replace(cleared, fresh=self.fresh | rows)
+
+
+class TitansMemory(nn.Module):
+    """x -> q, k, v -> convolution, SiLU -> unit q, k -> the neural memory, per head.
+
+    The gates are per token and head. The initial weights are learned; they also stand for what the
+    memory would make of persistent tokens before every document, as the paper has it: both are a
+    start that is learned and the same for all documents.
+    """
+
+    def __init__(self, config: TitansConfig, hidden_size: int):
+        super().__init__()
+        self.config = config
+        H, D = self.heads, self.head_dim = config.sizes(hidden_size)
+        self.q_proj = nn.Linear(hidden_size, H * D, bias=False)
+        self.k_proj = nn.Linear(hidden_size, H * D, bias=False)
+        self.v_proj = nn.Linear(hidden_size, H * D, bias=False)
+        self.conv1d = ShortConvolution(3 * H * D, config.conv_size) if config.conv_size else None
+        present = {"alpha": config.decay, "eta": config.momentum, "theta": True}
+        self.gates = [name for name, used in present.items() if used]
+        self.gates_proj = nn.Linear(hidden_size, len(self.gates) * H, bias=False)
+        # Not the linear layer's own bias: transformers passes over the init_weights of a module
+        # without parameters of its own.
+        self.gates_bias = nn.Parameter(torch.empty(len(self.gates) * H))
+        self.initial_weights = nn.ParameterList(
+            torch.empty(H, *shape) for shape in self.layer_shapes()
+        )
+        self.init_weights()
+
+    def layer_shapes(self) -> list[tuple[int, int]]:
+        """Inputs and outputs of every layer of the memory."""
+        widths = [self.head_dim * self.config.expansion] * (self.config.depth - 1)
+        widths = [self.head_dim, *widths, self.head_dim]
+        return list(itertools.pairwise(widths))
+
+    def init_weights(self) -> None:
+        biases = [getattr(self.config, f"{name}_bias") for name in self.gates]
+        init.copy_(self.gates_bias, torch.tensor(biases).repeat_interleave(self.heads))
+        if self.config.depth == 1:
+            init.zeros_(self.initial_weights[0])
+            return
+        # Keys have unit length: only weights of unit scale bring gelu out of its linear part.
+        init.normal_(self.initial_weights[0])
+        for weights in self.initial_weights[1:]:
+            init.normal_(weights, std=weights.shape[1] ** -0.5)
+
+    def init_state(self, batch_size: int, device=None, dtype=None) -> TitansState:
+        """The state before the first token; reads no parameter."""
+        wide = torch.promote_types(dtype or torch.float32, torch.float32)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(batch_size, *shape, device=device, dtype=wide)
+
+        anchor, weights, momentum = (
+            tuple(zeros(self.heads, *shape) for shape in self.layer_shapes()) for _ in range(3)
+        )
+        channels = 3 * self.heads * self.head_dim
+        reach = self.config.conv_size - 1 if self.config.conv_size else 0
+        return TitansState(
+            torch.zeros(batch_size, reach, channels, device=device, dtype=dtype),
+            (zeros(0),) if self.config.exact else anchor,
+            weights,
+            momentum,
+            torch.zeros(batch_size, dtype=torch.int64, device=device),
+            torch.ones(batch_size, dtype=torch.bool, device=device),
+        )
+
+    def forward(
+        self, x: Tensor, state: TitansState, cu_seqlens: Tensor | None, write: bool = True
+    ) -> tuple[Tensor, TitansState]:
+        """Learn from packed pieces and read.
+
+        Args:
+            x: [B, T, hidden_size], or packed [1, total, hidden_size].
+            state: of the N pieces.
+            cu_seqlens: int [N + 1], where each piece starts; None = one per row.
+            write: False = tokens read the given weights as they are.
+
+        Returns:
+            [B, T, H, D] and the state after each piece.
+        """
+        (q, k, v), tail = self._convolve(x, state.conv, cu_seqlens)
+        alpha, eta, theta = self._gates(x)
+        if not write:
+            alpha = eta = theta = torch.zeros_like(theta)
+        config = self.config
+        o, memory = neural_memory(
+            q,
+            k,
+            v,
+            alpha,
+            eta,
+            theta,
+            self._memory(state),
+            config.chunk_size,
+            config.read,
+            config.refresh,
+            config.exact,
+            config.clip,
+            cu_seqlens,
+        )
+        return o, TitansState(
+            tail.to(state.conv.dtype),
+            memory.anchor or state.anchor,
+            memory.weights,
+            memory.momentum,
+            memory.offset,
+            torch.zeros_like(state.fresh),
+        )
+
+    def _convolve(
+        self, x: Tensor, tail: Tensor, cu_seqlens: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """q, k, v [B, T, H, D], q and k of unit length, and the new tails."""
+        qkv = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), -1)
+        if self.conv1d is not None:
+            split = [(self.heads, self.head_dim, normalize) for normalize in (True, True, False)]
+            return short_convolution(qkv, self.conv1d.weight, tail, cu_seqlens, "silu", split=split)
+        q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
+        return (unit_length(q), unit_length(k), v), tail
+
+    def _gates(self, x: Tensor) -> list[Tensor]:
+        """Decay alpha, momentum eta and step theta, [B, T, H], at least float32."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        values = (self.gates_proj(x).to(wide) + self.gates_bias.to(wide)).sigmoid()
+        gates = dict(zip(self.gates, values.chunk(len(self.gates), -1), strict=True))
+        nothing = torch.zeros_like(gates["theta"])
+        alpha, eta = gates.get("alpha", nothing), gates.get("eta", nothing)
+        theta = self.config.step_bound * gates["theta"]
+        if self.config.average_momentum:
+            theta = (1 - eta) * theta
+        return [alpha, eta, theta]
+
+    def start(self, layers: Layers, fresh: Tensor) -> Layers:
+        """The layers [B, H, ...] with the learned initial weights in fresh rows."""
+        fresh = fresh[:, None, None, None]
+        pairs = zip(self.initial_weights, layers, strict=True)
+        return tuple(torch.where(fresh, w0.to(w.dtype), w) for w0, w in pairs)
+
+    def _memory(self, state: TitansState) -> NeuralMemoryState:
+        """The state of the operation."""
+        anchor = () if self.config.exact else self.start(state.anchor, state.fresh)
+        weights = self.start(state.weights, state.fresh)
+        return NeuralMemoryState(anchor, weights, state.momentum, state.offset)
+
+    def flops(self, tokens: int) -> int:
+        """Projections and the memory: forward and backward of a key, the outer products of the
+        updates, the reads with weights and momentum, and the sums within a chunk."""
+        matrices = sum(
+            p.numel() for name, p in self.named_parameters() if name.endswith("proj.weight")
+        )
+        matrices += self.conv1d.weight.numel() if self.conv1d is not None else 0
+        entries = sum(a * b for a, b in self.layer_shapes())
+        chunk = self.config.chunk_size * sum(a + b for a, b in self.layer_shapes())
+        return tokens * (2 * matrices + self.heads * (11 * entries + chunk))
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """x divided by its length over the last dimension, as `short_convolution` does it."""
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
