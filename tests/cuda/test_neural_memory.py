@@ -1,3 +1,4 @@
+import functools
 import importlib
 import itertools
 
@@ -234,6 +235,32 @@ def test_ragged_splits_are_exact(depth, split):
     for part in ("anchor", "weights", "momentum"):
         for a, b in zip(getattr(state, part), getattr(last, part), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "depth, options",
+    [(1, {"exact": True}), *itertools.product([1, 2, 3], [{}, *OPTIONS])],
+    ids=str,
+)
+def test_tokens_one_by_one_without_gradients(depth, options):
+    exact = options.get("exact", False)
+    inputs, state, _ = make([9, 9], depth, offset=[0, 3], gain=depth == 3, exact=exact)
+    whole, last, statistics = neural_memory(
+        **inputs, state=state, chunk_size=4, return_statistics=True, **options
+    )
+    with torch.no_grad():
+        for t in range(9):
+            part = {name: x[:, t : t + 1] for name, x in inputs.items()}
+            o, state, found = neural_memory(
+                **part, state=state, chunk_size=4, return_statistics=True, **options
+            )
+            torch.testing.assert_close(o, whole[:, t : t + 1], rtol=1e-10, atol=1e-10)
+            for a, b in zip(found, statistics, strict=True):
+                torch.testing.assert_close(a, b[:, t : t + 1], rtol=1e-10, atol=1e-10)
+    for part in ("anchor", "weights", "momentum", "offset"):
+        torch.testing.assert_close(
+            getattr(state, part), getattr(last, part), rtol=1e-10, atol=1e-10
+        )
 
 
 def test_packed_equals_one_by_one():

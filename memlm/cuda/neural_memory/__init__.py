@@ -24,6 +24,7 @@ from memlm.cuda.neural_memory.eager import solve_tiles
 from memlm.cuda.neural_memory.inputs import Rule, check_shapes
 from memlm.cuda.neural_memory.reference import neural_memory_reference
 from memlm.cuda.neural_memory.state import NeuralMemoryState
+from memlm.cuda.neural_memory.step import step
 from memlm.cuda.neural_memory.tiles import run_tiles
 
 __all__ = ["NeuralMemoryState", "NeuralMemoryStatistics", "neural_memory"]
@@ -96,9 +97,10 @@ def neural_memory(
         lengths = torch.full((B,), T, dtype=torch.int64, device=q.device)
     else:
         lengths = cu_seqlens.diff().to(torch.int64)
+    single = T == 1 and cu_seqlens is None and B > 0 and not torch.is_grad_enabled()
     implementations = {
         "reference": neural_memory_reference,
-        "eager": functools.partial(run_tiles, solve_tiles, _longest_tile(D)),
+        "eager": step if single else functools.partial(run_tiles, solve_tiles, _longest_tile(D)),
     }
     run = choose("neural_memory", implementations, q.device)
     with torch.autocast(q.device.type, enabled=False):  # the weights and their updates stay float32
@@ -117,4 +119,4 @@ def neural_memory(
 
 def _longest_tile(D: int) -> int:
     """Tokens of a tile on a CPU: the wider the memory, the more a pass over its weights costs."""
-    return 64 if D < 128 else 256
+    return 64 if D < 128 else 128

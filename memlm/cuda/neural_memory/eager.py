@@ -32,7 +32,7 @@ class Solution(NamedTuple):
     square: Tensor
 
 
-class _Errors(NamedTuple):
+class TileErrors(NamedTuple):
     """Of a tile's keys: per layer its inputs and its errors, and the loss."""
 
     inputs: list[Tensor]
@@ -126,16 +126,16 @@ def _walk(
         if rule.exact:
             found = _exact_errors(K, V, gate, weights[0], momentum[0])
         else:
-            found = _errors(K, V, anchor)
+            found = errors_at(anchor, K, V)
         errors = found.errors
         with torch.set_grad_enabled(torch.is_grad_enabled() and rule.clip is not None):
-            square = _square_norm(found)
+            square = square_norm(found)
         if rule.clip is not None:
             scale = rule.clip * square.clamp_min(rule.clip**2).rsqrt().unsqueeze(-1)
             errors = [error * scale for error in errors]
         layers = list(zip(found.inputs, errors, weights, momentum, strict=True))
         if rule.read == "chunk_start":
-            o = _forward(Q, anchor)
+            o = forward(Q, anchor)
             advanced = [advance(gate, *layer) for layer in layers]
         else:
             o, advanced = _read(Q, gate, layers)
@@ -153,7 +153,7 @@ def _gain(weights: Layers) -> Tensor | None:
     return weights[-1] if len(weights) > 1 and weights[-1].shape[-2] == 1 else None
 
 
-def _exact_errors(K: Tensor, V: Tensor, gate: TileGates, w: Tensor, s: Tensor) -> _Errors:
+def _exact_errors(K: Tensor, V: Tensor, gate: TileGates, w: Tensor, s: Tensor) -> TileErrors:
     """Every token's error at the weights of the token before, by one triangular system."""
     G = F.pad(gate.G[:, :-1], (0, 0, 1, 0))
     beta = F.pad(gate.beta[:, :-1], (1, 0), value=1).unsqueeze(-1)
@@ -161,16 +161,16 @@ def _exact_errors(K: Tensor, V: Tensor, gate: TileGates, w: Tensor, s: Tensor) -
     start = torch.baddbmm(torch.baddbmm(V, beta * K, w, beta=-1), f * K, s)
     system = 2 * (K @ K.mT) * G
     half = torch.linalg.solve_triangular(system, start, upper=False, unitriangular=True)
-    return _Errors([K], [2 * half], half.square().sum(-1))
+    return TileErrors([K], [2 * half], half.square().sum(-1))
 
 
-def _errors(K: Tensor, V: Tensor, anchor: Layers) -> _Errors:
+def errors_at(anchor: Layers, K: Tensor, V: Tensor) -> TileErrors:
     """All layers' inputs and errors at the anchor."""
     gain = _gain(anchor)
     layers = anchor if gain is None else anchor[:-1]
     if len(layers) == 1:
         difference = torch.baddbmm(V, K, layers[0], beta=-1)
-        return _Errors([K], [2 * difference], difference.square().sum(-1))
+        return TileErrors([K], [2 * difference], difference.square().sum(-1))
     inputs, slopes = [K], []
     Z = K @ layers[0]
     for w in layers[1:]:
@@ -195,10 +195,10 @@ def _errors(K: Tensor, V: Tensor, anchor: Layers) -> _Errors:
     if gain is not None:
         inputs.append(torch.ones_like(K[..., :1]))
         errors.append(by_gain)
-    return _Errors(inputs, errors, difference.square().sum(-1))
+    return TileErrors(inputs, errors, difference.square().sum(-1))
 
 
-def _square_norm(found: _Errors) -> Tensor:
+def square_norm(found: TileErrors) -> Tensor:
     """Of every token's gradient over all layers, ``[rows, C]``; outer products make it free."""
     layers = zip(found.inputs, found.errors, strict=True)
     return sum(a.square().sum(-1) * e.square().sum(-1) for a, e in layers)
@@ -226,7 +226,7 @@ def _read(
     return Q + (y if gain is None else y * (1 + gain)), advanced
 
 
-def _forward(x: Tensor, weights: Layers) -> Tensor:
+def forward(x: Tensor, weights: Layers) -> Tensor:
     """x through the memory with the same weights for all."""
     gain = _gain(weights)
     layers = weights if gain is None else weights[:-1]

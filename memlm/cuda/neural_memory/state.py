@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 NORM_EPS = 1e-5  # of the layer norm inside a memory of two layers or more
@@ -34,6 +35,16 @@ class NeuralMemoryState:
         """Apply `function` to all weights and momenta (not to the offset)."""
         parts = (self.anchor, self.weights, self.momentum)
         return NeuralMemoryState(*(tuple(map(function, part)) for part in parts), self.offset)
+
+    def refreshed(self, rows: Tensor) -> "NeuralMemoryState":
+        """The weights taken as anchor where `rows` (bool ``[N]``) is true."""
+        anchor = self.anchor
+        if bool(rows.any()):
+            anchor = tuple(
+                torch.where(rows.view(-1, *[1] * (w.ndim - 1)), w, a)
+                for w, a in zip(self.weights, anchor, strict=True)
+            )
+        return dataclasses.replace(self, anchor=anchor)
 
     @property
     def depth(self) -> int:

@@ -99,15 +99,11 @@ def run_tiles(
         )
     )
     offset = rule.offset_after(state.offset, lengths)
-    if rule.refresh:
-        complete = (offset == 0) & (lengths > 0)
-        anchor = tuple(
-            torch.where(complete.view(-1, *[1] * (w.ndim - 1)), w, a)
-            for w, a in zip(weights, anchor, strict=False)
-        )
     surprise, square = (
         layout.from_chunks(x.unsqueeze(-1), heads).squeeze(-1)
         for x in (found.surprise, found.square)
     )
     final = NeuralMemoryState(anchor, weights, momentum, offset)
+    if rule.refresh and not rule.exact:
+        final = final.refreshed((offset == 0) & (lengths > 0))
     return layout.from_chunks(found.o, heads), final, surprise, square.sqrt()
