@@ -1,4 +1,3 @@
-import functools
 import importlib
 import itertools
 
