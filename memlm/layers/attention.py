@@ -173,7 +173,7 @@ class Attention(nn.Module):
         layout = context.layout
         tail = state.tail
         if self.convolution is not None:
-            hidden, tail = self._convolve(hidden, state, layout)
+            hidden, tail = self.convolve(hidden, state, layout)
         batch_size, length, _ = hidden.shape
         query, key, value = self._project(hidden, context.position_ids)
         keys = torch.cat([state.keys.to(key.dtype), key], dim=1)
@@ -208,9 +208,10 @@ class Attention(nn.Module):
             query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
         return query, key, value
 
-    def _convolve(
+    def convolve(
         self, hidden: Tensor, state: AttentionState, layout: SequenceLayout
     ) -> tuple[Tensor, Tensor]:
+        """Rows [B, T, hidden_size] with the short convolution added, and its new tails."""
         carried = ConvolutionState(state.tail)
         incoming = layout.incoming(carried)
         mixed, tails = self.convolution(layout.pack(hidden), incoming.tail, layout)

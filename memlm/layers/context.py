@@ -103,6 +103,13 @@ class SequenceLayout:
         """The tokens that are not padding."""
         return self.valid.numel() if self.uniform else self.token_index.shape[0]
 
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [N], the tokens of each piece."""
+        if self.uniform:
+            return torch.full_like(self.piece_row, self.valid.shape[1])
+        return self.cu_seqlens.diff()
+
     def pack(self, rows: Tensor) -> Tensor:
         """[B, T, ...] -> [B, T, ...] if uniform, else the valid tokens [1, total, ...]."""
         if self.uniform:

@@ -21,6 +21,7 @@ from memlm.layers.gated_norm import GatedRMSNorm
 from memlm.memory.base import CallContext, MemoryModule, register
 from memlm.memory.titans_attention import TitansMAG, TitansMAL
 from memlm.memory.titans_config import TitansConfig
+from memlm.memory.titans_mac import TitansMAC
 from memlm.memory.titans_memory import TitansMemory, TitansState
 
 
@@ -43,7 +44,7 @@ class Titans(MemoryModule):
     @classmethod
     def build(cls, config: TitansConfig, hidden_size: int, norm_eps: float = 1e-6) -> MemoryModule:
         config.check_sizes(hidden_size)
-        variants = {"lmm": cls, "mag": TitansMAG, "mal": TitansMAL}
+        variants = {"lmm": cls, "mac": TitansMAC, "mag": TitansMAG, "mal": TitansMAL}
         return variants[config.variant](config, hidden_size, norm_eps)
 
     def init_weights(self) -> None:

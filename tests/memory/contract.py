@@ -58,7 +58,7 @@ SPECS: dict[str, list[Spec]] = {
                 stable={"theta_max": 1e-3} if depth > 1 else {},
                 examples=2,
             )
-            for variant in ("mag", "mal")
+            for variant in ("mac", "mag", "mal")
             for depth in (1, 2)
         ),
     ],
