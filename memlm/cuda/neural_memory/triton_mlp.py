@@ -1,0 +1,416 @@
+"""Forward and backward of the tiles of a neural memory of two layers by Triton kernels.
+
+The forward pass keeps the state before every GROUP steps; the backward pass walks the groups from
+the last to the first and remakes the states of a group's tiles, so that memory grows by one state
+per GROUP tiles. Nothing is read back from the device, and nothing is compiled anew for another
+length or number of sequences.
+"""
+
+import dataclasses
+import itertools
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from memlm.cuda.neural_memory.gates import TileGates
+from memlm.cuda.neural_memory.triton_mlp_gradients import (
+    mlp_read_gradient_kernel,
+    mlp_reverse_kernel,
+)
+from memlm.cuda.neural_memory.triton_mlp_kernels import mlp_read_kernel, mlp_write_kernel
+
+GROUP = 8  # steps
+NEVER = 1 << 30  # as a number of steps
+
+Layers = tuple[Tensor, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Hidden channels of a slice, warps, and whether all weights stay in registers."""
+
+    BH: int
+    num_warps: int
+    resident: bool = False
+
+
+def write_config(C: int, D: int, hidden: int) -> Config:
+    if hidden <= 128 and D * hidden <= 64 * 128:
+        return Config(hidden, 8, True)
+    return Config(min(hidden, 64 if D <= 64 else 32), 8 if C > 32 else 4)
+
+
+def read_config(C: int, D: int, hidden: int) -> Config:
+    return Config(min(hidden, 64 if D <= 64 else 32), 8 if C > 32 else 4)
+
+
+def gradient_config(C: int, D: int, hidden: int) -> Config:
+    return Config(min(hidden, 32), 8 if C > 32 else 4)
+
+
+def reverse_config(C: int, D: int, hidden: int) -> Config:
+    return Config(min(hidden, 32), 8 if C > 32 else 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The tiles as the kernels take them.
+
+    q, k, v: ``[M, C, D]`` with D padded to a power of two. first_tiles: int64 ``[steps + 1]``, the
+    first tile of every step; lengths: int32 ``[R]``, the tiles of every row.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: TileGates
+    counts: list[int]
+    starts: list[int]
+    first_tiles: Tensor
+    lengths: Tensor
+    refresh_every: int
+    channels: int
+    hidden: int
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: TileGates,
+        counts: list[int],
+        refresh_every: int,
+        hidden: int,
+    ) -> "Problem":
+        starts = [0, *itertools.accumulate(counts)]
+        lengths = [sum(count > row for count in counts) for row in range(counts[0])]
+        return cls(
+            *(_wide(x, last=width(q.shape[-1])) for x in (q, k, v)),
+            TileGates(*(x.contiguous() for x in gates)),
+            counts,
+            starts,
+            torch.tensor(starts, dtype=torch.int64, device=q.device),
+            torch.tensor(lengths, dtype=torch.int32, device=q.device),
+            refresh_every or NEVER,
+            q.shape[-1],
+            width(hidden),
+        )
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """C, D."""
+        return self.q.shape[1], self.q.shape[2]
+
+    def groups(self) -> list[tuple[int, int]]:
+        """First step and end of every group of steps."""
+        steps = len(self.counts)
+        return [(first, min(first + GROUP, steps)) for first in range(0, steps, GROUP)]
+
+    def wide_layers(self, layers: Layers) -> Layers:
+        """New, dense, float32, with zero channels."""
+        _, D = self.sizes
+        first, second = layers
+        return (
+            _wide(first.float(), D, self.hidden, new=True),
+            _wide(second.float(), self.hidden, D, new=True),
+        )
+
+    def true_layers(self, layers: Layers, hidden: int) -> Layers:
+        """Without the channels that are padding."""
+        first, second = layers
+        return (
+            first[:, : self.channels, :hidden].contiguous(),
+            second[:, :hidden, : self.channels].contiguous(),
+        )
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Consecutive steps whose tiles are worked on side by side, and what is written of each tile.
+
+    states: W1, W2, S1, S2 before it, ``[n, D, h]`` and ``[n, h, D]``. x2, e1, e2: see
+    triton_mlp_kernels.py. normal, scale: N and r, float32, for the backward pass.
+    """
+
+    problem: Problem
+    first: int
+    stop: int
+    states: tuple[Tensor, Tensor, Tensor, Tensor]
+    x2: Tensor
+    e1: Tensor
+    e2: Tensor
+    normal: Tensor | None
+    scale: Tensor | None
+
+    @classmethod
+    def of(cls, problem: Problem, first: int, stop: int, backward: bool = False) -> "Group":
+        C, D = problem.sizes
+        h = problem.hidden
+        tiles = problem.starts[stop] - problem.starts[first]
+        return cls(
+            problem,
+            first,
+            stop,
+            tuple(problem.empty(tiles, *shape) for shape in ((D, h), (h, D)) * 2),
+            problem.empty(tiles, C, h),
+            problem.empty(tiles, C, h),
+            problem.empty(tiles, C, D),
+            problem.empty(tiles, C, D, dtype=torch.float32) if backward else None,
+            problem.empty(tiles, C, dtype=torch.float32) if backward else None,
+        )
+
+    @property
+    def first_tile(self) -> int:
+        return self.problem.starts[self.first]
+
+    @property
+    def rows(self) -> int:
+        return self.problem.counts[self.first]
+
+    def write(self, anchor: Layers, weights: Layers, momentum: Layers) -> None:
+        """Walk the steps; the state is overwritten."""
+        problem, gates = self.problem, self.problem.gates
+        C, D = problem.sizes
+        config = write_config(C, D, problem.hidden)
+        mlp_write_kernel[(self.rows,)](
+            problem.k,
+            problem.v,
+            gates.g_end,
+            gates.n,
+            gates.beta_end,
+            gates.f_end,
+            gates.mu_end,
+            problem.first_tiles,
+            problem.lengths,
+            *anchor,
+            *weights,
+            *momentum,
+            *self.states,
+            self.x2,
+            self.e1,
+            self.e2,
+            self.normal,
+            self.scale,
+            self.first,
+            self.stop,
+            self.first_tile,
+            problem.refresh_every,
+            CHANNELS=problem.channels,
+            D=D,
+            HIDDEN=problem.hidden,
+            C=C,
+            BH=config.BH,
+            RESIDENT=config.resident,
+            num_warps=config.num_warps,
+            num_stages=1,
+        )
+
+    def read(self, o: Tensor) -> None:
+        """Write the outputs of the tiles."""
+        problem, gates = self.problem, self.problem.gates
+        C, D = problem.sizes
+        config = read_config(C, D, problem.hidden)
+        mlp_read_kernel[(self.rows, self.stop - self.first)](
+            problem.q,
+            problem.k,
+            gates.G,
+            gates.beta,
+            gates.f,
+            problem.first_tiles,
+            *self.states,
+            self.x2,
+            self.e1,
+            self.e2,
+            o,
+            self.first,
+            self.first_tile,
+            CHANNELS=problem.channels,
+            D=D,
+            HIDDEN=problem.hidden,
+            C=C,
+            BH=config.BH,
+            num_warps=config.num_warps,
+            num_stages=1,
+        )
+
+    def gradients(
+        self,
+        anchor: Layers,
+        do: Tensor,
+        dstate: list[Layers],
+        dqkv: tuple[Tensor, Tensor, Tensor],
+        dgates: TileGates,
+    ) -> None:
+        """Write the gradients of the tiles; those of anchor, weights and momentum are overwritten.
+
+        anchor: what the first step found, in the type of the tokens.
+        """
+        problem, gates = self.problem, self.problem.gates
+        C, D = problem.sizes
+        h = problem.hidden
+        dq, dk, dv = dqkv
+        tiles = len(self.e2)
+        # What the reads leave for the reverse walk; see the kernels.
+        xq, dz1q, dx2, de1 = (problem.empty(tiles, C, h) for _ in range(4))
+        dz2q, dz2 = (problem.empty(tiles, C, D) for _ in range(2))
+        dk_read, de2 = (problem.empty(tiles, C, D, dtype=torch.float32) for _ in range(2))
+        sizes = {"CHANNELS": problem.channels, "D": D, "HIDDEN": h, "C": C}
+        config = gradient_config(C, D, h)
+        mlp_read_gradient_kernel[(self.rows, self.stop - self.first)](
+            problem.q,
+            problem.k,
+            gates.G,
+            gates.beta,
+            gates.f,
+            problem.first_tiles,
+            *self.states,
+            self.x2,
+            self.e1,
+            self.e2,
+            do,
+            dq,
+            dgates.G,
+            dgates.beta,
+            dgates.f,
+            xq,
+            dz1q,
+            dz2q,
+            dk_read,
+            dx2,
+            de1,
+            de2,
+            self.first,
+            self.first_tile,
+            **sizes,
+            BH=config.BH,
+            num_warps=config.num_warps,
+            num_stages=1,
+        )
+        config = reverse_config(C, D, h)
+        mlp_reverse_kernel[(self.rows,)](
+            problem.q,
+            problem.k,
+            problem.v,
+            gates.beta,
+            gates.f,
+            gates.g_end,
+            gates.n,
+            gates.beta_end,
+            gates.f_end,
+            gates.mu_end,
+            problem.first_tiles,
+            problem.lengths,
+            *anchor,
+            *self.states,
+            self.x2,
+            self.e1,
+            self.e2,
+            self.normal,
+            self.scale,
+            xq,
+            dz1q,
+            dz2q,
+            dk_read,
+            dx2,
+            de1,
+            de2,
+            dz2,
+            *itertools.chain(*dstate),
+            dk,
+            dv,
+            dgates.g_end,
+            dgates.n,
+            dgates.beta_end,
+            dgates.f_end,
+            dgates.mu_end,
+            self.first,
+            self.stop,
+            self.first_tile,
+            problem.refresh_every,
+            **sizes,
+            BH=config.BH,
+            num_warps=config.num_warps,
+            num_stages=1,
+        )
+
+
+def width(size: int) -> int:
+    """Channels with padding."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _wide(x: Tensor, *sizes: int, last: int | None = None, new: bool = False) -> Tensor:
+    """Dense, with zeros up to these sizes of the last dimensions."""
+    sizes = sizes or (last,)
+    padding = [p for size, have in zip(sizes[::-1], x.shape[::-1]) for p in (0, size - have)]
+    if any(padding):
+        return F.pad(x, padding)
+    return x.clone(memory_format=torch.contiguous_format) if new else x.contiguous()
+
+
+def forward(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    gates: TileGates,
+    anchor: Layers,
+    weights: Layers,
+    momentum: Layers,
+    counts: list[int],
+    refresh_every: int,
+    save: bool,
+) -> tuple[Tensor, Layers, Layers, Layers, list[Tensor]]:
+    hidden = weights[0].shape[-1]
+    problem = Problem.of(Q, K, V, gates, counts, refresh_every, hidden)
+    state = [problem.wide_layers(layers) for layers in (anchor, weights, momentum)]
+    o = torch.empty_like(problem.q)
+    saved = []
+    for first, stop in problem.groups():
+        group = Group.of(problem, first, stop)
+        if save:
+            saved += [x[: group.rows].clone() for layers in state for x in layers]
+        group.write(*state)
+        group.read(o)
+    return (
+        o[..., : Q.shape[-1]].contiguous(),
+        *(problem.true_layers(layers, hidden) for layers in state),
+        saved,
+    )
+
+
+def backward(
+    Q: Tensor,
+    K: Tensor,
+    V: Tensor,
+    gates: TileGates,
+    counts: list[int],
+    refresh_every: int,
+    saved: list[Tensor],
+    dO: Tensor,
+    danchor_out: Layers,
+    dW_out: Layers,
+    dS_out: Layers,
+) -> tuple[Tensor, Tensor, Tensor, TileGates, Layers, Layers, Layers]:
+    hidden = dW_out[0].shape[-1]
+    problem = Problem.of(Q, K, V, gates, counts, refresh_every, hidden)
+    do = _wide(dO.to(Q.dtype), last=problem.q.shape[-1])
+    dstate = [problem.wide_layers(layers) for layers in (danchor_out, dW_out, dS_out)]
+    dqkv = tuple(torch.empty_like(problem.q) for _ in range(3))
+    dgates = TileGates(*map(torch.empty_like, problem.gates))
+    for place, (first, stop) in reversed(list(enumerate(problem.groups()))):
+        A1, A2, W1, W2, S1, S2 = (x.clone() for x in saved[6 * place : 6 * place + 6])
+        anchor = tuple(x.to(Q.dtype) for x in saved[6 * place : 6 * place + 2])
+        group = Group.of(problem, first, stop, backward=True)
+        group.write((A1, A2), (W1, W2), (S1, S2))
+        group.gradients(anchor, do, dstate, dqkv, dgates)
+    return (
+        *(x[..., : Q.shape[-1]].contiguous() for x in dqkv),
+        dgates,
+        *(problem.true_layers(layers, hidden) for layers in dstate),
+    )
