@@ -7,6 +7,7 @@ import torch
 from memlm.cuda import NeuralMemoryState, neural_memory
 from memlm.cuda.dispatch import VARIABLE
 from memlm.cuda.neural_memory import eager
+from memlm.cuda.neural_memory.tiles import TileSizes
 
 # The package's attribute of that name is the function.
 OPERATION = importlib.import_module("memlm.cuda.neural_memory")
@@ -160,7 +161,7 @@ def test_tiles_are_a_matter_of_speed(monkeypatch, tile, options):
     exact = options.get("exact", False)
     inputs, state, _ = make([40, 40], 1 if exact else 2, offset=[0, 5], exact=exact)
     whole = run(monkeypatch, "eager", inputs, state, 12, **options)
-    monkeypatch.setattr(OPERATION, "_longest_tile", lambda D: tile)
+    monkeypatch.setattr(OPERATION, "TileSizes", lambda longest: TileSizes(tile))
     tiled = run(monkeypatch, "eager", inputs, state, 12, **options)
     for name in whole:
         torch.testing.assert_close(tiled[name], whole[name], rtol=1e-10, atol=1e-10)

@@ -14,18 +14,19 @@ is learned as the weights are.
 """
 
 import functools
+import importlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from memlm.cuda.dispatch import choose
+from memlm.cuda.dispatch import choose_name
 from memlm.cuda.neural_memory.eager import solve_tiles
-from memlm.cuda.neural_memory.inputs import Rule, check_shapes
+from memlm.cuda.neural_memory.inputs import Rule, check_shapes, kernel_refusal
 from memlm.cuda.neural_memory.reference import neural_memory_reference
 from memlm.cuda.neural_memory.state import NeuralMemoryState
 from memlm.cuda.neural_memory.step import step
-from memlm.cuda.neural_memory.tiles import run_tiles
+from memlm.cuda.neural_memory.tiles import TileSizes, run_tiles
 
 __all__ = ["NeuralMemoryState", "NeuralMemoryStatistics", "neural_memory"]
 
@@ -92,20 +93,32 @@ def neural_memory(
     rule = Rule.build(chunk_size, read, refresh, exact, clip)
     tokens = {"q": q, "k": k, "v": v, "alpha": alpha, "eta": eta, "theta": theta}
     check_shapes(tokens, state, rule, cu_seqlens)
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     if cu_seqlens is None:
         lengths = torch.full((B,), T, dtype=torch.int64, device=q.device)
     else:
         lengths = cu_seqlens.diff().to(torch.int64)
-    single = T == 1 and cu_seqlens is None and B > 0 and not torch.is_grad_enabled()
-    implementations = {
-        "reference": neural_memory_reference,
-        "eager": step if single else functools.partial(run_tiles, solve_tiles, _longest_tile(D)),
+    refusals = {
+        "reference": None,
+        "eager": None,
+        "triton": kernel_refusal(v, state, rule, return_statistics),
     }
-    run = choose("neural_memory", implementations, q.device)
-    with torch.autocast(q.device.type, enabled=False):  # the weights and their updates stay float32
+    name = choose_name("neural_memory", refusals, q.device)
+    if name == "reference":
+        run = neural_memory_reference
+    elif T == 1 and cu_seqlens is None and B > 0 and not torch.is_grad_enabled():
+        name, run = "eager", step
+    elif name == "triton":
+        # On first use: where triton is missing, its kernels cannot even be imported.
+        kernels = importlib.import_module("memlm.cuda.neural_memory.triton_implementation")
+        run = functools.partial(run_tiles, kernels.solve_tiles, TileSizes(64, 16))
+    else:
+        run = functools.partial(run_tiles, solve_tiles, TileSizes(64 if D < 128 else 128))
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    values = v.dtype if name == "triton" else dtype
+    # The weights and their updates stay float32.
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         o, final, *statistics = run(
-            *(x.to(dtype).reshape(B * T, H, D) for x in (q, k, v)),
+            *(x.to(values).reshape(B * T, H, D) for x in (q, k, v)),
             *(gate.to(dtype).reshape(B * T, H) for gate in (alpha, eta, theta)),
             state.map(lambda x: x.to(dtype)),
             rule,
@@ -115,8 +128,3 @@ def neural_memory(
     if not return_statistics:
         return o, final
     return o, final, NeuralMemoryStatistics(*(x.view(B, T, H) for x in statistics))
-
-
-def _longest_tile(D: int) -> int:
-    """Tokens of a tile on a CPU: the wider the memory, the more a pass over its weights costs."""
-    return 64 if D < 128 else 128

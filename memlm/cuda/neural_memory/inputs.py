@@ -3,13 +3,16 @@
 import dataclasses
 import itertools
 
+import torch
 from torch import Tensor
 
+from memlm.cuda.dispatch import interpreting
 from memlm.cuda.neural_memory.state import NeuralMemoryState
 from memlm.errors import nearest
 
 READS = ("inclusive", "chunk_start", "chunk_gates")
 MAX_DEPTH = 4
+KERNEL_WIDTHS = {1: 256, 2: 128}  # by depth, the most channels of a head that the kernels take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,3 +112,21 @@ def check_shapes(
             )
     if rule.exact and state.anchor:
         raise ValueError("exact has no anchor: the state's anchor must be empty, ()")
+
+
+def kernel_refusal(v: Tensor, state: NeuralMemoryState, rule: Rule, statistics: bool) -> str | None:
+    """Why the Triton kernels cannot take these arguments; None where they can."""
+    depth, D = state.depth, v.shape[-1]
+    if depth not in KERNEL_WIDTHS:
+        return f"the memory has {depth} layers, the kernels take 1 or 2"
+    if len(state.weights) > depth:
+        return "the memory has a gain"
+    if rule.clip is not None or statistics:
+        return "clipping and statistics are left to eager"
+    if rule.read == "chunk_start":
+        return "read='chunk_start' is left to eager"
+    if v.dtype not in (torch.bfloat16, torch.float16) and not interpreting():
+        return f"{v.dtype} values are left to eager, the kernels take bfloat16 and float16"
+    if KERNEL_WIDTHS[depth] < D:
+        return f"heads of {D} channels: the kernels take up to {KERNEL_WIDTHS[depth]}"
+    return None

@@ -4,6 +4,8 @@ A tile is what is computed at once; unlike the chunk it is a matter of speed. A 
 over a refresh of the anchor.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,18 +15,30 @@ from memlm.cuda.neural_memory.inputs import Rule
 from memlm.cuda.neural_memory.state import Layers, NeuralMemoryState
 
 
+class TileSizes(NamedTuple):
+    """Slots of a tile: at most `longest`; powers of two from `shortest` on, if that is given."""
+
+    longest: int
+    shortest: int | None = None
+
+    def fit(self, tokens: int) -> int:
+        """The size of equal tiles for so many tokens, with few empty slots."""
+        size = -(-tokens // -(-tokens // self.longest))
+        if self.shortest is None:
+            return size
+        return max(self.shortest, 1 << (size - 1).bit_length())
+
+
 def lay_out(
-    rule: Rule, offset: Tensor, lengths: Tensor, longest_tile: int
+    rule: Rule, offset: Tensor, lengths: Tensor, sizes: TileSizes
 ) -> tuple[ChunkLayout, int]:
     """The tiles of sequences of `lengths` whose states are at `offset`, and the number of tiles
     between refreshes of the anchor (0: it stays the same)."""
     longest = int(lengths.max())
     period = 0 if rule.exact else rule.refresh
     if period == 0 or bool((offset + lengths <= period).all()):
-        steps = -(-longest // longest_tile)
-        return ChunkLayout.build(lengths, -(-longest // steps)), 0
-    per_period = -(-period // longest_tile)
-    size = -(-period // per_period)
+        return ChunkLayout.build(lengths, sizes.fit(longest)), 0
+    size = sizes.fit(period)
     return ChunkLayout.build(lengths, size, offset, period), -(-period // size)
 
 
@@ -47,7 +61,7 @@ def token_gates(
 
 def run_tiles(
     solve,
-    longest_tile: int,
+    sizes: TileSizes,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -57,11 +71,12 @@ def run_tiles(
     state: NeuralMemoryState,
     rule: Rule,
     lengths: Tensor,
-) -> tuple[Tensor, NeuralMemoryState, Tensor, Tensor]:
-    """As `neural_memory_reference`, by a solver of tiles such as `eager.solve_tiles`."""
+) -> tuple[Tensor, NeuralMemoryState, Tensor | None, Tensor | None]:
+    """As `neural_memory_reference`, by a solver of tiles such as `eager.solve_tiles`; surprise and
+    gradient norm None where the solver does not find them."""
     if len(q) == 0:
         return torch.zeros_like(v), state, theta.detach(), theta.detach()
-    layout, refresh_every = lay_out(rule, state.offset, lengths, longest_tile)
+    layout, refresh_every = lay_out(rule, state.offset, lengths, sizes)
     heads = q.shape[1]
     alpha, eta, joins = token_gates(rule, alpha, eta, state.offset, lengths)
     gates: TileGates = tile_gates(layout, alpha, eta, theta, joins)
@@ -100,10 +115,15 @@ def run_tiles(
     )
     offset = rule.offset_after(state.offset, lengths)
     surprise, square = (
-        layout.from_chunks(x.unsqueeze(-1), heads).squeeze(-1)
+        None if x is None else layout.from_chunks(x.unsqueeze(-1), heads).squeeze(-1)
         for x in (found.surprise, found.square)
     )
     final = NeuralMemoryState(anchor, weights, momentum, offset)
     if rule.refresh and not rule.exact:
         final = final.refreshed((offset == 0) & (lengths > 0))
-    return layout.from_chunks(found.o, heads), final, surprise, square.sqrt()
+    return (
+        layout.from_chunks(found.o, heads),
+        final,
+        surprise,
+        None if square is None else square.sqrt(),
+    )

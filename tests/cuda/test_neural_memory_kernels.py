@@ -1,0 +1,73 @@
+"""The operation through its Triton kernels, in Triton's interpreter, against the reference."""
+
+import pytest
+import torch
+
+from memlm.cuda import neural_memory
+from memlm.cuda.dispatch import VARIABLE, interpreting
+from tests.cuda.harness import assert_near
+from tests.cuda.test_neural_memory import make
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
+
+
+def run(monkeypatch, implementation, inputs, state, cu_seqlens, **options):
+    """Outputs, final state and gradients of a fixed random function of both, by name."""
+    monkeypatch.setenv(VARIABLE, implementation)
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    state = state.map(lambda x: x.clone().requires_grad_())
+    o, final = neural_memory(**leaves, state=state, chunk_size=4, cu_seqlens=cu_seqlens, **options)
+    results = {"o": o}
+    for name in ("anchor", "weights", "momentum"):
+        results |= {f"{name}{i}": x for i, x in enumerate(getattr(final, name))}
+        leaves |= {f"{name}{i}": x for i, x in enumerate(getattr(state, name))}
+    generator = torch.Generator().manual_seed(1)
+    loss = sum(
+        (x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum()
+        for x in results.values()
+    )
+    gradients = torch.autograd.grad(
+        loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
+    results |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+    return {name: x.detach() for name, x in results.items()}
+
+
+@pytest.mark.parametrize(
+    "depth, options",
+    [
+        (1, {}),
+        (1, {"exact": True}),
+        (1, {"read": "chunk_gates", "refresh": "never"}),
+        (2, {"read": "chunk_gates", "refresh": 8}),
+    ],
+    ids=str,
+)
+def test_kernels_equal_the_reference(monkeypatch, depth, options):
+    exact = options.get("exact", False)
+    inputs, state, boundaries = make(
+        [9, 0, 5], depth, D=8, hidden=12, packed=True, offset=[3, 0, 2], exact=exact
+    )
+    expected = run(monkeypatch, "reference", inputs, state, boundaries, **options)
+    narrow = {name: x.float() for name, x in inputs.items()}
+    state = state.map(torch.Tensor.float)
+    found = run(monkeypatch, "triton", narrow, state, boundaries, **options)
+    assert_near(found, expected, 3e-6)
+
+
+@pytest.mark.parametrize(
+    "depth, options, reason",
+    [
+        (3, {}, "3 layers"),
+        (1, {"clip": 1.0}, "left to eager"),
+        (1, {"read": "chunk_start"}, "left to eager"),
+        (1, {"return_statistics": True}, "left to eager"),
+    ],
+)
+def test_what_the_kernels_leave_to_eager(monkeypatch, depth, options, reason):
+    inputs, state, _ = make([5], depth)
+    monkeypatch.setenv(VARIABLE, "triton")
+    with pytest.raises(RuntimeError, match=reason):
+        neural_memory(**inputs, state=state, chunk_size=4, **options)
+    monkeypatch.setenv(VARIABLE, "auto")
+    assert neural_memory(**inputs, state=state, chunk_size=4, **options)[0].isfinite().all()
