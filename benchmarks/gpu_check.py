@@ -61,8 +61,10 @@ def steps(output: Path) -> tuple[list[Step], list[Outcome]]:
         else:
             others = ("-q", "-m", "not gpu and not slow", "-p", "no:cacheprovider", *TESTS)
             found.append(Step("other tests", "pytest", others, 90))
-    measured = ("--device", "cuda", "--seconds", "140", "--output", str(output.parent))
-    found.append(Step("gated_delta", "benchmarks.gated_delta", measured, 240))
+    measured = ("--device", "cuda", "--seconds", "90", "--output", str(output.parent))
+    found.append(Step("gated_delta", "benchmarks.gated_delta", measured, 150))
+    options = ("--device", "cuda", "--output", str(output.parent))
+    found.append(Step("titans", "benchmarks.titans", options, 110))
     return found, cannot
 
 

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import library
 from benchmarks.titans import __main__ as command
-from benchmarks.titans import cpu, measure
+from benchmarks.titans import cpu, cuda, measure
 from benchmarks.titans.problem import Problem
 
 needs_peer = pytest.mark.skipif(
@@ -90,3 +90,16 @@ def test_without_the_peer_the_command_says_so(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert command.main(["--device", "cpu"]) == 2
     assert "titans-pytorch is not installed" in capsys.readouterr().err
+
+
+def test_without_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert command.main(["--device", "cuda"]) == 2
+    assert "no CUDA GPU" in capsys.readouterr().err
+
+
+def test_the_table_for_gpus_on_the_cpu(capsys):
+    found, agree = cuda.compare("cpu", 1, quick=True)
+    ours = [row for row in found["rows"] if row["implementation"].startswith("memlm")]
+    assert agree and len(ours) == 5 and all(row["tokens_per_second"] > 0 for row in ours)
