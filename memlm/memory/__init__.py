@@ -13,6 +13,7 @@ from memlm.memory.base import (
 )
 from memlm.memory.gated_delta import GatedDelta, GatedDeltaConfig
 from memlm.memory.knn_cache import KnnCache, KnnCacheConfig, KnnCacheState
+from memlm.memory.lact import LaCT, LaCTConfig
 from memlm.memory.linear_attention import LinearAttention, LinearAttentionConfig
 from memlm.memory.min_gru import MinGRU, MinGRUConfig
 from memlm.memory.min_lstm import MinLSTM, MinLSTMConfig
@@ -28,6 +29,8 @@ __all__ = [
     "KnnCache",
     "KnnCacheConfig",
     "KnnCacheState",
+    "LaCT",
+    "LaCTConfig",
     "LinearAttention",
     "LinearAttentionConfig",
     "MemoryConfig",

@@ -17,6 +17,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 # What is taken from the memory: its branch, or the values of one without a state.
 ABLATION = {
     "gated_delta": "off",
+    "lact": "off",
     "linear_attention": "off",
     "min_gru": "off",
     "min_lstm": "off",
