@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.aot import Specimen
 from memlm.cuda.diagonal_scan import inputs as scan
 from memlm.cuda.linear_recurrence import inputs as recurrence
+from memlm.cuda.neural_memory.gates import TileGates
 from memlm.cuda.short_convolution import inputs as convolution
 
 ROWS, TOKENS = 2, 4096
@@ -25,6 +26,7 @@ KEY_VALUE_SIZES = ((64, 64), (64, 128), (128, 128), (128, 256), (256, 256))
 RECURRENCE_PRODUCTS = frozenset(
     {"prepare_kernel", "scan_kernel", "reverse_scan_kernel", "gradient_kernel"}
 )
+LINEAR_PRODUCTS = frozenset(f"linear_{name}" for name in RECURRENCE_PRODUCTS)
 
 
 def quick() -> list[Specimen]:
@@ -34,6 +36,7 @@ def quick() -> list[Specimen]:
         _recurrence(Recurrence(128, 128, tokens=1)),
         _convolution(Convolution(128, 128)),
         _scan(Scan(1024)),
+        _linear_memory(LinearMemory(64)),
     ]
 
 
@@ -41,7 +44,8 @@ def full() -> list[Specimen]:
     """Every size, type and switch."""
     convolutions = map(_convolution, _convolution_matrix())
     scans = map(_scan, _scan_matrix())
-    return [*quick(), *map(_recurrence, _recurrence_matrix()), *convolutions, *scans]
+    memories = map(_linear_memory, _linear_memory_matrix())
+    return [*quick(), *map(_recurrence, _recurrence_matrix()), *convolutions, *scans, *memories]
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -120,7 +124,7 @@ def _recurrence(case: Recurrence) -> Specimen:
     )
 
 
-def _longer(case: "Recurrence | Convolution | Scan") -> Callable[[], object]:
+def _longer(case: "Recurrence | Convolution | Scan | LinearMemory") -> Callable[[], object]:
     """The same launches for other lengths; single tokens stay single."""
     changes = LONGER if case.tokens > 1 else {"rows": LONGER["rows"]}
     return dataclasses.replace(case, **changes).launch
@@ -265,3 +269,65 @@ def _scan_matrix() -> list[Scan]:
     cases += [wide(packed=True), wide(tokens=1), wide(narrow=True), wide(packed=True, tokens=1)]
     # Channels that fill a card without a split, and such that fill no block.
     return [*cases, Scan(1 << 16), Scan(40)]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearMemory:
+    """The linear neural memory in tiles of C tokens; every: steps between refreshes, None exact."""
+
+    D: int
+    C: int = 64
+    every: int | None = 1
+    dtype: torch.dtype = torch.bfloat16
+    ragged: bool = False
+    rows: int = ROWS
+    tokens: int = TOKENS
+
+    @property
+    def name(self) -> str:
+        words = [
+            f"neural_memory linear {self.D} {str(self.dtype).removeprefix('torch.')}",
+            f"tiles of {self.C}",
+            "exact" if self.every is None else f"refresh every {self.every}",
+            "ragged" if self.ragged else "",
+        ]
+        return " ".join(word for word in words if word)
+
+    def launch(self) -> None:
+        from memlm.cuda.neural_memory import triton_linear as launchers
+
+        counts = [self.rows] * -(-self.tokens // self.C) + [1] * self.ragged
+        M, C, D, exact = sum(counts), self.C, self.D, self.every is None
+        q, k, v = (_empty(M, C, D, dtype=self.dtype) for _ in range(3))
+        gates = TileGates(
+            _empty(M, C, C), *(_empty(M, C) for _ in range(4)), *(_empty(M) for _ in range(3))
+        )
+        anchor, weights, momentum = (_empty(self.rows, D, D) for _ in range(3))
+        anchor = None if exact else anchor
+        options = (counts, self.every or 0, exact)
+        o, *ends, saved = launchers.forward(
+            q, k, v, gates, anchor, weights, momentum, *options, True
+        )
+        launchers.backward(q, k, v, gates, anchor, *options, saved, o, *ends)
+
+
+def _linear_memory(case: LinearMemory) -> Specimen:
+    products = case.C == 64 and case.D >= 64
+    return Specimen(
+        case.name, case.launch, _longer(case), LINEAR_PRODUCTS if products else frozenset()
+    )
+
+
+def _linear_memory_matrix() -> list[LinearMemory]:
+    widths = (32, 64, 128, 256)
+    sizes = itertools.product(widths, (16, 64), (None, 1))
+    cases = [LinearMemory(*size) for size in sizes if size != (64, 64, 1)]
+    return [
+        *cases,
+        *(LinearMemory(D, every=0) for D in widths),
+        LinearMemory(64, 32),
+        LinearMemory(96),
+        LinearMemory(128, dtype=torch.float16),
+        LinearMemory(128, every=None, ragged=True),
+        LinearMemory(128, every=4, ragged=True),
+    ]
