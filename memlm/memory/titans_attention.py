@@ -40,11 +40,11 @@ class _WithWindow(AttendingMemory):
 
     name = "titans"
     config: TitansConfig
+    o_norm: nn.Module  # of the heads of the memory
 
     def __init__(self, config: TitansConfig, hidden_size: int, norm_eps: float = 1e-6):
         super().__init__(config, hidden_size, norm_eps)
         self.memory = TitansMemory(config, hidden_size)
-        self.o_norm = nn.RMSNorm(self.memory.head_dim, norm_eps)
         self.m_proj = nn.Linear(self.memory.heads * self.memory.head_dim, hidden_size, bias=False)
         self.attention = PersistentAttention(
             config.attention(), hidden_size, config.persistent_tokens, norm_eps
@@ -90,6 +90,7 @@ class TitansMAG(_WithWindow):
 
     def __init__(self, config: TitansConfig, hidden_size: int, norm_eps: float = 1e-6):
         super().__init__(config, hidden_size, norm_eps)
+        self.o_norm = nn.Identity()  # the gate has a norm; two in a row blow gradients up
         self.gate = MemoryGate(hidden_size, norm_eps)
 
     def forward(
@@ -119,6 +120,7 @@ class TitansMAL(_WithWindow):
 
     def __init__(self, config: TitansConfig, hidden_size: int, norm_eps: float = 1e-6):
         super().__init__(config, hidden_size, norm_eps)
+        self.o_norm = nn.RMSNorm(self.memory.head_dim, norm_eps)
         self.norm = nn.RMSNorm(hidden_size, norm_eps)
 
     def forward(

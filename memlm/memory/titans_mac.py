@@ -93,7 +93,6 @@ class TitansMAC(AttendingMemory):
         self.retrieval_conv = (
             ShortConvolution(H * D, config.conv_size) if config.conv_size else None
         )
-        self.o_norm = nn.RMSNorm(D, norm_eps)
         self.m_proj = nn.Linear(H * D, hidden_size, bias=False)
         self.retrieved_norm = nn.RMSNorm(hidden_size, norm_eps)
         self.attention = SegmentAttention(
@@ -198,7 +197,7 @@ class TitansMAC(AttendingMemory):
 
     def _spread(self, o: Tensor) -> Tensor:
         """What the heads of the memory say, [..., H, D], as [..., hidden_size]."""
-        return self.m_proj(self.o_norm(o).flatten(-2))
+        return self.m_proj(o.flatten(-2))
 
     def _walk(
         self,
