@@ -144,8 +144,8 @@ class _Config:
 
     BD: int
     BE: int
-    num_warps: int = 4
-    num_stages: int = 2
+    num_warps: int
+    num_stages: int
 
 
 def _pad(x: Tensor, *after: int) -> Tensor:
@@ -156,21 +156,26 @@ def _pad(x: Tensor, *after: int) -> Tensor:
 
 
 def _block(size: int, D: int) -> int:
-    return max(16, min(size, triton.next_power_of_2(D)))
+    return min(size, max(16, triton.next_power_of_2(D)))
 
 
-def _scan_config(D: int, target: int) -> _Config:
-    """The blocks [BD, BE] of W and S stay in registers."""
-    BE, num_warps = 32, 4
+def _scan_config(D: int, target: int, exact: bool, reverse: bool = False) -> _Config:
+    """For the two scans: the blocks [BD, BE] of the states stay in registers."""
+    BE, num_warps, num_stages = 32, 4, 2
     if D > 128:
-        BE, num_warps = 16, 8
+        BE, num_warps = 16, 4 if target // 10 == 9 else 8
+        if target >= 100 and not reverse:
+            num_stages = 3
+        elif target >= 100 and exact:
+            BE = 8
     elif D > 64:
         BE, num_warps = (32, 8) if target >= 90 else (16, 4)
-    return _Config(_block(WIDEST, D), _block(BE, D), num_warps)
+    return _Config(_block(WIDEST, D), _block(BE, D), num_warps, num_stages)
 
 
 def _gradient_config(D: int, target: int) -> _Config:
-    return _Config(_block(32, D), _block(32, D), 8, 1)
+    """For the gradients of a tile: four to six sums [C, BD] stay in registers."""
+    return _Config(_block(32 if target >= 90 else 16, D), _block(32, D), 8, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +290,7 @@ class _Problem:
         buffers: "_Buffers | None" = None,
     ) -> None:
         """Walk through some steps from the weights and momentum at their start."""
-        config = _scan_config(self.D, self.target)
+        config = _scan_config(self.D, self.target, self.exact)
         linear_scan_kernel[(self.counts[start] * triton.cdiv(self.D, config.BE),)](
             self.Q,
             self.K,
@@ -321,7 +326,7 @@ class _Problem:
         buffers: "_Buffers",
     ) -> None:
         """Walk back through some steps; dstates and dV change in place."""
-        config = _scan_config(self.D, self.target)
+        config = _scan_config(self.D, self.target, self.exact, reverse=True)
         linear_reverse_scan_kernel[(self.counts[start] * triton.cdiv(self.D, config.BE),)](
             self.Q,
             self.K,

@@ -289,6 +289,10 @@ def linear_reverse_scan_kernel(
         U += tl.dot(keys, dS_low) * tl.load(n + tile * C + i)[:, None]
         U = tl.dot(tl.trans(tl.load(_square(scores, tile, i, C))), dout, U)
         U = 2.0 * U
+        if inverse is not None:
+            T = tl.load(_square(inverse, tile, i, C))
+            U = tl.dot(tl.trans(T), U.to(keys.dtype))
+        _store_tokens(dv, tile, i, e, U, C, D)
         # The scales of queries and keys are put on the narrower gradients.
         wide = dout.to(tl.float32)
         from_weights = (wide * tl.load(beta + tile * C + i)[:, None]).to(keys.dtype)
@@ -301,7 +305,6 @@ def linear_reverse_scan_kernel(
             earlier = i > 0
             beta_p = tl.load(beta + tile * C + i - 1, mask=earlier, other=1.0)
             f_p = tl.load(f + tile * C + i - 1, mask=earlier, other=0.0)
-            U = tl.dot(tl.trans(tl.load(_square(inverse, tile, i, C))), U.to(keys.dtype))
             dW = tl.dot(tl.trans(keys), (U * -beta_p[:, None]).to(keys.dtype), dW)
             dS = tl.dot(tl.trans(keys), (U * -f_p[:, None]).to(keys.dtype), dS)
         elif FRESH:
@@ -316,7 +319,6 @@ def linear_reverse_scan_kernel(
             # Products, for sums that are zeroed by a choice do not compile for sm_100.
             dW += dA * tl.where(refresh, 1.0, 0.0)
             dA = dA * tl.where(refresh, 0.0, 1.0)
-        _store_tokens(dv, tile, i, e, U, C, D)
     store_state(dweights, place, d, e, dW, D, D)
     store_state(dmomentum, place, d, e, dS, D, D)
     if CARRY:
