@@ -59,6 +59,7 @@ class Titans(MemoryModule):
         layout = context.layout
         x = layout.pack(hidden)
         o, final = self.memory(x, layout.incoming(state), layout.cu_seqlens, context.write)
+        self.memory.finish(layout)
         o = self.o_norm(o, self.g_proj(x))
         output = layout.unpack(self.o_proj(o.flatten(-2)))
         return output, layout.outgoing(final, state) if context.write else state

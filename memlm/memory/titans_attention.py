@@ -67,6 +67,7 @@ class _WithWindow(AttendingMemory):
         o, final = self.memory(
             layout.pack(hidden), layout.incoming(state), layout.cu_seqlens, context.write
         )
+        self.memory.finish(layout)
         m = layout.unpack(self.m_proj(self.o_norm(o).flatten(-2)))
         return m, layout.outgoing(final, state) if context.write else state
 

@@ -40,7 +40,9 @@ class TitansConfig(MemoryConfig):
             is then a matter of speed.
         clip: largest norm of a token's gradient; None = no bound.
         alpha_bias, eta_bias, theta_bias: start values of the biases of decay, momentum and step
-            (before the sigmoid).
+            (before the sigmoid). Default of alpha_bias: -6 at depth 1; -9 at the others, whose
+            layer norm is the steeper the further the weights have faded: with -6 the gradients of
+            rows of 2048 tokens explode.
         window: tokens that the attention of mag and mal sees.
         segment: tokens of a segment of mac.
         persistent_tokens: learned tokens that the attention of mac, mag and mal sees everywhere.
@@ -65,7 +67,7 @@ class TitansConfig(MemoryConfig):
     refresh: str | int = "chunk"
     exact: bool = False
     clip: float | None = None
-    alpha_bias: float = -6.0
+    alpha_bias: float | None = None
     eta_bias: float = 2.0
     theta_bias: float = 0.0
     window: int = 512
@@ -89,6 +91,24 @@ class TitansConfig(MemoryConfig):
     def step_bound(self) -> float:
         """The largest step size."""
         return min(0.1, 1.6 / self.chunk_size) if self.theta_max is None else self.theta_max
+
+    @property
+    def decay_bias(self) -> float:
+        """The start value of the decay's bias."""
+        if self.alpha_bias is not None:
+            return self.alpha_bias
+        return -6.0 if self.depth == 1 else -9.0
+
+    def conventions(self) -> dict[str, int]:
+        """What belongs to the function that was trained though no weight shows it, as numbers."""
+        refresh = {"chunk": -1, "never": 0}.get(self.refresh, self.refresh)
+        return {
+            "chunk_size": 0 if self.exact else self.chunk_size,  # exact: a matter of speed
+            "read": READS.index(self.read),
+            "refresh": refresh,
+            "exact": int(self.exact),
+            "segment": self.segment if self.variant == "mac" else 0,
+        }
 
     def attention(self) -> AttentionConfig:
         """Sizes of the attention in mac, mag and mal."""

@@ -160,7 +160,9 @@ class TitansMAC(AttendingMemory):
             tiles, retrieval.unflatten(-1, (self.memory.heads, -1)), incoming, grid, context.write
         )
         y = y.flatten(0, 1)[place].view_as(x)
-        o = o[place.argsort().argsort()].unflatten(0, x.shape[:2])
+        order = place.argsort().argsort()
+        self.memory.finish(layout, order)
+        o = o[order].unflatten(0, x.shape[:2])
         output = layout.unpack(self.gate(y, self._spread(o)))
         if not context.write:
             return output, state, attended

@@ -5,6 +5,7 @@ Behrouz, Zhong, Mirrokni, "Titans: Learning to Memorize at Test Time", arXiv 250
 
 import dataclasses
 import itertools
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,11 @@ from transformers import initialization as init
 
 from memlm.cuda import NeuralMemoryState, neural_memory, short_convolution
 from memlm.cuda.neural_memory.state import NORM_EPS
+from memlm.layers.context import SequenceLayout
 from memlm.layers.convolution import ShortConvolution
 from memlm.memory.base import MemoryState
-from memlm.memory.titans_config import TitansConfig
+from memlm.memory.records import Surprise, UpdateCounts
+from memlm.memory.titans_config import READS, TitansConfig
 
 Layers = tuple[Tensor, ...]
 
@@ -54,6 +57,10 @@ class TitansMemory(nn.Module):
     start that is learned and the same for all documents.
     """
 
+    # Set by record_surprise and count_updates.
+    surprise: Surprise | None = None
+    updates: UpdateCounts | None = None
+
     def __init__(self, config: TitansConfig, hidden_size: int):
         super().__init__()
         self.config = config
@@ -71,7 +78,29 @@ class TitansMemory(nn.Module):
         self.initial_weights = nn.ParameterList(
             torch.empty(H, *shape) for shape in self.layer_shapes()
         )
+        # Saved with the weights, so that loading them under others is noticed.
+        self.register_buffer("conventions", self._conventions())
+        self.register_load_state_dict_post_hook(_after_loading)
         self.init_weights()
+
+    def _conventions(self) -> Tensor:
+        return torch.tensor(list(self.config.conventions().values()))
+
+    def warn_of_conventions(self) -> None:
+        """Warn where the loaded weights were trained with other conventions than the config's."""
+        ours = self.config.conventions()
+        loaded = dict(zip(ours, self.conventions.tolist(), strict=True))
+        differing = [
+            f"{name} {_label(name, loaded[name])} (now {_label(name, ours[name])})"
+            for name in ours
+            if ours[name] != loaded[name]
+        ]
+        if differing:
+            warnings.warn(
+                f"titans: these weights were trained with {', '.join(differing)}. That is part of "
+                "the function, not of its speed: outputs will be wrong unless you train on.",
+                stacklevel=3,
+            )
 
     def layer_shapes(self) -> list[tuple[int, int]]:
         """Inputs and outputs of every layer of the memory."""
@@ -80,7 +109,10 @@ class TitansMemory(nn.Module):
         return list(itertools.pairwise(widths))
 
     def init_weights(self) -> None:
-        biases = [getattr(self.config, f"{name}_bias") for name in self.gates]
+        config = self.config
+        start = {"alpha": config.decay_bias, "eta": config.eta_bias, "theta": config.theta_bias}
+        biases = [start[name] for name in self.gates]
+        init.copy_(self.conventions, self._conventions())
         init.copy_(self.gates_bias, torch.tensor(biases).repeat_interleave(self.heads))
         if self.config.depth == 1:
             init.zeros_(self.initial_weights[0])
@@ -130,7 +162,9 @@ class TitansMemory(nn.Module):
         if not write:
             alpha = eta = theta = torch.zeros_like(theta)
         config = self.config
-        o, memory = neural_memory(
+        # A bound on gradients measures them anyway.
+        measure = self.surprise is not None or (self.updates and config.clip is not None)
+        o, memory, *statistics = neural_memory(
             q,
             k,
             v,
@@ -144,7 +178,13 @@ class TitansMemory(nn.Module):
             config.exact,
             config.clip,
             cu_seqlens,
+            bool(measure),
         )
+        if self.surprise is not None:
+            self.surprise.take(statistics[0].surprise)
+        if self.updates is not None:
+            clipped = statistics[0].gradient_norm > config.clip if config.clip else None
+            self.updates.take(x, o, memory.weights, clipped)
         return o, TitansState(
             tail.to(state.conv.dtype),
             memory.anchor or state.anchor,
@@ -152,6 +192,18 @@ class TitansMemory(nn.Module):
             memory.momentum,
             memory.offset,
             torch.zeros_like(state.fresh),
+        )
+
+    def finish(self, layout: SequenceLayout, order: Tensor | None = None) -> None:
+        """The call of the model is over: what was recorded of its packed tokens goes into rows.
+
+        `order` is where each token stands among those recorded; None = at its own place.
+        """
+        if self.surprise is None:
+            return
+        shape = layout.valid.shape if layout.uniform else (1, layout.num_tokens)
+        self.surprise.finish(
+            lambda x: layout.unpack((x if order is None else x[order]).unflatten(0, shape))
         )
 
     def read(self, weights: Layers, q: Tensor) -> Tensor:
@@ -210,6 +262,16 @@ class TitansMemory(nn.Module):
         entries = sum(a * b for a, b in self.layer_shapes())
         chunk = self.config.chunk_size * sum(a + b for a, b in self.layer_shapes())
         return tokens * (2 * matrices + self.heads * (11 * entries + chunk))
+
+
+def _after_loading(module: TitansMemory, _keys: object) -> None:
+    module.warn_of_conventions()
+
+
+def _label(name: str, value: int) -> str:
+    if name == "read":
+        return READS[value]
+    return {-1: "chunk", 0: "never"}.get(value, str(value)) if name == "refresh" else str(value)
 
 
 def unit_length(x: Tensor) -> Tensor:

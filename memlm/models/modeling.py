@@ -15,6 +15,7 @@ from memlm.layers.attention import Attention
 from memlm.layers.context import CallContext, SequenceLayout
 from memlm.layers.state import MemoryState
 from memlm.memory import MemoryModule, memory_class
+from memlm.memory.titans_memory import TitansMemory
 from memlm.models.block import Block
 from memlm.models.cache import MemLMCache
 from memlm.models.configuration import MemLMConfig
@@ -54,6 +55,16 @@ class MemLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _is_stateful = True
     _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; warns of memories that compute something else than was trained."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, TitansMemory):
+                module.warn_of_conventions()
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -40,6 +40,7 @@ from memlm.training.setup import (
     open_datasets,
     prepare,
 )
+from memlm.training.updates import UpdateLog
 
 
 @dataclass
@@ -103,6 +104,7 @@ class Trainer:
         for stage in self.stages:  # a window that does not fit should not end a run half-way
             self.model.set_attention_window(stage.window)
 
+        self.updates = UpdateLog(self.model, self.accelerator)
         self.step = 0
         self.curriculum = CurriculumState()
         self.before: dict[str, float] | None = None
@@ -206,7 +208,10 @@ class Trainer:
             last = index == len(self.lanes.slices) - 1
             part = {name: row[rows].to(accelerator.device) for name, row in batch.items()}
             with contextlib.nullcontext() if last else accelerator.no_sync(self.row_loss):
-                losses, states = self.row_loss(part, self.lanes.states[index], options.carry_state)
+                with self.updates.watch():
+                    losses, states = self.row_loss(
+                        part, self.lanes.states[index], options.carry_state
+                    )
                 accelerator.backward((losses * scale).sum())
             self.lanes.states[index] = states
             sums += losses.detach()
@@ -214,6 +219,7 @@ class Trainer:
         loss = float((sums * coefficients).sum())
         grad_norm = self._update()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            self.updates.check(self.step + 1)
             raise UserError(
                 f"step {self.step + 1}: the loss is {loss} and the gradient norm {grad_norm}; "
                 "lower train.learning_rate, or raise train.warmup_steps"
@@ -264,6 +270,7 @@ class Trainer:
             and self.step != self.options.steps
         ):
             return
+        self.updates.check(self.step)
         metrics = {
             "step": self.step,
             "loss": loss,
@@ -274,6 +281,7 @@ class Trainer:
             "stage": self.curriculum.stage,
             "length": self.stage.length,
             "window": self.stage.window,
+            **self.updates.report(),
         }
         self.log.record(metrics)
         self.log.step_line(metrics, len(self.stages))

@@ -100,7 +100,7 @@ def test_start_values_survive_the_initialisation_of_a_model():
     )
     (module,) = (module for module in model.modules() if isinstance(module, Titans))
     torch.testing.assert_close(
-        module.memory.gates_bias, torch.tensor([-6.0, 2.0, 0.0]).repeat_interleave(2)
+        module.memory.gates_bias, torch.tensor([-9.0, 2.0, 0.0]).repeat_interleave(2)
     )
     assert module.memory.initial_weights[0].std().item() == pytest.approx(1, rel=0.1)
 
@@ -108,7 +108,7 @@ def test_start_values_survive_the_initialisation_of_a_model():
 def test_start_values():
     module = Titans(TitansConfig(num_heads=2, head_dim=32), 64)
     alpha, eta, theta = module.memory._gates(torch.zeros(1, 1, 64))
-    torch.testing.assert_close(alpha, torch.full((1, 1, 2), -6.0).sigmoid())
+    torch.testing.assert_close(alpha, torch.full((1, 1, 2), -9.0).sigmoid())
     torch.testing.assert_close(eta, torch.full((1, 1, 2), 2.0).sigmoid())
     torch.testing.assert_close(theta, 0.05 * (1 - eta))
     assert module.memory.initial_weights[0].std().item() == pytest.approx(1, rel=0.1)
@@ -128,8 +128,10 @@ def test_untrained_defaults_stay_stable_on_repeated_tokens(depth, chunk_size):
     with torch.no_grad():
         output, state = call(module, hidden)
     assert output.isfinite().all()
+    # Behind a layer norm gradients are orthogonal to the weights: these grow with every step, by
+    # less and less, as long as little is forgotten.
     for start, end in zip(module.memory.initial_weights, state.weights, strict=True):
-        assert end.norm() < 2 * start.norm() + 10
+        assert end.norm() < 4 * start.norm() + 10
 
 
 def test_the_memory_learns_what_it_reads():

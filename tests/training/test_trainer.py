@@ -224,6 +224,22 @@ def test_diverging_loss_stops_the_run(make_config):
         trainer.run()
 
 
+def test_a_diverged_memory_is_named(make_config):
+    titans = {"type": "titans", "num_heads": 2, "clip": 1e-3}
+    layers = [{"mixer": "attention", "memory": titans, "ffn": "swiglu"}]
+    trainer = Trainer(make_config(model={"layers": layers}, steps=2))
+    trainer.run()
+    records = read_metrics(trainer.folder / "metrics.jsonl")
+    assert [record["layers.0.memory.clipped"] for record in records] == [1.0, 1.0]
+
+    trainer = Trainer(make_config("broken", model={"layers": layers}))
+    memory = trainer.model.model.layers[0].memory.module.memory
+    with torch.no_grad():
+        memory.initial_weights[0][0, 0, 0] = float("inf")
+    with pytest.raises(UserError, match=r"step 1: the memory of layers.0.memory diverged.*theta_"):
+        trainer.run()
+
+
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights(make_config):
     plain, half = make_config("plain"), make_config("half", mixed_precision="bf16")
     Trainer(plain).run()
