@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from memlm.cuda.neural_memory.gates import TileGates
 from memlm.cuda.neural_memory.triton_mlp_gradients import (
     mlp_read_gradient_kernel,
-    mlp_reverse_kernel,
+    mlp_reverse_inner_kernel,
+    mlp_reverse_norm_kernel,
+    mlp_reverse_outer_kernel,
 )
 from memlm.cuda.neural_memory.triton_mlp_kernels import mlp_read_kernel, mlp_write_kernel
 
@@ -285,6 +287,7 @@ class Group:
             dx2,
             de1,
             de2,
+            *(problem.empty(tiles, C, C) for _ in range(2)),
             self.first,
             self.first_tile,
             **sizes,
@@ -293,51 +296,104 @@ class Group:
             num_stages=1,
         )
         config = reverse_config(C, D, h)
-        mlp_reverse_kernel[(self.rows,)](
-            problem.q,
-            problem.k,
-            problem.v,
-            gates.beta,
-            gates.f,
-            gates.g_end,
-            gates.n,
-            gates.beta_end,
-            gates.f_end,
-            gates.mu_end,
-            problem.first_tiles,
-            problem.lengths,
-            *anchor,
-            *self.states,
-            self.x2,
-            self.e1,
-            self.e2,
-            self.normal,
-            self.scale,
-            xq,
-            dz1q,
-            dz2q,
-            dk_read,
-            dx2,
-            de1,
-            de2,
-            dz2,
-            *itertools.chain(*dstate),
-            dk,
-            dv,
-            dgates.g_end,
-            dgates.n,
-            dgates.beta_end,
-            dgates.f_end,
-            dgates.mu_end,
-            self.first,
-            self.stop,
-            self.first_tile,
-            problem.refresh_every,
-            **sizes,
-            BH=config.BH,
-            num_warps=config.num_warps,
-            num_stages=1,
-        )
+        launch = {"num_warps": config.num_warps, "num_stages": 1}
+        slices = h // config.BH
+        for j in reversed(range(self.first, self.stop)):
+            rows, start = problem.counts[j], problem.starts[j]
+            step = slice(start, start + rows)
+            here = slice(start - self.first_tile, start - self.first_tile + rows)
+            anchor_step = j - j % problem.refresh_every
+            moved = anchor_step >= self.first and anchor_step > 0
+            anchors = self.states[:2] if moved else anchor
+            anchor_place = problem.starts[anchor_step] - self.first_tile if moved else 0
+            dk_parts = problem.empty(2, rows, slices, C, D, dtype=torch.float32)
+            de2_parts = problem.empty(rows, slices, C, D, dtype=torch.float32)
+            gate_parts = problem.empty(2, rows, 2, slices, C, dtype=torch.float32)
+            end_parts = problem.empty(rows, 3, slices, dtype=torch.float32)
+            mlp_reverse_inner_kernel[(rows, slices)](
+                problem.k,
+                gates.g_end,
+                gates.n,
+                *anchors,
+                self.x2,
+                self.e1,
+                self.e2,
+                dx2,
+                de1,
+                *dstate[1],
+                *dstate[2],
+                dk_parts[0],
+                de2_parts,
+                gate_parts[0],
+                start,
+                self.first_tile,
+                anchor_place,
+                D=D,
+                HIDDEN=h,
+                C=C,
+                BH=config.BH,
+                **launch,
+            )
+            mlp_reverse_norm_kernel[(rows,)](
+                problem.k,
+                problem.v,
+                self.normal,
+                self.scale,
+                de2,
+                de2_parts,
+                dk_read,
+                dz2,
+                dv,
+                start,
+                self.first_tile,
+                SLICES=slices,
+                CHANNELS=problem.channels,
+                D=D,
+                C=C,
+                num_warps=8 if C * D > 64 * 64 else 4,
+                num_stages=1,
+            )
+            mlp_reverse_outer_kernel[(rows, slices)](
+                problem.q,
+                problem.k,
+                gates.beta,
+                gates.f,
+                gates.g_end,
+                gates.n,
+                gates.beta_end,
+                gates.f_end,
+                gates.mu_end,
+                *anchors,
+                *self.states,
+                self.x2,
+                self.e1,
+                self.e2,
+                xq,
+                dz1q,
+                dz2q,
+                dx2,
+                de1,
+                dz2,
+                *itertools.chain(*dstate),
+                dk_parts[1],
+                gate_parts[1],
+                end_parts,
+                start,
+                self.first_tile,
+                anchor_place,
+                int(moved and anchor_step == j),
+                int(problem.refresh_every != 1),
+                problem.counts[j + 1] if j + 1 < len(problem.counts) else 0,
+                D=D,
+                HIDDEN=h,
+                C=C,
+                BH=config.BH,
+                **launch,
+            )
+            dk[step] = dk_read[here] + dk_parts.sum((0, 2))
+            dgates.g_end[step], dgates.n[step] = gate_parts.sum((0, 3)).unbind(1)
+            ends = end_parts.sum(2).unbind(1)
+            dgates.beta_end[step], dgates.f_end[step], dgates.mu_end[step] = ends
 
 
 def width(size: int) -> int:
