@@ -38,9 +38,13 @@ class LaCTConfig(MemoryConfig):
             beside it.
         conv_size: tokens the short convolution sees.
         momentum: whether steps carry on those of earlier chunks, S = mean(eta) S + gradient.
-        orthogonalise: whether a step is orthogonalised (Muon).
-        step_size: start value of the step size of a token; default 2 / chunk_size, since the
-            steps of a chunk add up (1e-3 at the paper's 2048).
+        orthogonalise: whether a step is orthogonalised (Muon). A step then changes the weights by
+            most of their own norm, so that recall is learned sooner; but the gradient of training
+            grows with every chunk on its way (20-fold over 16 chunks, 400-fold over 32, at 64
+            channels), which makes it a choice for rows of a few chunks.
+        step_size: start value of the step size of a token; default 16 / chunk_size, since the
+            steps of a chunk add up. The paper starts at 1e-3 with chunks of 2048, where the first
+            steps change the weights by less than a thousandth unless they are orthogonalised.
         momentum_bias: start value of the bias of the momentum (before the sigmoid).
     """
 
@@ -50,7 +54,7 @@ class LaCTConfig(MemoryConfig):
     chunk_size: int = 2048
     conv_size: int = 4
     momentum: bool = True
-    orthogonalise: bool = True
+    orthogonalise: bool = False
     step_size: float | None = None
     momentum_bias: float = 0.0
 
@@ -70,7 +74,7 @@ class LaCTConfig(MemoryConfig):
     @property
     def first_step_size(self) -> float:
         """The step size of a token before training."""
-        return 2 / self.chunk_size if self.step_size is None else self.step_size
+        return 16 / self.chunk_size if self.step_size is None else self.step_size
 
     def check_sizes(self, hidden_size: int) -> None:
         for name in ("num_heads", "head_dim", "chunk_size", "conv_size"):

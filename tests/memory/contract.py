@@ -18,7 +18,7 @@ DELTA_RULE = {"decay": False, "use_gate": False, "conv_size": None, "allow_neg_e
 TITANS = {"num_heads": 2, "head_dim": 8, "expansion": 2, "chunk_size": 4}
 TITANS_ATTENTION = {"window": 5, "segment": 5, "persistent_tokens": 2, "attention_heads": 2}
 PRODUCT_KEY = {"num_keys": 6, "num_heads": 2, "top_k": 3}
-LACT = {"num_heads": 2, "head_dim": 4, "chunk_size": 5}
+LACT = {"num_heads": 2, "head_dim": 4, "chunk_size": 5, "orthogonalise": True}
 KNN_CACHE = {"capacity": 12, "segment": 4, "key_size": 8, "top_k": 3, "num_heads": 2}
 # The only thing a new memory adds here.
 SPECS: dict[str, list[Spec]] = {

@@ -1,10 +1,12 @@
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from memlm import MemLMConfig, MemLMForCausalLM
+from memlm.data.mqar import IGNORED, MqarRows
 from memlm.errors import UserError
 from memlm.layers.context import CallContext
 from memlm.memory import memory_config
@@ -32,7 +34,7 @@ def call(module, hidden, state=None, **context):
 
 def test_the_layer_is_the_published_formula():
     # Two chunks of four tokens: the second reads what the first has taught.
-    module = build(orthogonalise=False, step_size=0.1)
+    module = build(step_size=0.1)
     x = torch.randn(8, 16, dtype=FLOAT64)
     w = {name: p.detach() for name, p in module.named_parameters()}
     qkv = torch.cat([x @ w[f"{name}_proj.weight"].t() for name in "qkv"], -1)
@@ -107,7 +109,7 @@ def test_start_values_survive_the_initialisation_of_a_model():
     model = MemLMForCausalLM(MemLMConfig(vocab_size=8, hidden_size=512, layers=layers))
     (module,) = (module for module in model.modules() if isinstance(module, LaCT))
     steps, eta = module._gates(torch.zeros(1, 1, 512))
-    torch.testing.assert_close(steps, torch.full((1, 1, 2, 3), 2 / 2048))
+    torch.testing.assert_close(steps, torch.full((1, 1, 2, 3), 16 / 2048))
     torch.testing.assert_close(eta, torch.full((1, 1, 2), 2.0).sigmoid())
     assert module.initial_up.std().item() == pytest.approx(256**-0.5, rel=0.1)
     assert module.initial_down.std().item() == pytest.approx(256**-0.5, rel=0.1)
@@ -209,3 +211,42 @@ def test_flops_are_linear_in_chunks_and_count_the_orthogonalisation():
     # Five iterations of x x^T, its square and their product with x, for three 4 x 4 matrices of
     # two heads, in 50 chunks.
     assert orthogonal.flops(200) - plain.flops(200) == 50 * 2 * 3 * 5 * 3 * (2 * 4**3)
+
+
+@pytest.mark.slow
+def test_two_layers_learn_to_recall_what_the_chunk_before_said():
+    torch.manual_seed(0)
+    memory = {"type": "lact", "num_heads": 2, "head_dim": 32, "chunk_size": 16}
+    memory["orthogonalise"] = True
+    model = MemLMForCausalLM(
+        MemLMConfig(
+            vocab_size=32,
+            hidden_size=64,
+            intermediate_size=128,
+            layers=[{"repeat": 2, "mixer": memory, "ffn": "swiglu"}],
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.95))
+    # Eight pairs fill the first chunk, their questions the second.
+    rows = MqarRows(vocab_size=32, length=32, pairs=8, seed=0, random_filler=False)
+
+    def forward(start, stop):
+        batch = rows.batch(np.arange(start, stop))
+        labels = torch.from_numpy(batch["labels"])
+        logits = model(torch.from_numpy(batch["input_ids"]), use_cache=False).logits
+        asked = labels != IGNORED
+        return logits[asked], labels[asked]
+
+    for step in range(250):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, (step + 1) / 50)
+        loss = F.cross_entropy(*forward(32 * step, 32 * (step + 1)))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    with torch.no_grad():
+        logits, labels = forward(10**6, 10**6 + 128)
+    accuracy = (logits.argmax(-1) == labels).double().mean().item()
+    print(f"accuracy {accuracy:.4f}")
+    assert accuracy > 0.98

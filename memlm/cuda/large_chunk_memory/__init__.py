@@ -8,8 +8,10 @@ Zhang et al., "Test-Time Training Done Right", arXiv 2505.23884, per head::
     Wj   <- rescale(Wj + S_j),  or  rescale(Wj + orthogonal(S_j))
 
 `rescale` gives every output channel (a column) the norm it had before, hence that of the initial
-weights; `orthogonal` is five Newton-Schulz steps of Muon. A token reads the weights its chunk began
-with, so what lies in its own chunk reaches it by other means (attention over at least a chunk).
+weights; `orthogonal` is five Newton-Schulz steps of Muon. They magnify the smallest singular values
+up to 485 times, rounding errors included: in float32, streams cut at different places agree to
+about 1e-4 with it and 1e-6 without. A token reads the weights its chunk began with, so what lies in
+its own chunk reaches it by other means (attention over at least a chunk).
 """
 
 import torch
