@@ -46,6 +46,31 @@ def draw_plots(results: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
     return plots
 
 
+def draw_surprise(surprise: dict[str, Any], window: int = 32, dark: bool = False) -> bytes:
+    """PNG of what surprised each memory, by position: one line per memory, mean over rows and heads.
+
+    Args:
+        surprise: tensors [B, T, H] by name, as `memlm.memory.records.record_surprise` gives them.
+        window: tokens of the running mean.
+        dark: for dark backgrounds.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context({"font.size": 11} | (DARK if dark else {})):
+        figure, (axis,) = _figure(7.0, 3.9)
+        for name, values in surprise.items():
+            mean = values.double().mean((0, 2))
+            size = min(window, len(mean))
+            smooth = mean.unfold(0, size, 1).mean(-1)
+            axis.plot(range(size - 1, len(mean)), smooth.tolist(), label=name, linewidth=1)
+        axis.set_yscale("log")
+        axis.set_xlabel("position (tokens)")
+        axis.set_ylabel(f"surprise |M(k) - v|², mean of {window} tokens")
+        axis.grid(axis="y", alpha=0.4)
+        axis.legend(frameon=False, fontsize=9)
+        return _png(figure)
+
+
 def _figure(width: float, height: float, columns: int = 1, sharey: bool = True):
     # Not pyplot: it keeps figures alive and picks a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -28,7 +28,7 @@ class TitansConfig(MemoryConfig):
         conv_size: tokens the short convolution sees; None = no convolution, q, k and v are SiLU of
             their projections.
         theta_max: upper bound of the step size of every head; default min(0.1, 1.6 / chunk_size),
-            since the steps of a chunk add up on keys that repeat.
+            since the steps of a chunk add up on keys that repeat; a fifth of it from depth 3 on.
         average_momentum: S = eta S - (1 - eta) theta grad instead of S = eta S - theta grad.
         momentum: False = no momentum, eta is 0.
         decay: False = nothing is forgotten, alpha is 0.
@@ -90,7 +90,9 @@ class TitansConfig(MemoryConfig):
     @property
     def step_bound(self) -> float:
         """The largest step size."""
-        return min(0.1, 1.6 / self.chunk_size) if self.theta_max is None else self.theta_max
+        if self.theta_max is not None:
+            return self.theta_max
+        return min(0.1, 1.6 / self.chunk_size) * (1.0 if self.depth < 3 else 0.2)
 
     @property
     def decay_bias(self) -> float:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from memlm import MemLMConfig, MemLMForCausalLM
+from memlm.evaluation.plots import draw_surprise
 from memlm.memory.records import count_updates, record_surprise
 
 
@@ -49,6 +50,11 @@ def test_surprise_is_the_loss_of_the_first_token_at_the_initial_weights():
     v = torch.nn.functional.silu(branch.module.memory.v_proj(x)).view(2, 8)
     found = next(iter(records.values())).joined()
     torch.testing.assert_close(found[0, 0], v.square().sum(-1))  # the initial weights are zero
+
+
+def test_surprise_can_be_drawn():
+    picture = draw_surprise({"0.mixer": torch.rand(2, 50, 2), "1.mixer": torch.rand(2, 50, 2)})
+    assert picture.startswith(b"\x89PNG") and len(picture) > 5000
 
 
 @torch.no_grad()
