@@ -1,7 +1,8 @@
 """The ways a model's memory is taken away, to see what it is worth.
 
 `on`        as trained.
-`off`       every memory branch gives zero, from the first token on.
+`off`       every memory branch gives zero, from the first token on; one that contains attention
+            goes on attending without its memory.
 `reset`     the context is read with the memory; before the question the memories are as new.
 `swapped`   before the question each row gets the memories of another row: another document's.
 `zeroed`    for a memory without a state (a table of learned values): its values count as zero.

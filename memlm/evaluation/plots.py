@@ -47,7 +47,7 @@ def draw_plots(results: dict[str, Any], dark: bool = False) -> dict[str, bytes]:
 
 
 def draw_surprise(surprise: dict[str, Any], window: int = 32, dark: bool = False) -> bytes:
-    """PNG of what surprised each memory, by position: one line per memory, mean over rows and heads.
+    """PNG of the surprise of each memory by position, the mean over rows and heads.
 
     Args:
         surprise: tensors [B, T, H] by name, as `memlm.memory.records.record_surprise` gives them.

@@ -346,7 +346,8 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
             labels: int64 [B, T], the input shifted inside as in transformers, -100 = no target.
             memory_states: what an earlier call returned; the tokens continue its rows.
             past_key_values: the same as a Cache, as generate() uses it.
-            use_memory: False = every memory branch is exactly zero and no memory is written.
+            use_memory: False = every memory branch is exactly zero and no memory is written; one
+                that contains attention (Titans' mac, mag, mal) goes on attending without it.
             write_memory: False = memories are read, never written.
             logits_to_keep: logits of the last so many tokens only (0 = all), or their indices.
             return_memory_states: return the states also when none were passed.

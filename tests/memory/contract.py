@@ -59,6 +59,7 @@ SPECS: dict[str, list[Spec]] = {
                 f"{variant}-depth{depth}",
                 stable={"theta_max": 1e-3} if depth > 1 else {},
                 examples=2,
+                slow=depth > 1,  # depth 2 by itself is above
             )
             for variant in ("mac", "mag", "mal")
             for depth in (1, 2)

@@ -30,6 +30,7 @@ class Spec:
         without_gradient: fields of its state that take no gradient by design (stores).
         stable: further options in float32, for a memory that is chaotic with its usual ones.
         examples: draws per law.
+        slow: whether it is left to the slow tests.
     """
 
     sites: tuple[str, ...]
@@ -38,6 +39,7 @@ class Spec:
     without_gradient: tuple[str, ...] = ()
     stable: dict[str, Any] = dataclasses.field(default_factory=dict)
     examples: int = 6
+    slow: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

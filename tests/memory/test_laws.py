@@ -20,7 +20,13 @@ def test_every_memory_is_under_the_law():
     assert sorted(SPECS) == memory_names(), "a memory needs a line in tests/memory/contract.py"
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+CASES = [
+    pytest.param(case, marks=[pytest.mark.slow] if case.spec.slow else [], id=str(case))
+    for case in cases()
+]
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("law", LAWS)
 def test_law(law, case, law_counter):
     @settings(deterministic, max_examples=case.spec.examples)
