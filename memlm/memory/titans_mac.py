@@ -222,16 +222,15 @@ class TitansMAC(AttendingMemory):
             segment_weights=self.memory.start(state.segment_weights, state.fresh),
         )
         counts = grid.counts
-        steps = zip(
-            *(part.split(counts) for part in vars(tiles).values()),
-            strict=True,
-        )
+        steps = zip(*(part.split(counts) for part in vars(tiles).values()), strict=True)
+        whole = (tiles.positions >= 0).all(1).split(counts)
+        whole = torch.stack([part.all() for part in whole]).tolist()  # one transfer
         outputs, reads, ended = [], [], []
-        for parts, queries, after in zip(
-            steps, retrieval.split(counts), [*counts[1:], 0], strict=True
+        for parts, queries, full, after in zip(
+            steps, retrieval.split(counts), whole, [*counts[1:], 0], strict=True
         ):
             step = _Tiles(*parts)
-            y, o, state = self._segment(step, queries, state, write)
+            y, o, state = self._segment(step, queries, state, write, full)
             outputs.append(y)
             reads.append(o)
             if after < len(y):  # some documents end here
@@ -241,15 +240,15 @@ class TitansMAC(AttendingMemory):
         return torch.cat(outputs), torch.cat(reads), final
 
     def _segment(
-        self, tiles: _Tiles, retrieval: Tensor, state: TitansMACState, write: bool
+        self, tiles: _Tiles, retrieval: Tensor, state: TitansMACState, write: bool, full: bool
     ) -> tuple[Tensor, Tensor, TitansMACState]:
-        """Steps 1 to 3 for one segment, or the rest of one, of n documents."""
+        """Steps 1 to 3 for one segment, or a part of one, of n documents; `full`: all whole."""
         count, segment, _ = tiles.x.shape
         filled = tiles.positions >= 0
         begins = filled[:, 0, None, None, None]
         held = zip(state.weights, state.segment_weights, strict=True)
         held = tuple(torch.where(begins, now, before) for now, before in held)
-        index = None if bool(filled.all()) else filled.flatten().nonzero().squeeze(1)
+        index = None if full else filled.flatten().nonzero().squeeze(1)
 
         h = self.retrieved_norm(self._spread(self.memory.read(held, retrieval)))
         slots = torch.arange(segment, device=h.device).repeat(count)
