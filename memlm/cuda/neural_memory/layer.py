@@ -9,7 +9,9 @@ the tile's start::
 The backward pass is written by hand: everything adds up in place.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,6 +29,17 @@ def read_and_advance(
 def advance(gate: TileGates, a: Tensor, e: Tensor, W: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
     """W' and S' alone."""
     return _Layer.apply(None, a, e, W, S, *gate)[1:]
+
+
+def _in_its_own_precision(backward: Callable) -> Callable:
+    """A backward pass may itself be called under autocast."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx, *gradients):
+        with torch.autocast(ctx.saved_tensors[1].device.type, enabled=False):
+            return backward(ctx, *gradients)
+
+    return wrapped
 
 
 class _Layer(torch.autograd.Function):
@@ -48,6 +61,7 @@ class _Layer(torch.autograd.Function):
         return y, W_next, S_next
 
     @staticmethod
+    @_in_its_own_precision
     def backward(ctx, dy, dW_next, dS_next):
         x, a, e, W, S, G, products, beta, f, g_end, n, beta_end, f_end, mu_end = ctx.saved_tensors
         dx = da = de = dW = dS = dG = dbeta = df = None
