@@ -377,26 +377,29 @@ def linear_gradient_kernel(
     i = tl.arange(0, C)
     EXACT: tl.constexpr = anchor_slots is None
     dB = tl.zeros([C, C], tl.float32)
-    N = tl.zeros([C, C], tl.float32)
     for e0 in range(0, D, BE):
         e = e0 + tl.arange(0, BE)
         error = _load_tokens(errors, local, i, e, C, D)
         dB = tl.dot(_load_tokens(do, tile, i, e, C, D), tl.trans(error), dB)
-        if EXACT:
-            N = tl.dot(_load_tokens(dv, tile, i, e, C, D), tl.trans(error), N)
     QK = tl.zeros([C, C], tl.float32)
-    KK = tl.zeros([C, C], tl.float32)
     for d0 in range(0, D, BD):
         d = d0 + tl.arange(0, BD)
         keys = _load_tokens(k, tile, i, d, C, D)
         QK = tl.dot(_load_tokens(q, tile, i, d, C, D), tl.trans(keys), QK)
-        if EXACT:
-            KK = tl.dot(keys, tl.trans(keys), KK)
     dB = tl.where(i[:, None] >= i[None, :], -dB, 0.0)
     tl.store(_square(dG, tile, i, C), dB * QK)
     dB_low = (dB * tl.load(_square(G, tile, i, C))).to(k.dtype.element_ty)
     earlier = i > 0
     if EXACT:
+        N = tl.zeros([C, C], tl.float32)
+        for e0 in range(0, D, BE):
+            e = e0 + tl.arange(0, BE)
+            error = _load_tokens(errors, local, i, e, C, D)
+            N = tl.dot(_load_tokens(dv, tile, i, e, C, D), tl.trans(error), N)
+        KK = tl.zeros([C, C], tl.float32)
+        for d0 in range(0, D, BD):
+            keys = _load_tokens(k, tile, i, d0 + tl.arange(0, BD), C, D)
+            KK = tl.dot(keys, tl.trans(keys), KK)
         N = tl.where(i[:, None] > i[None, :], N, 0.0)
         tl.debug_barrier()  # other threads read the row before theirs
         one_up = _square(dG, tile, i, C) - C
