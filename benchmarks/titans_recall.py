@@ -69,11 +69,11 @@ ROWS = {
     "depth 2 (full)": Settings({}),
     "depth 1": Settings({"depth": 1}),
     "depth 1, exact": Settings({"depth": 1, "exact": True}),
-    "depth 3": Settings({"depth": 3}),
+    "depth 3": Settings({"depth": 3, "theta_max": 0.02}),  # at 0.1 it has 0.53 after 700 steps
     "no convolution": Settings({"conv_size": None}),
     "no momentum": Settings({"momentum": False}),
     "no decay": Settings({"decay": False}),
-    "16 pairs": Settings({}, pairs=16, steps=2000),
+    "depth 1, 16 pairs": Settings({"depth": 1}, pairs=16, steps=2000),
 }
 
 
