@@ -37,6 +37,7 @@ def quick() -> list[Specimen]:
         _convolution(Convolution(128, 128)),
         _scan(Scan(1024)),
         _linear_memory(LinearMemory(64)),
+        _mlp_memory(MLPMemory(32, 128, 16)),
     ]
 
 
@@ -45,7 +46,9 @@ def full() -> list[Specimen]:
     convolutions = map(_convolution, _convolution_matrix())
     scans = map(_scan, _scan_matrix())
     memories = map(_linear_memory, _linear_memory_matrix())
-    return [*quick(), *map(_recurrence, _recurrence_matrix()), *convolutions, *scans, *memories]
+    deep = map(_mlp_memory, _mlp_memory_matrix())
+    recurrences = map(_recurrence, _recurrence_matrix())
+    return [*quick(), *recurrences, *convolutions, *scans, *memories, *deep]
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -124,7 +127,9 @@ def _recurrence(case: Recurrence) -> Specimen:
     )
 
 
-def _longer(case: "Recurrence | Convolution | Scan | LinearMemory") -> Callable[[], object]:
+def _longer(
+    case: "Recurrence | Convolution | Scan | LinearMemory | MLPMemory",
+) -> Callable[[], object]:
     """The same launches for other lengths; single tokens stay single."""
     changes = LONGER if case.tokens > 1 else {"rows": LONGER["rows"]}
     return dataclasses.replace(case, **changes).launch
@@ -331,3 +336,49 @@ def _linear_memory_matrix() -> list[LinearMemory]:
         LinearMemory(128, every=None, ragged=True),
         LinearMemory(128, every=4, ragged=True),
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPMemory:
+    """The neural memory of two layers in tiles of C tokens; every: steps between refreshes."""
+
+    D: int
+    hidden: int
+    C: int
+    every: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    rows: int = ROWS
+    tokens: int = 512
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        sizes = f"{self.D}/{self.hidden} {dtype} tiles of {self.C}"
+        return f"neural_memory mlp {sizes} refresh every {self.every}"
+
+    def launch(self) -> None:
+        from memlm.cuda.neural_memory import triton_mlp as launchers
+
+        counts = [self.rows] * -(-self.tokens // self.C)
+        M, C, D = sum(counts), self.C, self.D
+        q, k, v = (_empty(M, C, D, dtype=self.dtype) for _ in range(3))
+        if launchers.refusal(q) is not None:  # older cards take short tiles only
+            return
+        gates = TileGates(
+            _empty(M, C, C), *(_empty(M, C) for _ in range(4)), *(_empty(M) for _ in range(3))
+        )
+        layers = (_empty(self.rows, D, self.hidden), _empty(self.rows, self.hidden, D))
+        options = (counts, self.every)
+        o, *ends, saved = launchers.forward(q, k, v, gates, layers, layers, layers, *options, True)
+        launchers.backward(q, k, v, gates, *options, saved, o, *ends)
+
+
+def _mlp_memory(case: MLPMemory) -> Specimen:
+    return Specimen(case.name, case.launch, _longer(case))
+
+
+def _mlp_memory_matrix() -> list[MLPMemory]:
+    sizes = ((64, 64), (64, 128), (64, 256), (128, 512))
+    cases = [MLPMemory(*size, C) for size, C in itertools.product(sizes, (16, 64))]
+    wide = functools.partial(MLPMemory, 64, 256)
+    return [*cases, MLPMemory(32, 128, 64), wide(32), wide(64, 0), wide(64, dtype=torch.float16)]

@@ -14,8 +14,11 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from memlm.cuda.dispatch import interpreting
+from memlm.cuda.linear_recurrence.triton_problem import target_of
 from memlm.cuda.neural_memory.gates import TileGates
 from memlm.cuda.neural_memory.triton_mlp_gradients import (
+    mlp_output_gradient_kernel,
     mlp_read_gradient_kernel,
     mlp_reverse_inner_kernel,
     mlp_reverse_norm_kernel,
@@ -23,6 +26,8 @@ from memlm.cuda.neural_memory.triton_mlp_gradients import (
 )
 from memlm.cuda.neural_memory.triton_mlp_kernels import mlp_read_kernel, mlp_write_kernel
 
+TILES = (16, 32, 64)  # tokens; below compute capability 9.0 only the first
+WIDEST = 128
 GROUP = 8  # steps
 NEVER = 1 << 30  # as a number of steps
 
@@ -38,22 +43,23 @@ class Config:
     resident: bool = False
 
 
-def write_config(C: int, D: int, hidden: int) -> Config:
-    if hidden <= 128 and D * hidden <= 64 * 128:
+def write_config(C: int, D: int, hidden: int, target: int) -> Config:
+    """For the walk that writes: W and S stay in registers where they and the tokens fit."""
+    if target >= 90 and C == 16 and hidden <= 128 and D * hidden <= 32 * 128:
         return Config(hidden, 8, True)
-    return Config(min(hidden, 64 if D <= 64 else 32), 8 if C > 32 else 4)
+    return walk_config(C, D, hidden, target)
 
 
-def read_config(C: int, D: int, hidden: int) -> Config:
-    return Config(min(hidden, 64 if D <= 64 else 32), 8 if C > 32 else 4)
-
-
-def gradient_config(C: int, D: int, hidden: int) -> Config:
+def walk_config(C: int, D: int, hidden: int, target: int) -> Config:
+    """For kernels that walk over the slices of a tile."""
+    if target < 90 or (target >= 100 and C == 16):
+        return Config(min(hidden, 16), 4)
     return Config(min(hidden, 32), 8 if C > 32 else 4)
 
 
-def reverse_config(C: int, D: int, hidden: int) -> Config:
-    return Config(min(hidden, 32), 8 if C > 32 else 4)
+def reverse_config(C: int, D: int, hidden: int, target: int) -> Config:
+    """For one slice of one tile, in the walk backwards."""
+    return Config(min(hidden, 16 if target < 90 else 32), 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +96,7 @@ class Problem:
         starts = [0, *itertools.accumulate(counts)]
         lengths = [sum(count > row for count in counts) for row in range(counts[0])]
         return cls(
-            *(_wide(x, last=width(q.shape[-1])) for x in (q, k, v)),
+            *(_wide(x, width(q.shape[-1])) for x in (q, k, v)),
             TileGates(*(x.contiguous() for x in gates)),
             counts,
             starts,
@@ -106,6 +112,11 @@ class Problem:
         """C, D."""
         return self.q.shape[1], self.q.shape[2]
 
+    @property
+    def target(self) -> int:
+        """Compute capability that decides sizes."""
+        return target_of(self.q.device)
+
     def groups(self) -> list[tuple[int, int]]:
         """First step and end of every group of steps."""
         steps = len(self.counts)
@@ -116,8 +127,8 @@ class Problem:
         _, D = self.sizes
         first, second = layers
         return (
-            _wide(first.float(), D, self.hidden, new=True),
-            _wide(second.float(), self.hidden, D, new=True),
+            _wide(first.float(), D, self.hidden).clone(),
+            _wide(second.float(), self.hidden, D).clone(),
         )
 
     def true_layers(self, layers: Layers, hidden: int) -> Layers:
@@ -179,7 +190,7 @@ class Group:
         """Walk the steps; the state is overwritten."""
         problem, gates = self.problem, self.problem.gates
         C, D = problem.sizes
-        config = write_config(C, D, problem.hidden)
+        config = write_config(C, D, problem.hidden, problem.target)
         mlp_write_kernel[(self.rows,)](
             problem.k,
             problem.v,
@@ -217,7 +228,7 @@ class Group:
         """Write the outputs of the tiles."""
         problem, gates = self.problem, self.problem.gates
         C, D = problem.sizes
-        config = read_config(C, D, problem.hidden)
+        config = walk_config(C, D, problem.hidden, problem.target)
         mlp_read_kernel[(self.rows, self.stop - self.first)](
             problem.q,
             problem.k,
@@ -262,9 +273,12 @@ class Group:
         xq, dz1q, dx2, de1 = (problem.empty(tiles, C, h) for _ in range(4))
         dz2q, dz2 = (problem.empty(tiles, C, D) for _ in range(2))
         dk_read, de2 = (problem.empty(tiles, C, D, dtype=torch.float32) for _ in range(2))
-        sizes = {"CHANNELS": problem.channels, "D": D, "HIDDEN": h, "C": C}
-        config = gradient_config(C, D, h)
-        mlp_read_gradient_kernel[(self.rows, self.stop - self.first)](
+        p1, h2 = (problem.empty(tiles, C, C) for _ in range(2))
+        config = walk_config(C, D, h, problem.target)
+        sizes = {"D": D, "HIDDEN": h, "C": C, "BH": config.BH}
+        launch = {"num_warps": config.num_warps, "num_stages": 1}
+        grid = (self.rows, self.stop - self.first)
+        reads = (
             problem.q,
             problem.k,
             gates.G,
@@ -274,7 +288,26 @@ class Group:
             *self.states,
             self.x2,
             self.e1,
+        )
+        place = (self.first, self.first_tile)
+        mlp_output_gradient_kernel[grid](
+            *reads,
             self.e2,
+            do,
+            dgates.G,
+            xq,
+            dz1q,
+            dz2q,
+            de2,
+            p1,
+            h2,
+            *place,
+            CHANNELS=problem.channels,
+            **sizes,
+            **launch,
+        )
+        mlp_read_gradient_kernel[grid](
+            *reads,
             do,
             dq,
             dgates.G,
@@ -286,16 +319,14 @@ class Group:
             dk_read,
             dx2,
             de1,
-            de2,
-            *(problem.empty(tiles, C, C) for _ in range(2)),
-            self.first,
-            self.first_tile,
+            p1,
+            h2,
+            *place,
             **sizes,
-            BH=config.BH,
-            num_warps=config.num_warps,
-            num_stages=1,
+            **launch,
         )
-        config = reverse_config(C, D, h)
+        config = reverse_config(C, D, h, problem.target)
+        sizes["BH"] = config.BH
         launch = {"num_warps": config.num_warps, "num_stages": 1}
         slices = h // config.BH
         for j in reversed(range(self.first, self.stop)):
@@ -328,10 +359,7 @@ class Group:
                 start,
                 self.first_tile,
                 anchor_place,
-                D=D,
-                HIDDEN=h,
-                C=C,
-                BH=config.BH,
+                **sizes,
                 **launch,
             )
             mlp_reverse_norm_kernel[(rows,)](
@@ -384,10 +412,7 @@ class Group:
                 int(moved and anchor_step == j),
                 int(problem.refresh_every != 1),
                 problem.counts[j + 1] if j + 1 < len(problem.counts) else 0,
-                D=D,
-                HIDDEN=h,
-                C=C,
-                BH=config.BH,
+                **sizes,
                 **launch,
             )
             dk[step] = dk_read[here] + dk_parts.sum((0, 2))
@@ -401,13 +426,25 @@ def width(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-def _wide(x: Tensor, *sizes: int, last: int | None = None, new: bool = False) -> Tensor:
+def _wide(x: Tensor, *sizes: int) -> Tensor:
     """Dense, with zeros up to these sizes of the last dimensions."""
-    sizes = sizes or (last,)
-    padding = [p for size, have in zip(sizes[::-1], x.shape[::-1]) for p in (0, size - have)]
-    if any(padding):
-        return F.pad(x, padding)
-    return x.clone(memory_format=torch.contiguous_format) if new else x.contiguous()
+    have = x.shape[-len(sizes) :]
+    padding = [(0, size - old) for size, old in zip(sizes, have, strict=True)]
+    padding = [p for pair in reversed(padding) for p in pair]
+    return F.pad(x, padding) if any(padding) else x.contiguous()
+
+
+def refusal(Q: Tensor) -> str | None:
+    """Why the kernels cannot take tiles like these ``[M, C, D]``; None where they can."""
+    C, D = Q.shape[1:]
+    if Q.dtype not in (torch.bfloat16, torch.float16) and not interpreting():
+        return f"{str(Q.dtype).removeprefix('torch.')} values are left to eager"
+    if D > WIDEST:
+        return f"D = {D}: the kernels of two layers take up to {WIDEST}"
+    tiles = TILES if target_of(Q.device) >= 90 else TILES[:1]
+    if C not in tiles:
+        return f"tiles of {C} tokens: the kernels of two layers take {', '.join(map(str, tiles))}"
+    return None
 
 
 def forward(
@@ -422,6 +459,15 @@ def forward(
     refresh_every: int,
     save: bool,
 ) -> tuple[Tensor, Layers, Layers, Layers, list[Tensor]]:
+    """Outputs ``[M, C, D]``, anchor of every row's last tile, weights and momentum after it, and
+    with `save` what `backward` needs.
+
+    Args:
+        Q, K, V: ``[M, C, D]`` of one 16-bit type (float32 in the interpreter).
+        anchor, weights, momentum: ``[R, D, h]`` and ``[R, h, D]``, float32.
+        counts: rows with a tile at every step, the first R, descending.
+        refresh_every: steps between moves of the anchor to the weights; 0: it stays.
+    """
     hidden = weights[0].shape[-1]
     problem = Problem.of(Q, K, V, gates, counts, refresh_every, hidden)
     state = [problem.wide_layers(layers) for layers in (anchor, weights, momentum)]
@@ -453,9 +499,11 @@ def backward(
     dW_out: Layers,
     dS_out: Layers,
 ) -> tuple[Tensor, Tensor, Tensor, TileGates, Layers, Layers, Layers]:
+    """Gradients of Q, K, V, the gates, anchor, weights and momentum, from those of what `forward`
+    returned. That of G is zero above the diagonal."""
     hidden = dW_out[0].shape[-1]
     problem = Problem.of(Q, K, V, gates, counts, refresh_every, hidden)
-    do = _wide(dO.to(Q.dtype), last=problem.q.shape[-1])
+    do = _wide(dO.to(Q.dtype), problem.q.shape[-1])
     dstate = [problem.wide_layers(layers) for layers in (danchor_out, dW_out, dS_out)]
     dqkv = tuple(torch.empty_like(problem.q) for _ in range(3))
     dgates = TileGates(*map(torch.empty_like, problem.gates))

@@ -4,7 +4,7 @@ With x~ the gradient of x, Gamma-like products written out, and LN(Z) = N with t
 
     p(x) = x - mean(x) - N mean(x N)          N~ -> Z~ = r p(N~)
 
-Reads, of every tile by itself (`mlp_read_gradient_kernel`)::
+Reads, of every tile by itself (`mlp_output_gradient_kernel`, `mlp_read_gradient_kernel`)::
 
     Z2q~ = r_q p_q(O~)       H2 = Z2q~ E2^T       H1 = Z1q~ E1^T
     Xq~ = beta (Z2q~ W2^T) + f (Z2q~ S2^T) - (H2 o G) X2       Z1q~ = Xq~ gelu'(Z1q)
@@ -50,7 +50,7 @@ from memlm.cuda.neural_memory.triton_mlp_kernels import (
 
 
 @triton.jit(do_not_specialize=["first", "first_tile"])
-def mlp_read_gradient_kernel(
+def mlp_output_gradient_kernel(
     q,
     k,
     G,
@@ -65,16 +65,10 @@ def mlp_read_gradient_kernel(
     e1,
     e2,
     do,
-    dq,
     dG,
-    dbeta,
-    df,
     xq,
-    dz1q,
+    slope,
     dz2q,
-    dk,
-    dx2,
-    de1,
     de2,
     p1,
     h2,
@@ -86,11 +80,10 @@ def mlp_read_gradient_kernel(
     C: tl.constexpr,
     BH: tl.constexpr,
 ):
-    """Gradients through the reads of one tile.
+    """Gradients through the reads of one tile, up to those of Xq.
 
-    Written for all tiles: dq, dG, dbeta, df; for those from `first_tile` on: Xq, Z1q~, Z2q~ and
-    the shares of K~, X2~, E1~ and E2~. p1, h2 hold P1 and H2 o G for the second walk over the
-    slices, where as values they would take registers throughout.
+    dG holds H2 o (Xq X2^T) of all tiles; of those from `first_tile` on Xq, gelu'(Z1q) (`slope`),
+    Z2q~, the share of E2~, P1 and H2 o G are written.
     """
     t, here = tile_of_program(starts, first)
     if not here:
@@ -106,7 +99,6 @@ def mlp_read_gradient_kernel(
     P1 = tl.dot(queries, tl.trans(keys)) * load_tile(G, t * (C * C), i, i, C)
     P1 = P1.to(low)
     store_tile(p1, u * (C * C), i, i, P1, C)
-    # dz1q holds gelu'(Z1q) until the second walk over the slices.
     Z2q, XX = read_slices(
         q,
         tile_W1,
@@ -116,7 +108,7 @@ def mlp_read_gradient_kernel(
         x2,
         e1,
         xq,
-        dz1q,
+        slope,
         P1,
         b,
         fs,
@@ -140,8 +132,56 @@ def mlp_read_gradient_kernel(
     tl.debug_barrier()  # what is stored is read again by other threads
     store_tile(h2, u * (C * C), i, i, scores * load_tile(G, t * (C * C), i, i, C), C)
     store_tile(dG, t * (C * C), i, i, scores * load_tile(dG, t * (C * C), i, i, C), C)
-    tl.debug_barrier()
 
+
+@triton.jit(do_not_specialize=["first", "first_tile"])
+def mlp_read_gradient_kernel(
+    q,
+    k,
+    G,
+    beta,
+    f,
+    starts,
+    tile_W1,
+    tile_W2,
+    tile_S1,
+    tile_S2,
+    x2,
+    e1,
+    do,
+    dq,
+    dG,
+    dbeta,
+    df,
+    xq,
+    dz1q,
+    dz2q,
+    dk,
+    dx2,
+    de1,
+    p1,
+    h2,
+    first,
+    first_tile,
+    D: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    C: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """The rest of the gradients through the reads of one tile.
+
+    Written for all tiles: dq, dG, dbeta, df; for those from `first_tile` on: Z1q~, where dz1q held
+    gelu'(Z1q), and the shares of K~, X2~ and E1~.
+    """
+    t, here = tile_of_program(starts, first)
+    if not here:
+        return
+    u = t - first_tile
+    i = tl.arange(0, C)
+    d = tl.arange(0, D)
+    low = q.dtype.element_ty
+    b = tl.load(beta + t * C + i)[:, None]
+    fs = tl.load(f + t * C + i)[:, None]
     products = tl.zeros([C, C], tl.float32)
     to_W = tl.zeros([C, D], tl.float32)
     to_S = tl.zeros([C, D], tl.float32)
@@ -181,23 +221,6 @@ def mlp_read_gradient_kernel(
     dout = load_tile(do, t * (C * D), i, d, D).to(tl.float32)
     store_tile(dq, t * (C * D), i, d, dout + b * to_W + fs * to_S - tl.dot(H1, keys), D)
     store_tile(dk, u * (C * D), i, d, -tl.dot(tl.trans(H1), queries), D)
-
-
-@triton.jit
-def pass_to_anchor(dA, place, row, column, gradient, dW, fresh, kept, WIDTH: tl.constexpr):
-    """dW with a tile's anchor gradient where the anchor is W, else dW; dA sums what is left over.
-
-    kept: whether dA holds anything yet.
-    """
-    if kept:
-        gradient += load_tile(dA, place, row, column, WIDTH)
-    if fresh:
-        dW += gradient
-        if kept:
-            store_tile(dA, place, row, column, tl.zeros_like(gradient), WIDTH)
-    else:
-        store_tile(dA, place, row, column, gradient, WIDTH)
-    return dW
 
 
 @triton.jit(do_not_specialize=["start", "first_tile", "anchor_place"])

@@ -1,4 +1,4 @@
-"""Triton kernel of the neural memory of two layers, x + LN(gelu(x W1) W2): reads and writes.
+"""Triton kernels of the neural memory of two layers, x + LN(gelu(x W1) W2): writes and reads.
 
 Tiles of C slots as in gates.py, rows are tokens, [D, h] and [h, D] the weights; the gradients of a
 tile are taken at its anchor A (the weights at its start, or older ones)::
@@ -10,9 +10,10 @@ tile are taken at its anchor A (the weights at its start, or older ones)::
     W1' = beta_end W1 + f_end S1 - K^T (g_end E1)     S1' = mu_end S1 - K^T (n E1)
     W2' = beta_end W2 + f_end S2 - X2^T (g_end E2)    S2' = mu_end S2 - X2^T (n E2)
 
-The hidden channels are walked in slices of BH; only Z2, Z2q and Xq X2^T are sums over slices.
-Weights are padded with zeros to D (a power of two) and to whole slices, which stay zero; the
-layer norm divides by the true number of channels.
+Only the writes walk over the tiles; they leave every tile's W, S, X2, E1 and E2 for the reads,
+which run side by side. The hidden channels are walked in slices of BH; only Z2, Z2q and Xq X2^T are
+sums over slices. Weights are padded with zeros to D (a power of two) and to whole slices, which
+stay zero; the layer norm divides by the true number of channels.
 """
 
 import triton
