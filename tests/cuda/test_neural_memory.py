@@ -167,6 +167,19 @@ def test_tiles_are_a_matter_of_speed(monkeypatch, tile, options):
         torch.testing.assert_close(tiled[name], whole[name], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("depth, gain", [(1, False), (2, True), (3, False)])
+@pytest.mark.parametrize("refresh", ["never", "chunk", 8])
+def test_chunks_as_whole_tiles(monkeypatch, depth, gain, refresh):
+    monkeypatch.setattr(OPERATION, "SHORTEST_WHOLE_CHUNK", 1)
+    inputs, state, boundaries = make(
+        [9, 0, 6, 1], depth, packed=True, offset=[3, 0, 2, 3], gain=gain
+    )
+    inputs["eta"][:, 3] = 0.0
+    inputs["theta"][:, 3] = 0.0
+    options = {"read": "chunk_gates", "refresh": refresh}
+    assert_equal(monkeypatch, inputs, state, 4, boundaries, **options)
+
+
 @pytest.mark.parametrize("lengths", [[21, 21], [17, 0, 30, 2]])
 def test_recomputed_groups_have_the_same_gradients(monkeypatch, lengths):
     inputs, state, boundaries = make(lengths, 2, packed=True)

@@ -30,6 +30,10 @@ from memlm.cuda.neural_memory.tiles import TileSizes, run_tiles
 
 __all__ = ["NeuralMemoryState", "NeuralMemoryStatistics", "neural_memory"]
 
+# Tokens from which on a chunk whose weights change at its end only is a tile by itself: fewer
+# products, more passes over the weights.
+SHORTEST_WHOLE_CHUNK = 48
+
 
 class NeuralMemoryStatistics(NamedTuple):
     """What the tokens did to the memory, without gradients, ``[B, T, H]``.
@@ -112,7 +116,9 @@ def neural_memory(
         kernels = importlib.import_module("memlm.cuda.neural_memory.triton_implementation")
         run = functools.partial(run_tiles, kernels.solve_tiles, TileSizes(64, 16))
     else:
-        run = functools.partial(run_tiles, solve_tiles, TileSizes(64 if D < 128 else 128))
+        whole = read == "chunk_gates" and chunk_size >= SHORTEST_WHOLE_CHUNK
+        sizes = TileSizes(64 if D < 128 else 128)._replace(whole_chunks=whole)
+        run = functools.partial(run_tiles, solve_tiles, sizes)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     values = v.dtype if name == "triton" else dtype
     # The weights and their updates stay float32.

@@ -4,6 +4,8 @@ Every gradient is an outer product ``a_i^T e_i`` of a layer's input and its erro
 formed: every sum over them is attention with the weights of `tile_gates` (see `layer`).
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,11 +15,16 @@ from torch.utils.checkpoint import checkpoint
 
 from memlm.cuda.neural_memory.gates import TileGates
 from memlm.cuda.neural_memory.inputs import Rule
-from memlm.cuda.neural_memory.layer import GeluWithSlope, advance, read_and_advance
+from memlm.cuda.neural_memory.layer import (
+    GeluWithSlope,
+    advance,
+    read_and_advance,
+    read_start_and_advance,
+)
 from memlm.cuda.neural_memory.state import NORM_EPS, Layers
 
 # Activations of the tiles between two kept states: what a backward pass has at hand at a time.
-GROUP_BYTES = 64 * 2**20
+GROUP_BYTES = 256 * 2**20
 
 
 class Solution(NamedTuple):
@@ -51,6 +58,7 @@ def solve_tiles(
     counts: list[int],
     refresh_every: int,
     rule: Rule,
+    ends: Tensor | None = None,
 ) -> Solution:
     """Walk through the tiles of all rows.
 
@@ -60,7 +68,11 @@ def solve_tiles(
             anchor may be empty if ``rule.exact``.
         counts: rows active at every step, descending.
         refresh_every: steps between refreshes of the anchor, 0 = never.
+        ends: bool ``[M]``, given where every tile is a chunk and the weights change at its end
+            only: the tiles that reach theirs.
     """
+    if ends is not None:  # None for a step in which all do
+        ends = [None if bool(step.all()) else step for step in ends.split(counts)]
     parts = list(
         zip(q.split(counts), k.split(counts), v.split(counts), gates.split(counts), strict=True)
     )
@@ -70,7 +82,7 @@ def solve_tiles(
     outputs, finished = [], []
     for start in range(0, steps, group):
         part = range(start, min(start + group, steps))
-        arguments = (part, parts, counts, refresh_every, rule, state)
+        arguments = (part, parts, counts, refresh_every, rule, ends, state)
         # The backward pass begins with the last group: what it needs is kept.
         if torch.is_grad_enabled() and part.stop < steps:
             found = checkpoint(_walk, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -113,17 +125,23 @@ def _walk(
     counts: list[int],
     refresh_every: int,
     rule: Rule,
+    ends: list[Tensor | None] | None,
     state: _State,
 ) -> tuple[list[tuple[Tensor, ...]], list[_State], _State]:
     """Some steps: outputs, surprise and squared norm of each, the rows that ended in them, and the
     state of those that go on."""
     outputs, finished = [], []
-    for step in steps:
+    ahead = None
+    if not (refresh_every or rule.exact) and counts[steps[0]] == counts[steps[-1]]:
+        ahead = _errors_of_all(state.anchor, [parts[step] for step in steps])
+    for place, step in enumerate(steps):
         Q, K, V, gate = parts[step]
         anchor, weights, momentum = state
         if step > 0 and refresh_every and step % refresh_every == 0:
             anchor = weights
-        if rule.exact:
+        if ahead is not None:
+            found = ahead[place]
+        elif rule.exact:
             found = _exact_errors(K, V, gate, weights[0], momentum[0])
         else:
             found = errors_at(anchor, K, V)
@@ -137,8 +155,10 @@ def _walk(
         if rule.read == "chunk_start":
             o = forward(Q, anchor)
             advanced = [advance(gate, *layer) for layer in layers]
+        elif ends is not None:
+            o, advanced = _read_chunk(Q, gate, layers, ends[step])
         else:
-            o, advanced = _read(Q, gate, layers)
+            o, advanced = _read(Q, gate, layers, read_and_advance)
         outputs.append((o, found.loss, square))
         state = _State(anchor, *(tuple(x) for x in zip(*advanced, strict=True)))
         after = counts[step + 1] if step + 1 < len(counts) else 0
@@ -198,29 +218,53 @@ def errors_at(anchor: Layers, K: Tensor, V: Tensor) -> TileErrors:
     return TileErrors(inputs, errors, difference.square().sum(-1))
 
 
+def _errors_of_all(anchor: Layers, parts: list[tuple]) -> list[TileErrors]:
+    """`errors_at` of several steps with the same rows, as products of all their tokens."""
+    K, V = (torch.cat([part[place] for part in parts], 1) for place in (1, 2))
+    found = errors_at(anchor, K, V)
+    size = K.shape[1] // len(parts)
+    layers = zip(
+        zip(*(x.split(size, 1) for x in found.inputs), strict=True),
+        zip(*(x.split(size, 1) for x in found.errors), strict=True),
+        found.loss.split(size, 1),
+        strict=True,
+    )
+    return [TileErrors(list(a), list(e), loss) for a, e, loss in layers]
+
+
 def square_norm(found: TileErrors) -> Tensor:
     """Of every token's gradient over all layers, ``[rows, C]``; outer products make it free."""
     layers = zip(found.inputs, found.errors, strict=True)
     return sum(a.square().sum(-1) * e.square().sum(-1) for a, e in layers)
 
 
+def _read_chunk(
+    Q: Tensor, gate: TileGates, layers: list[tuple[Tensor, ...]], joins: Tensor | None
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """As `_read`, where the last query alone reads the weights at the tile's end and all others
+    those at its start."""
+    through = functools.partial(read_start_and_advance, joins=joins)
+    o, advanced = _read(Q[:, :-1], gate, layers, through)
+    return torch.cat((o, forward(Q[:, -1:], tuple(w for w, _ in advanced))), 1), advanced
+
+
 def _read(
-    Q: Tensor, gate: TileGates, layers: list[tuple[Tensor, ...]]
+    Q: Tensor, gate: TileGates, layers: list[tuple[Tensor, ...]], through: Callable
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """The queries through the memory as it is at each, and every layer's next weights and momentum.
 
-    layers: inputs, errors, weights and momentum of each.
+    layers: inputs, errors, weights and momentum of each. through: `read_and_advance` or the like.
     """
-    y, *advanced = read_and_advance(Q, gate, *layers[0])
+    y, *advanced = through(Q, gate, *layers[0])
     advanced = [advanced]
     if len(layers) == 1:
         return y, advanced
     gain = None
     for layer in layers[1:]:
         if layer[0].shape[-1] == 1:
-            gain, *after = read_and_advance(torch.ones_like(Q[..., :1]), gate, *layer)
+            gain, *after = through(torch.ones_like(Q[..., :1]), gate, *layer)
         else:
-            y, *after = read_and_advance(F.gelu(y), gate, *layer)
+            y, *after = through(F.gelu(y), gate, *layer)
         advanced.append(after)
     y = F.layer_norm(y, y.shape[-1:], eps=NORM_EPS)
     return Q + (y if gain is None else y * (1 + gain)), advanced

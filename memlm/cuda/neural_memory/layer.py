@@ -31,39 +31,64 @@ def advance(gate: TileGates, a: Tensor, e: Tensor, W: Tensor, S: Tensor) -> tupl
     return _Layer.apply(None, a, e, W, S, *gate)[1:]
 
 
+def read_start_and_advance(
+    x: Tensor,
+    gate: TileGates,
+    a: Tensor,
+    e: Tensor,
+    W: Tensor,
+    S: Tensor,
+    joins: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x W``, W' and S', for tiles that add the momentum to the weights at their end or not at
+    all (``read="chunk_gates"``): then ``W' = beta_end W + S'`` or ``beta_end W``.
+
+    joins: bool ``[rows]``, the rows that add it; None: all.
+    """
+    return _ChunkLayer.apply(x, a, e, W, S, gate.n, gate.beta_end, gate.mu_end, joins)
+
+
 def _in_its_own_precision(backward: Callable) -> Callable:
     """A backward pass may itself be called under autocast."""
 
     @functools.wraps(backward)
     def wrapped(ctx, *gradients):
-        with torch.autocast(ctx.saved_tensors[1].device.type, enabled=False):
+        device = next(gradient.device for gradient in gradients if gradient is not None)
+        with torch.autocast(device.type, enabled=False):
             return backward(ctx, *gradients)
 
     return wrapped
 
 
 class _Layer(torch.autograd.Function):
+    """Gates scale whatever is narrower, a layer's inputs or its outputs."""
+
     @staticmethod
     def forward(ctx, x, a, e, W, S, G, beta, f, g_end, n, beta_end, f_end, mu_end):
         gates = [gate.unsqueeze(-1) for gate in (beta, f, g_end, n)]
         beta, f, g_end, n = gates
         ends = [gate[:, None, None] for gate in (beta_end, f_end, mu_end)]
         beta_end, f_end, mu_end = ends
-        y = products = None
+        y = products = by_W = by_S = None
         if x is not None:
             products = torch.bmm(x, a.mT)
-            y = torch.bmm(beta * x, W)
-            y.baddbmm_(f * x, S).baddbmm_(products * G, e, alpha=-1)
-        W_next = (W * beta_end).addcmul_(S, f_end).baddbmm_((g_end * a).mT, e, alpha=-1)
-        S_next = (S * mu_end).baddbmm_((n * a).mT, e, alpha=-1)
-        ctx.save_for_backward(x, a, e, W, S, G, products, *gates, *ends)
+            if _narrows(W):
+                by_W, by_S = torch.bmm(x, W), torch.bmm(x, S)
+                y = (beta * by_W).addcmul_(f, by_S)
+            else:
+                y = torch.bmm(beta * x, W).baddbmm_(f * x, S)
+            y.baddbmm_(products * G, e, alpha=-1)
+        W_next = _minus_outer((W * beta_end).addcmul_(S, f_end), g_end, a, e)
+        S_next = _minus_outer(S * mu_end, n, a, e)
+        ctx.save_for_backward(x, a, e, W, S, G, products, by_W, by_S, *gates, *ends)
         ctx.set_materialize_grads(False)
         return y, W_next, S_next
 
     @staticmethod
     @_in_its_own_precision
     def backward(ctx, dy, dW_next, dS_next):
-        x, a, e, W, S, G, products, beta, f, g_end, n, beta_end, f_end, mu_end = ctx.saved_tensors
+        x, a, e, W, S, G, products, y_W, y_S, beta, f, g_end, n, *ends = ctx.saved_tensors
+        beta_end, f_end, mu_end = ends
         dx = da = de = dW = dS = dG = dbeta = df = None
         dg_end = dn = dbeta_end = df_end = dmu_end = None
         if dy is not None:
@@ -72,29 +97,92 @@ class _Layer(torch.autograd.Function):
             dproducts = towards.mul_(G).neg_()
             de = torch.bmm((products * G).mT, dy).neg_()
             da = torch.bmm(dproducts.mT, x)
-            by_W, by_S = torch.bmm(dy, W.mT), torch.bmm(dy, S.mT)
-            dbeta, df = ((by * x).sum(-1) for by in (by_W, by_S))
-            dx = by_W.mul_(beta).addcmul_(by_S, f).baddbmm_(dproducts, a)
+            if _narrows(W):
+                dbeta, df = (y_W * dy).sum(-1), (y_S * dy).sum(-1)
+                of_W, of_S = (x, beta * dy), (x, f * dy)
+                dx = torch.bmm(of_W[1], W.mT).baddbmm_(of_S[1], S.mT)
+            else:
+                by_W, by_S = torch.bmm(dy, W.mT), torch.bmm(dy, S.mT)
+                dbeta, df = (by_W * x).sum(-1), (by_S * x).sum(-1)
+                of_W, of_S = (beta * x, dy), (f * x, dy)
+                dx = by_W.mul_(beta).addcmul_(by_S, f)
+            dx.baddbmm_(dproducts, a)
         if dW_next is not None:
             dW, dS = dW_next * beta_end, dW_next * f_end
-            dbeta_end, df_end = ((dW_next * state).sum((1, 2)) for state in (W, S))
-            by_end = torch.bmm(e, dW_next.mT).neg_()
-            dg_end = (by_end * a).sum(-1)
-            da, de = _plus(da, by_end.mul_(g_end)), _minus(de, g_end * a, dW_next)
+            dbeta_end, df_end = _dot(dW_next, W), _dot(dW_next, S)
+            dg_end, da, de = _outer_gradients(dW_next, g_end, a, e, da, de)
         if dS_next is not None:
-            dmu_end = (dS_next * S).sum((1, 2))
+            dmu_end = _dot(dS_next, S)
             dS = dS_next * mu_end if dS is None else dS.addcmul_(dS_next, mu_end)
-            by_end = torch.bmm(e, dS_next.mT).neg_()
-            dn = (by_end * a).sum(-1)
-            da, de = _plus(da, by_end.mul_(n)), _minus(de, n * a, dS_next)
+            dn, da, de = _outer_gradients(dS_next, n, a, e, da, de)
         if dy is not None:
-            dW, dS = _plus_product(dW, beta * x, dy), _plus_product(dS, f * x, dy)
+            dW, dS = _plus_product(dW, *of_W), _plus_product(dS, *of_S)
         gates = (dG, dbeta, df, dg_end, dn, dbeta_end, df_end, dmu_end)
         return dx, da, de, dW, dS, *gates
 
 
-def _plus(total: Tensor | None, x: Tensor) -> Tensor:
-    return x if total is None else total.add_(x)
+class _ChunkLayer(torch.autograd.Function):
+    """See `read_start_and_advance`."""
+
+    @staticmethod
+    def forward(ctx, x, a, e, W, S, n, beta_end, mu_end, joins):
+        n, beta_end, mu_end = n.unsqueeze(-1), beta_end[:, None, None], mu_end[:, None, None]
+        joins = None if joins is None else joins[:, None, None]
+        S_next = _minus_outer(S * mu_end, n, a, e)
+        W_next = torch.addcmul(S_next if joins is None else S_next * joins, W, beta_end)
+        ctx.save_for_backward(x, a, e, W, S, n, beta_end, mu_end, joins)
+        ctx.set_materialize_grads(False)
+        return torch.bmm(x, W), W_next, S_next
+
+    @staticmethod
+    @_in_its_own_precision
+    def backward(ctx, dy, dW_next, dS_next):
+        x, a, e, W, S, n, beta_end, mu_end, joins = ctx.saved_tensors
+        dx = da = de = dW = dS = dn = dbeta_end = dmu_end = None
+        if dW_next is not None:
+            dW, dbeta_end = dW_next * beta_end, _dot(dW_next, W)
+            joined = dW_next if joins is None else dW_next * joins
+            dS_next = joined if dS_next is None else dS_next + joined
+        if dS_next is not None:
+            dS, dmu_end = dS_next * mu_end, _dot(dS_next, S)
+            dn, da, de = _outer_gradients(dS_next, n, a, e, None, None)
+        if dy is not None:
+            dx, dW = torch.bmm(dy, W.mT), _plus_product(dW, x, dy)
+        return dx, da, de, dW, dS, dn, dbeta_end, dmu_end, None
+
+
+def _narrows(W: Tensor) -> bool:
+    return W.shape[-1] < W.shape[-2]
+
+
+def _minus_outer(state: Tensor, gate: Tensor, a: Tensor, e: Tensor) -> Tensor:
+    """state - (diag(gate) a)^T e, in place."""
+    if _narrows(state):
+        return state.baddbmm_(a.mT, gate * e, alpha=-1)
+    return state.baddbmm_((gate * a).mT, e, alpha=-1)
+
+
+def _outer_gradients(
+    d: Tensor, gate: Tensor, a: Tensor, e: Tensor, da: Tensor | None, de: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `_minus_outer`, for its result's gradient d: dgate, and da and de added to those given."""
+    if _narrows(d):
+        by = torch.bmm(a, d)
+        dgate = (by * e).sum(-1).neg_()
+        return dgate, _minus(da, gate * e, d.mT), _minus_scaled(de, by, gate)
+    by = torch.bmm(e, d.mT)
+    dgate = (by * a).sum(-1).neg_()
+    return dgate, _minus_scaled(da, by, gate), _minus(de, gate * a, d)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of the products of each row's entries, ``[rows]``, without a tensor of the products."""
+    return torch.bmm(x.reshape(len(x), 1, -1), y.reshape(len(y), -1, 1)).flatten()
+
+
+def _minus_scaled(total: Tensor | None, x: Tensor, gate: Tensor) -> Tensor:
+    """total - diag(gate) x"""
+    return (x * gate).neg_() if total is None else total.addcmul_(x, gate, value=-1)
 
 
 def _minus(total: Tensor | None, x: Tensor, y: Tensor) -> Tensor:

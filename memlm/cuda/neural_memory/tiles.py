@@ -16,10 +16,12 @@ from memlm.cuda.neural_memory.state import Layers, NeuralMemoryState
 
 
 class TileSizes(NamedTuple):
-    """Slots of a tile: at most `longest`; powers of two from `shortest` on, if that is given."""
+    """Slots of a tile: at most `longest`; powers of two from `shortest` on, if that is given; as
+    many as a chunk has with `whole_chunks`."""
 
     longest: int
     shortest: int | None = None
+    whole_chunks: bool = False
 
     def fit(self, tokens: int) -> int:
         """The size of equal tiles for so many tokens, with few empty slots."""
@@ -35,6 +37,10 @@ def lay_out(
     """The tiles of sequences of `lengths` whose states are at `offset`, and the number of tiles
     between refreshes of the anchor (0: it stays the same)."""
     longest = int(lengths.max())
+    if sizes.whole_chunks:
+        size = rule.chunk_size
+        layout = ChunkLayout.build(lengths, size, offset, rule.cycle)
+        return layout, rule.refresh // size
     period = 0 if rule.exact else rule.refresh
     if period == 0 or bool((offset + lengths <= period).all()):
         return ChunkLayout.build(lengths, sizes.fit(longest)), 0
@@ -86,6 +92,9 @@ def run_tiles(
         rows = (w.index_select(0, active).flatten(0, 1) for w in layers)
         return tuple(w if w.ndim == 3 else w.unsqueeze(1) for w in rows)
 
+    more = {}
+    if sizes.whole_chunks:  # a chunk is complete where its last slot holds a token
+        more["ends"] = layout.to_chunks(torch.ones_like(alpha))[:, -1] > 0
     found = solve(
         *map(layout.to_chunks, (q, k, v)),
         gates,
@@ -95,6 +104,7 @@ def run_tiles(
         [count * heads for count in layout.counts],
         refresh_every,
         rule,
+        **more,
     )
 
     def scatter(layers: Layers, old: Layers) -> Layers:
