@@ -140,6 +140,7 @@ def test_runs_are_equal(short_groups):
         ((1, 16, 256), torch.float16, "D = 256"),
         ((1, 128, 64), torch.float16, "tiles of 128"),
         ((1, 24, 64), torch.float16, "tiles of 24"),
+        ((1, 64, 128), torch.float16, "take 16"),
     ],
 )
 def test_what_the_kernels_refuse(shape, dtype, reason):
