@@ -27,7 +27,7 @@ from memlm.cuda.neural_memory.triton_mlp_gradients import (
 from memlm.cuda.neural_memory.triton_mlp_kernels import mlp_read_kernel, mlp_write_kernel
 
 TILES = (16, 32, 64)  # tokens
-WIDEST = 128
+WIDEST = 64  # channels; 128 spill 56 bytes per thread in the writing walk, with tiles of 16 too
 GROUP = 8  # steps
 NEVER = 1 << 30  # as a number of steps
 
@@ -434,9 +434,9 @@ def _wide(x: Tensor, *sizes: int) -> Tensor:
     return F.pad(x, padding) if any(padding) else x.contiguous()
 
 
-def longest_tile(D: int, device: torch.device) -> int:
+def longest_tile(device: torch.device) -> int:
     """Tokens of the longest tile that keeps its values in registers."""
-    return TILES[-1] if D <= 64 and target_of(device) >= 90 else TILES[0]
+    return TILES[-1] if target_of(device) >= 90 else TILES[0]
 
 
 def refusal(Q: Tensor) -> str | None:
@@ -446,7 +446,7 @@ def refusal(Q: Tensor) -> str | None:
         return f"{str(Q.dtype).removeprefix('torch.')} values are left to eager"
     if D > WIDEST:
         return f"D = {D}: the kernels of two layers take up to {WIDEST}"
-    tiles = [size for size in TILES if size <= longest_tile(D, Q.device)]
+    tiles = [size for size in TILES if size <= longest_tile(Q.device)]
     if C not in tiles:
         return f"tiles of {C} tokens: the kernels of two layers take {', '.join(map(str, tiles))}"
     return None
