@@ -118,7 +118,8 @@ def neural_memory(
     else:
         whole = read == "chunk_gates" and chunk_size >= SHORTEST_WHOLE_CHUNK
         sizes = TileSizes(64 if D < 128 else 128)._replace(whole_chunks=whole)
-        run = functools.partial(run_tiles, solve_tiles, sizes)
+        solve = functools.partial(solve_tiles, statistics=return_statistics)
+        run = functools.partial(run_tiles, solve, sizes)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     values = v.dtype if name == "triton" else dtype
     # The weights and their updates stay float32.

@@ -18,6 +18,7 @@ from memlm.cuda.neural_memory.inputs import Rule
 from memlm.cuda.neural_memory.layer import (
     GeluWithSlope,
     advance,
+    gain_and_advance,
     read_and_advance,
     read_start_and_advance,
 )
@@ -29,14 +30,15 @@ GROUP_BYTES = 256 * 2**20
 
 class Solution(NamedTuple):
     """Outputs ``[M, C, D]``; of every row the anchor of its last tile and the weights and momentum
-    after it ``[rows, d_in, d_out]``; surprise and squared gradient norm ``[M, C]``, detached."""
+    after it ``[rows, d_in, d_out]``; surprise and squared gradient norm ``[M, C]``, detached, if
+    they are asked for."""
 
     o: Tensor
     anchor: Layers
     weights: Layers
     momentum: Layers
-    surprise: Tensor
-    square: Tensor
+    surprise: Tensor | None
+    square: Tensor | None
 
 
 class TileErrors(NamedTuple):
@@ -59,6 +61,7 @@ def solve_tiles(
     refresh_every: int,
     rule: Rule,
     ends: Tensor | None = None,
+    statistics: bool = True,
 ) -> Solution:
     """Walk through the tiles of all rows.
 
@@ -70,6 +73,7 @@ def solve_tiles(
         refresh_every: steps between refreshes of the anchor, 0 = never.
         ends: bool ``[M]``, given where every tile is a chunk and the weights change at its end
             only: the tiles that reach theirs.
+        statistics: whether surprise and gradient norm are wanted.
     """
     if ends is not None:  # None for a step in which all do
         ends = [None if bool(step.all()) else step for step in ends.split(counts)]
@@ -82,7 +86,7 @@ def solve_tiles(
     outputs, finished = [], []
     for start in range(0, steps, group):
         part = range(start, min(start + group, steps))
-        arguments = (part, parts, counts, refresh_every, rule, ends, state)
+        arguments = (part, parts, counts, refresh_every, rule, ends, statistics, state)
         # The backward pass begins with the last group: what it needs is kept.
         if torch.is_grad_enabled() and part.stop < steps:
             found = checkpoint(_walk, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -95,8 +99,9 @@ def solve_tiles(
         tuple(torch.cat(rows[::-1]) for rows in zip(*layers, strict=True))
         for layers in zip(*finished, strict=True)
     )
-    o, surprise, square = (torch.cat(x) for x in zip(*outputs, strict=True))
-    return Solution(o, *ended, surprise.detach(), square.detach())
+    o, *found = (torch.cat(x) for x in zip(*outputs, strict=True))
+    found = [x.detach() for x in found] if statistics else [None, None]
+    return Solution(o, *ended, *found)
 
 
 def _group_size(q: Tensor, weights: Layers, counts: list[int]) -> int:
@@ -126,10 +131,11 @@ def _walk(
     refresh_every: int,
     rule: Rule,
     ends: list[Tensor | None] | None,
+    statistics: bool,
     state: _State,
 ) -> tuple[list[tuple[Tensor, ...]], list[_State], _State]:
-    """Some steps: outputs, surprise and squared norm of each, the rows that ended in them, and the
-    state of those that go on."""
+    """Some steps: outputs (and surprise and squared norm) of each, the rows that ended in them, and
+    the state of those that go on."""
     outputs, finished = [], []
     ahead = None
     if not (refresh_every or rule.exact) and counts[steps[0]] == counts[steps[-1]]:
@@ -146,8 +152,7 @@ def _walk(
         else:
             found = errors_at(anchor, K, V)
         errors = found.errors
-        with torch.set_grad_enabled(torch.is_grad_enabled() and rule.clip is not None):
-            square = square_norm(found)
+        square = square_norm(found) if statistics or rule.clip is not None else None
         if rule.clip is not None:
             scale = rule.clip * square.clamp_min(rule.clip**2).rsqrt().unsqueeze(-1)
             errors = [error * scale for error in errors]
@@ -158,8 +163,8 @@ def _walk(
         elif ends is not None:
             o, advanced = _read_chunk(Q, gate, layers, ends[step])
         else:
-            o, advanced = _read(Q, gate, layers, read_and_advance)
-        outputs.append((o, found.loss, square))
+            o, advanced = _read(Q, gate, layers)
+        outputs.append((o, found.loss, square) if statistics else (o,))
         state = _State(anchor, *(tuple(x) for x in zip(*advanced, strict=True)))
         after = counts[step + 1] if step + 1 < len(counts) else 0
         if after < len(Q):  # some rows end here
@@ -244,16 +249,21 @@ def _read_chunk(
     """As `_read`, where the last query alone reads the weights at the tile's end and all others
     those at its start."""
     through = functools.partial(read_start_and_advance, joins=joins)
-    o, advanced = _read(Q[:, :-1], gate, layers, through)
+    o, advanced = _read(Q[:, :-1], gate, layers, through, through)
     return torch.cat((o, forward(Q[:, -1:], tuple(w for w, _ in advanced))), 1), advanced
 
 
 def _read(
-    Q: Tensor, gate: TileGates, layers: list[tuple[Tensor, ...]], through: Callable
+    Q: Tensor,
+    gate: TileGates,
+    layers: list[tuple[Tensor, ...]],
+    through: Callable = read_and_advance,
+    through_gain: Callable = gain_and_advance,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """The queries through the memory as it is at each, and every layer's next weights and momentum.
 
-    layers: inputs, errors, weights and momentum of each. through: `read_and_advance` or the like.
+    layers: inputs, errors, weights and momentum of each. through, through_gain: `read_and_advance`
+    and `gain_and_advance` or the like.
     """
     y, *advanced = through(Q, gate, *layers[0])
     advanced = [advanced]
@@ -262,7 +272,7 @@ def _read(
     gain = None
     for layer in layers[1:]:
         if layer[0].shape[-1] == 1:
-            gain, *after = through(torch.ones_like(Q[..., :1]), gate, *layer)
+            gain, *after = through_gain(torch.ones_like(Q[..., :1]), gate, *layer)
         else:
             y, *after = through(F.gelu(y), gate, *layer)
         advanced.append(after)

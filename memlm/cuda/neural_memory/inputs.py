@@ -98,6 +98,8 @@ def check_shapes(
     if rule.exact and depth > 1:
         raise ValueError(f"exact is for the linear memory, the state has {depth} layers")
     widths = [D, *(w.shape[-1] for w in state.weights[: depth - 1]), D]
+    if min(widths[1:depth], default=2) < 2:
+        raise ValueError(f"a hidden layer has {min(widths[1:depth])} channels: it needs 2 or more")
     expected = [(N, H, *pair) for pair in itertools.pairwise(widths)]
     if len(state.weights) > depth and depth > 1:
         expected.append((N, H, D))

@@ -31,6 +31,17 @@ def advance(gate: TileGates, a: Tensor, e: Tensor, W: Tensor, S: Tensor) -> tupl
     return _Layer.apply(None, a, e, W, S, *gate)[1:]
 
 
+def gain_and_advance(
+    x: Tensor, gate: TileGates, a: Tensor, e: Tensor, W: Tensor, S: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `read_and_advance` for the gain of the layer norm, ``[rows, 1, D]``: x and a are 1."""
+    beta, f, g_end, n = (x.unsqueeze(-1) for x in (gate.beta, gate.f, gate.g_end, gate.n))
+    beta_end, f_end, mu_end = (x[:, None, None] for x in gate[-3:])
+    y = torch.baddbmm(torch.addcmul(beta * W, f, S), gate.G, e, alpha=-1)
+    W_next = torch.baddbmm(torch.addcmul(beta_end * W, f_end, S), g_end.mT, e, alpha=-1)
+    return y, W_next, torch.baddbmm(mu_end * S, n.mT, e, alpha=-1)
+
+
 def read_start_and_advance(
     x: Tensor,
     gate: TileGates,
