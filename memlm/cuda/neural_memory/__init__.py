@@ -114,7 +114,8 @@ def neural_memory(
     elif name == "triton":
         # On first use: where triton is missing, its kernels cannot even be imported.
         kernels = importlib.import_module("memlm.cuda.neural_memory.triton_implementation")
-        run = functools.partial(run_tiles, kernels.solve_tiles, TileSizes(64, 16))
+        sizes = TileSizes(kernels.longest_tile(state.depth, q.device), 16)
+        run = functools.partial(run_tiles, kernels.solve_tiles, sizes)
     else:
         whole = read == "chunk_gates" and chunk_size >= SHORTEST_WHOLE_CHUNK
         sizes = TileSizes(64 if D < 128 else 128)._replace(whole_chunks=whole)

@@ -12,7 +12,7 @@ from memlm.errors import nearest
 
 READS = ("inclusive", "chunk_start", "chunk_gates")
 MAX_DEPTH = 4
-KERNEL_WIDTHS = {1: 256, 2: 128}  # by depth, the most channels of a head that the kernels take
+KERNEL_WIDTHS = {1: 256, 2: 64}  # by depth, the most channels of a head that the kernels take
 
 
 @dataclasses.dataclass(frozen=True)

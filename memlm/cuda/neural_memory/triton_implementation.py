@@ -10,6 +10,11 @@ from memlm.cuda.neural_memory.inputs import Rule
 from memlm.cuda.neural_memory.state import Layers
 
 
+def longest_tile(depth: int, device: torch.device) -> int:
+    """Most tokens of a tile that the kernels of this depth take there."""
+    return triton_linear.LONGEST_TILE if depth == 1 else triton_mlp.longest_tile(device)
+
+
 def solve_tiles(
     q: Tensor,
     k: Tensor,
