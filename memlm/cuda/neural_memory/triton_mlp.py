@@ -45,16 +45,19 @@ class Config:
 
 def write_config(C: int, D: int, hidden: int, target: int) -> Config:
     """For the walk that writes: W and S stay in registers where they and the tokens fit."""
-    if target >= 90 and C == 16 and hidden <= 128 and D * hidden <= 32 * 128:
-        return Config(hidden, 8, True)
+    if target >= 90 and C == 16:
+        if hidden <= 128 and D * hidden <= 32 * 128:
+            return Config(hidden, 8, True)
+        return Config(min(hidden, 32), 4)
+    if C == 32:
+        return Config(min(hidden, 16), 4)
     return walk_config(C, D, hidden, target)
 
 
 def walk_config(C: int, D: int, hidden: int, target: int) -> Config:
     """For kernels that walk over the slices of a tile."""
-    if target < 90 or (target >= 100 and C == 16):
-        return Config(min(hidden, 16), 4)
-    return Config(min(hidden, 32), 8 if C > 32 else 4)
+    narrow = target < 90 or (target >= 100 and C == 16) or (C == 64 and D < 64)
+    return Config(min(hidden, 16 if narrow else 32), 8 if C == 64 else 4)
 
 
 def reverse_config(C: int, D: int, hidden: int, target: int) -> Config:
