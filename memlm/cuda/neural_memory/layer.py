@@ -64,8 +64,7 @@ def _in_its_own_precision(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def wrapped(ctx, *gradients):
-        device = next(gradient.device for gradient in gradients if gradient is not None)
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(ctx.device_type, enabled=False):
             return backward(ctx, *gradients)
 
     return wrapped
@@ -92,6 +91,7 @@ class _Layer(torch.autograd.Function):
         W_next = _minus_outer((W * beta_end).addcmul_(S, f_end), g_end, a, e)
         S_next = _minus_outer(S * mu_end, n, a, e)
         ctx.save_for_backward(x, a, e, W, S, G, products, by_W, by_S, *gates, *ends)
+        ctx.device_type = a.device.type
         ctx.set_materialize_grads(False)
         return y, W_next, S_next
 
@@ -142,6 +142,7 @@ class _ChunkLayer(torch.autograd.Function):
         S_next = _minus_outer(S * mu_end, n, a, e)
         W_next = torch.addcmul(S_next if joins is None else S_next * joins, W, beta_end)
         ctx.save_for_backward(x, a, e, W, S, n, beta_end, mu_end, joins)
+        ctx.device_type = a.device.type
         ctx.set_materialize_grads(False)
         return torch.bmm(x, W), W_next, S_next
 
