@@ -61,6 +61,7 @@ def test_half_precision(case):
     assert_kernels_near(case, torch.float16, TOLERANCE[torch.float16])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[3], CASES[10]], ids=str)
 def test_the_shorter_chunks_of_older_cards(case):
     with compiling_for(80):
@@ -70,7 +71,7 @@ def test_the_shorter_chunks_of_older_cards(case):
 @pytest.mark.parametrize(
     "case",
     [
-        Case((300, 300), (1, 2, 16, 20)),
+        pytest.param(Case((300, 300), (1, 2, 16, 20)), marks=pytest.mark.slow),
         Case((300,), (1, 1, 16, 16), delta=False, initial_state=False),
         Case((5, 0, 300, 95), (1, 1, 16, 16), packed=True, decay="gated", options=EVERYTHING),
         Case((400, 1), (1, 1, 16, 16), packed=True, initial_state=False),
@@ -121,6 +122,7 @@ def test_two_segments_with_the_gradient_through_the_state():
     assert_near(halves("triton", tensors), halves("reference", wide), 3e-5)
 
 
+@pytest.mark.slow
 def test_views_are_read_as_they_lie():
     case = Case((66,), (1, 2, 16, 16), decay="gated")
     tensors = {name: x.float() for name, x in case.make().items()}
@@ -136,6 +138,7 @@ def test_views_are_read_as_they_lie():
             assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.slow
 def test_single_tokens_are_read_as_they_lie():
     case = Case((1, 1, 1), (1, 2, 16, 16), decay="gated")
     tensors = {name: x.float() for name, x in case.make().items()}
@@ -161,6 +164,7 @@ def test_a_gate_that_diverged_shows():
     assert o[:, 40:].isnan().all()
 
 
+@pytest.mark.slow
 def test_runs_and_rows_are_bit_equal():
     case = Case((70, 70), (1, 2, 16, 16), decay="scalar")
     tensors = {name: x.float() for name, x in case.make().items()}
@@ -182,6 +186,7 @@ def test_chunk_states():
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_operator_checks():
     from memlm.cuda.linear_recurrence import operator
     from tests.cuda.test_linear_recurrence_operator import arguments

@@ -36,7 +36,7 @@ def run(monkeypatch, implementation, inputs, state, cu_seqlens, **options):
 @pytest.mark.parametrize(
     "depth, options",
     [
-        (1, {}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
         (1, {"exact": True}),
         (1, {"read": "chunk_gates", "refresh": "never"}),
         (2, {"read": "chunk_gates", "refresh": 8}),

@@ -117,6 +117,7 @@ def test_float32_weights_of_low_precision_inputs(monkeypatch):
 
 
 # The interpreter takes about a second per program of the backward kernel.
+SLOW = pytest.mark.slow  # in Triton's interpreter
 TRITON_CASES = {
     "packed": ([3, 0, 70, 2, 1, 0], True, 4, SPLIT, "silu", FLOAT64),
     "two slots": ([66], False, 4, None, None, torch.float32),
@@ -128,7 +129,7 @@ TRITON_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", TRITON_CASES)
+@pytest.mark.parametrize("case", [pytest.param("packed", marks=SLOW), *list(TRITON_CASES)[1:]])
 def test_triton(monkeypatch, case):
     pytest.importorskip("triton")
     lengths, packed, W, split, activation, dtype = TRITON_CASES[case]
@@ -226,7 +227,7 @@ def test_unused_outputs_send_no_gradient(monkeypatch, unused, compiled):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("implementation", ["eager", "triton"])
+@pytest.mark.parametrize("implementation", ["eager", pytest.param("triton", marks=SLOW)])
 def test_the_custom_op(implementation, packed):
     inputs, boundaries = make([3, 0, 4] if packed else [2, 2], packed=packed)
     leaves = [x.requires_grad_() for x in inputs.values()]
@@ -251,7 +252,7 @@ def test_compiled_in_one_graph(monkeypatch, packed, split):
     assert_near(compiled, plain, 0.0)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "triton"])
+@pytest.mark.parametrize("implementation", ["eager", pytest.param("triton", marks=SLOW)])
 def test_two_runs_give_the_same_bits(monkeypatch, implementation):
     inputs, boundaries = make([3, 0, 9, 2], packed=True, dtype=torch.float32)
     assert_deterministic(

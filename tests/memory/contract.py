@@ -51,7 +51,7 @@ SPECS: dict[str, list[Spec]] = {
     "retention": [Spec(EVERYWHERE, {"num_heads": 2, "head_dim": 8})],
     "titans": [
         Spec(EVERYWHERE, {**TITANS, "depth": 1}, "depth1"),
-        Spec(EVERYWHERE, {**TITANS, "depth": 2}, "depth2", stable={"theta_max": 1e-3}),
+        Spec(("mixer", "memory"), {**TITANS, "depth": 2}, "depth2", stable={"theta_max": 1e-3}),
         *(
             Spec(
                 ("mixer",),
