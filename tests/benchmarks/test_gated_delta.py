@@ -52,7 +52,16 @@ def test_the_gpu_tables_on_a_cpu(capsys, monkeypatch):
         assert row["ratio"].median == 1 and row["base"] == "memlm eager"
         heads = 96 * (2 if "1/2" in row["problem"] else 1)
         assert row["ns_per_token_head"] == pytest.approx(1e9 * row["seconds"] / heads)
-        assert 0 < row["copy_percent"] < 100 and 0 < row["matmul_percent"] < 100
+        problem = {str(problem): problem for problem in problems}[row["problem"]]
+        moved, flops = (
+            (problem.forward_bytes(), problem.forward_flops())
+            if row["pass"] == "forward"
+            else (problem.backward_bytes(), problem.backward_flops())
+        )
+        copied = row["copy_percent"] / 100 * found["copy_bytes_per_second"]
+        multiplied = row["matmul_percent"] / 100 * found["matmul_flops_per_second"]
+        assert copied * row["seconds"] == pytest.approx(moved)
+        assert multiplied * row["seconds"] == pytest.approx(flops)
     assert {row["pass"] for row in found["steps"]} == {"step"}
     assert "not compared: FlashQLA: not installed" in capsys.readouterr().out
 

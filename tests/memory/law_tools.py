@@ -38,7 +38,7 @@ class Spec:
     label: str = ""
     without_gradient: tuple[str, ...] = ()
     stable: dict[str, Any] = dataclasses.field(default_factory=dict)
-    examples: int = 6
+    examples: int = 4
     slow: bool = False
 
 
