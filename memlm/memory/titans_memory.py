@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from memlm.cuda import NeuralMemoryState, neural_memory, short_convolution
-from memlm.cuda.neural_memory.state import NORM_EPS
+from memlm.cuda.neural_memory.eager import forward as read_with
 from memlm.layers.context import SequenceLayout
 from memlm.layers.convolution import ShortConvolution
 from memlm.memory.base import MemoryState
@@ -209,12 +209,7 @@ class TitansMemory(nn.Module):
     def read(self, weights: Layers, q: Tensor) -> Tensor:
         """The memory with fixed weights: per layer [N, H, d_in, d_out], q [N, T, H, D]."""
         with torch.autocast(q.device.type, enabled=False):
-            x = q.to(weights[0].dtype).transpose(1, 2)
-            y = x @ weights[0]
-            for w in weights[1:]:
-                y = F.gelu(y) @ w
-            if len(weights) > 1:
-                y = x + F.layer_norm(y, y.shape[-1:], eps=NORM_EPS)
+            y = read_with(q.to(weights[0].dtype).transpose(1, 2), weights)
             return y.transpose(1, 2).to(q.dtype)
 
     def _convolve(
