@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from memlm.cuda import NeuralMemoryState, neural_memory, short_convolution
-from memlm.cuda.neural_memory.eager import forward as read_with
+from memlm.cuda.neural_memory.network import forward as read_with
 from memlm.layers.context import SequenceLayout
 from memlm.layers.convolution import ShortConvolution
 from memlm.memory.base import MemoryState

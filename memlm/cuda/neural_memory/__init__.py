@@ -32,7 +32,7 @@ __all__ = ["NeuralMemoryState", "NeuralMemoryStatistics", "neural_memory"]
 
 # Tokens from which on a chunk whose weights change at its end only is a tile by itself: fewer
 # products, more passes over the weights.
-SHORTEST_WHOLE_CHUNK = 48
+SHORTEST_WHOLE_CHUNK = 16
 
 
 class NeuralMemoryStatistics(NamedTuple):

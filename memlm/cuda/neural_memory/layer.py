@@ -10,7 +10,6 @@ The backward pass is written by hand: everything adds up in place.
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
@@ -20,7 +19,7 @@ from memlm.cuda.neural_memory.gates import TileGates
 
 
 def read_and_advance(
-    x: Tensor, gate: TileGates, a: Tensor, e: Tensor, W: Tensor, S: Tensor
+    gate: TileGates, x: Tensor, a: Tensor, e: Tensor, W: Tensor, S: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y ``[rows, C, d_out]``, W' and S' ``[rows, d_in, d_out]``."""
     return _Layer.apply(x, a, e, W, S, *gate)
@@ -32,7 +31,7 @@ def advance(gate: TileGates, a: Tensor, e: Tensor, W: Tensor, S: Tensor) -> tupl
 
 
 def gain_and_advance(
-    x: Tensor, gate: TileGates, a: Tensor, e: Tensor, W: Tensor, S: Tensor
+    gate: TileGates, x: Tensor, a: Tensor, e: Tensor, W: Tensor, S: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `read_and_advance` for the gain of the layer norm, ``[rows, 1, D]``: x and a are 1."""
     beta, f, g_end, n = (x.unsqueeze(-1) for x in (gate.beta, gate.f, gate.g_end, gate.n))
@@ -42,24 +41,7 @@ def gain_and_advance(
     return y, W_next, torch.baddbmm(mu_end * S, n.mT, e, alpha=-1)
 
 
-def read_start_and_advance(
-    x: Tensor,
-    gate: TileGates,
-    a: Tensor,
-    e: Tensor,
-    W: Tensor,
-    S: Tensor,
-    joins: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``x W``, W' and S', for tiles that add the momentum to the weights at their end or not at
-    all (``read="chunk_gates"``): then ``W' = beta_end W + S'`` or ``beta_end W``.
-
-    joins: bool ``[rows]``, the rows that add it; None: all.
-    """
-    return _ChunkLayer.apply(x, a, e, W, S, gate.n, gate.beta_end, gate.mu_end, joins)
-
-
-def _in_its_own_precision(backward: Callable) -> Callable:
+def in_its_own_precision(backward: Callable) -> Callable:
     """A backward pass may itself be called under autocast."""
 
     @functools.wraps(backward)
@@ -82,7 +64,7 @@ class _Layer(torch.autograd.Function):
         y = products = by_W = by_S = None
         if x is not None:
             products = torch.bmm(x, a.mT)
-            if _narrows(W):
+            if narrows(W):
                 by_W, by_S = torch.bmm(x, W), torch.bmm(x, S)
                 y = (beta * by_W).addcmul_(f, by_S)
             else:
@@ -96,7 +78,7 @@ class _Layer(torch.autograd.Function):
         return y, W_next, S_next
 
     @staticmethod
-    @_in_its_own_precision
+    @in_its_own_precision
     def backward(ctx, dy, dW_next, dS_next):
         x, a, e, W, S, G, products, y_W, y_S, beta, f, g_end, n, *ends = ctx.saved_tensors
         beta_end, f_end, mu_end = ends
@@ -108,7 +90,7 @@ class _Layer(torch.autograd.Function):
             dproducts = towards.mul_(G).neg_()
             de = torch.bmm((products * G).mT, dy).neg_()
             da = torch.bmm(dproducts.mT, x)
-            if _narrows(W):
+            if narrows(W):
                 dbeta, df = (y_W * dy).sum(-1), (y_S * dy).sum(-1)
                 of_W, of_S = (x, beta * dy), (x, f * dy)
                 dx = torch.bmm(of_W[1], W.mT).baddbmm_(of_S[1], S.mT)
@@ -120,10 +102,10 @@ class _Layer(torch.autograd.Function):
             dx.baddbmm_(dproducts, a)
         if dW_next is not None:
             dW, dS = dW_next * beta_end, dW_next * f_end
-            dbeta_end, df_end = _dot(dW_next, W), _dot(dW_next, S)
+            dbeta_end, df_end = dot(dW_next, W), dot(dW_next, S)
             dg_end, da, de = _outer_gradients(dW_next, g_end, a, e, da, de)
         if dS_next is not None:
-            dmu_end = _dot(dS_next, S)
+            dmu_end = dot(dS_next, S)
             dS = dS_next * mu_end if dS is None else dS.addcmul_(dS_next, mu_end)
             dn, da, de = _outer_gradients(dS_next, n, a, e, da, de)
         if dy is not None:
@@ -132,44 +114,14 @@ class _Layer(torch.autograd.Function):
         return dx, da, de, dW, dS, *gates
 
 
-class _ChunkLayer(torch.autograd.Function):
-    """See `read_start_and_advance`."""
-
-    @staticmethod
-    def forward(ctx, x, a, e, W, S, n, beta_end, mu_end, joins):
-        n, beta_end, mu_end = n.unsqueeze(-1), beta_end[:, None, None], mu_end[:, None, None]
-        joins = None if joins is None else joins[:, None, None]
-        S_next = _minus_outer(S * mu_end, n, a, e)
-        W_next = torch.addcmul(S_next if joins is None else S_next * joins, W, beta_end)
-        ctx.save_for_backward(x, a, e, W, S, n, beta_end, mu_end, joins)
-        ctx.device_type = a.device.type
-        ctx.set_materialize_grads(False)
-        return torch.bmm(x, W), W_next, S_next
-
-    @staticmethod
-    @_in_its_own_precision
-    def backward(ctx, dy, dW_next, dS_next):
-        x, a, e, W, S, n, beta_end, mu_end, joins = ctx.saved_tensors
-        dx = da = de = dW = dS = dn = dbeta_end = dmu_end = None
-        if dW_next is not None:
-            dW, dbeta_end = dW_next * beta_end, _dot(dW_next, W)
-            joined = dW_next if joins is None else dW_next * joins
-            dS_next = joined if dS_next is None else dS_next + joined
-        if dS_next is not None:
-            dS, dmu_end = dS_next * mu_end, _dot(dS_next, S)
-            dn, da, de = _outer_gradients(dS_next, n, a, e, None, None)
-        if dy is not None:
-            dx, dW = torch.bmm(dy, W.mT), _plus_product(dW, x, dy)
-        return dx, da, de, dW, dS, dn, dbeta_end, dmu_end, None
-
-
-def _narrows(W: Tensor) -> bool:
+def narrows(W: Tensor) -> bool:
+    """Whether a layer has fewer outputs than inputs."""
     return W.shape[-1] < W.shape[-2]
 
 
 def _minus_outer(state: Tensor, gate: Tensor, a: Tensor, e: Tensor) -> Tensor:
     """state - (diag(gate) a)^T e, in place."""
-    if _narrows(state):
+    if narrows(state):
         return state.baddbmm_(a.mT, gate * e, alpha=-1)
     return state.baddbmm_((gate * a).mT, e, alpha=-1)
 
@@ -178,7 +130,7 @@ def _outer_gradients(
     d: Tensor, gate: Tensor, a: Tensor, e: Tensor, da: Tensor | None, de: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of `_minus_outer`, for its result's gradient d: dgate, and da and de added to those given."""
-    if _narrows(d):
+    if narrows(d):
         by = torch.bmm(a, d)
         dgate = (by * e).sum(-1).neg_()
         return dgate, _minus(da, gate * e, d.mT), _minus_scaled(de, by, gate)
@@ -187,7 +139,7 @@ def _outer_gradients(
     return dgate, _minus_scaled(da, by, gate), _minus(de, gate * a, d)
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
+def dot(x: Tensor, y: Tensor) -> Tensor:
     """Sum of the products of each row's entries, ``[rows]``, without a tensor of the products."""
     return torch.bmm(x.reshape(len(x), 1, -1), y.reshape(len(y), -1, 1)).flatten()
 
@@ -205,21 +157,3 @@ def _minus(total: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
 def _plus_product(total: Tensor | None, x: Tensor, y: Tensor) -> Tensor:
     """total + x^T y"""
     return torch.bmm(x.mT, y) if total is None else total.baddbmm_(x.mT, y)
-
-
-class GeluWithSlope(torch.autograd.Function):
-    """gelu(x) and its derivative ``Phi(x) + x phi(x)``, from one pass over the normal density."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
-        density = (x * x).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-        below = (x * math.sqrt(0.5)).erf_().add_(1).mul_(0.5)
-        slope = torch.addcmul(below, x, density)
-        ctx.save_for_backward(x, slope, density)
-        return below.mul_(x), slope
-
-    @staticmethod
-    def backward(ctx, dgelu: Tensor, dslope: Tensor) -> Tensor:
-        x, slope, density = ctx.saved_tensors
-        curvature = (x * x).sub_(2).mul_(density).mul_(dslope)  # minus gelu'' = phi (2 - x^2)
-        return torch.addcmul(curvature.neg_(), dgelu, slope)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,3 +51,16 @@ class NeuralMemoryState:
     def depth(self) -> int:
         """Layers of the memory, a gain not counted."""
         return sum(w.ndim == 4 for w in self.weights)
+
+
+class RowStates(NamedTuple):
+    """The states of the rows that a solver walks through, sequences times heads: per layer
+    ``[rows, d_in, d_out]``, a gain as ``[rows, 1, D]``."""
+
+    anchor: Layers
+    weights: Layers
+    momentum: Layers
+
+    def rows(self, chosen: slice) -> "RowStates":
+        """Those of some rows."""
+        return RowStates(*(tuple(x[chosen] for x in layers) for layers in self))

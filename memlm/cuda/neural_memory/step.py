@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from memlm.cuda.neural_memory.eager import errors_at, forward, square_norm
 from memlm.cuda.neural_memory.inputs import Rule
+from memlm.cuda.neural_memory.network import errors_at, forward, square_norm
 from memlm.cuda.neural_memory.state import Layers, NeuralMemoryState
 from memlm.cuda.neural_memory.tiles import token_gates
 

@@ -94,7 +94,7 @@ def run_tiles(
 
     more = {}
     if sizes.whole_chunks:  # a chunk is complete where its last slot holds a token
-        more["ends"] = layout.to_chunks(torch.ones_like(alpha))[:, -1] > 0
+        more["full"] = layout.to_chunks(torch.ones_like(alpha))[:, -1] > 0
     found = solve(
         *map(layout.to_chunks, (q, k, v)),
         gates,
