@@ -362,7 +362,7 @@ class MLPMemory:
         counts = [self.rows] * -(-self.tokens // self.C)
         M, C, D = sum(counts), self.C, self.D
         q, k, v = (_empty(M, C, D, dtype=self.dtype) for _ in range(3))
-        if launchers.refusal(q) is not None:  # older cards take short tiles only
+        if launchers.longest_tile(q.device) < self.C:  # older cards take short tiles only
             return
         gates = TileGates(
             _empty(M, C, C), *(_empty(M, C) for _ in range(4)), *(_empty(M) for _ in range(3))

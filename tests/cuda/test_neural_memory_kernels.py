@@ -5,6 +5,7 @@ import torch
 
 from memlm.cuda import neural_memory
 from memlm.cuda.dispatch import VARIABLE, interpreting
+from memlm.cuda.neural_memory.inputs import Rule, kernel_refusal
 from tests.cuda.harness import assert_near
 from tests.cuda.test_neural_memory import make
 
@@ -71,3 +72,24 @@ def test_what_the_kernels_leave_to_eager(monkeypatch, depth, options, reason):
         neural_memory(**inputs, state=state, chunk_size=4, **options)
     monkeypatch.setenv(VARIABLE, "auto")
     assert neural_memory(**inputs, state=state, chunk_size=4, **options)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "depth, channels, dtype, rule, reason",
+    [
+        (3, 16, torch.bfloat16, {}, "3 layers"),
+        (1, 257, torch.bfloat16, {}, "heads of 257 channels: the kernels take up to 256"),
+        (2, 65, torch.bfloat16, {}, "heads of 65 channels: the kernels take up to 64"),
+        (1, 16, torch.float32, {}, "torch.float32 values are left to eager"),
+        (2, 16, torch.float16, {"clip": 1.0}, "clipping and statistics"),
+        (2, 16, torch.float16, {"read": "chunk_start"}, "chunk_start"),
+        (1, 256, torch.float16, {}, None),
+        (2, 64, torch.bfloat16, {}, None),
+    ],
+)
+def test_what_the_kernels_refuse(monkeypatch, depth, channels, dtype, rule, reason):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    inputs, state, _ = make([1], depth, D=channels)
+    rule = Rule.build(4, rule.get("read", "inclusive"), "chunk", False, rule.get("clip"))
+    found = kernel_refusal(inputs["v"].to(dtype), state, rule, False)
+    assert found is None if reason is None else reason in found

@@ -190,21 +190,3 @@ def test_a_gate_that_diverged_shows():
     found = kernel_results((tokens, gates, states, counts), cotangents, 1, False)
     assert found["o"][1:].isnan().any() and found["W"].isnan().all()
     assert found["dweights"].isnan().all()
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "reason"),
-    [
-        ((2, 16, 257), torch.bfloat16, "D = 257: the kernels take up to 256"),
-        ((2, 65, 16), torch.float16, "tiles of 65 tokens: the kernels take up to 64"),
-        ((2, 64, 256), torch.float16, None),
-    ],
-)
-def test_refusals(shape, dtype, reason):
-    assert triton_linear.refusal(torch.empty(shape, dtype=dtype, device="meta")) == reason
-
-
-def test_off_the_interpreter_float32_is_refused(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    reason = triton_linear.refusal(torch.empty(2, 16, 16))
-    assert reason == "float32 values are left to eager"

@@ -12,6 +12,7 @@ from tests.cuda import neural_memory_tiles as tiles
 from tests.cuda.harness import assert_deterministic, assert_near, poisoned
 
 triton_mlp = pytest.importorskip("memlm.cuda.neural_memory.triton_mlp")
+triton_mlp_problem = pytest.importorskip("memlm.cuda.neural_memory.triton_mlp_problem")
 
 STATES = ("anchor", "weights", "momentum")
 
@@ -90,7 +91,8 @@ def short_groups():
     config = triton_mlp.Config(16, 4)
     names = ("write_config", "walk_config", "reverse_config")
     patches = {name: lambda *_: config for name in names}
-    with mock.patch.multiple(triton_mlp, GROUP=2, **patches):
+    groups = mock.patch.object(triton_mlp_problem, "GROUP", 2)
+    with groups, mock.patch.multiple(triton_mlp, **patches):
         yield
 
 
@@ -135,22 +137,8 @@ def test_runs_are_equal(short_groups):
     assert_deterministic(lambda: kernel_results(problem, cotangents, 1))
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype", "reason"),
-    [
-        ((1, 16, 128), torch.float16, "D = 128"),
-        ((1, 128, 64), torch.float16, "tiles of 128"),
-        ((1, 24, 64), torch.float16, "tiles of 24"),
-    ],
-)
-def test_what_the_kernels_refuse(shape, dtype, reason):
-    assert reason in triton_mlp.refusal(torch.empty(shape, dtype=dtype))
-
-
 def test_older_cards_take_the_shortest_tiles():
     with compiling_for(80):
-        assert "take 16" in triton_mlp.refusal(torch.empty(1, 64, 64, dtype=torch.float16))
-
-
-def test_what_the_kernels_take():
-    assert triton_mlp.refusal(torch.empty(1, 16, 64, dtype=torch.float16)) is None
+        assert triton_mlp.longest_tile(torch.device("cpu")) == 16
+    with compiling_for(90):
+        assert triton_mlp.longest_tile(torch.device("cpu")) == 64

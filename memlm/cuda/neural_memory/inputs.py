@@ -12,7 +12,9 @@ from memlm.errors import nearest
 
 READS = ("inclusive", "chunk_start", "chunk_gates")
 MAX_DEPTH = 4
-KERNEL_WIDTHS = {1: 256, 2: 64}  # by depth, the most channels of a head that the kernels take
+# By depth, the most channels of a head that the kernels take; with 128 at depth 2 they spill 56
+# bytes per thread, in tiles of 16 tokens too.
+KERNEL_WIDTHS = {1: 256, 2: 64}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,9 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.cuda.dispatch import interpreting
 from memlm.cuda.linear_recurrence.triton_problem import target_of
 from memlm.cuda.neural_memory.gates import TileGates
+from memlm.cuda.neural_memory.inputs import KERNEL_WIDTHS
 from memlm.cuda.neural_memory.triton_linear_kernels import (
     linear_gradient_kernel,
     linear_prepare_kernel,
@@ -29,22 +29,9 @@ from memlm.cuda.neural_memory.triton_linear_kernels import (
 )
 
 LONGEST_TILE = 64
-WIDEST = 256
 ALIGNMENT = 16  # of channels, so that loads are whole
 SEGMENT_BYTES = 1 << 28
 LEAST_STEPS = 8  # of a segment
-
-
-def refusal(Q: Tensor) -> str | None:
-    """Why the kernels cannot take tiles like these ``[M, C, D]``; None where they can."""
-    C, D = Q.shape[1:]
-    if Q.dtype not in (torch.bfloat16, torch.float16) and not interpreting():
-        return f"{str(Q.dtype).removeprefix('torch.')} values are left to eager"
-    if D > WIDEST:
-        return f"D = {D}: the kernels take up to {WIDEST}"
-    if C > LONGEST_TILE:
-        return f"tiles of {C} tokens: the kernels take up to {LONGEST_TILE}"
-    return None
 
 
 def forward(
@@ -170,7 +157,7 @@ def _scan_config(D: int, target: int, exact: bool, reverse: bool = False) -> _Co
             BE = 8
     elif D > 64:
         BE, num_warps = (32, 8) if target >= 90 else (16, 4)
-    return _Config(_block(WIDEST, D), _block(BE, D), num_warps, num_stages)
+    return _Config(_block(KERNEL_WIDTHS[1], D), _block(BE, D), num_warps, num_stages)
 
 
 def _gradient_config(D: int, target: int) -> _Config:

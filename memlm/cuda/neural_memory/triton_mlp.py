@@ -10,11 +10,8 @@ import dataclasses
 import itertools
 
 import torch
-import triton
 from torch import Tensor
-from torch.nn import functional as F
 
-from memlm.cuda.dispatch import interpreting
 from memlm.cuda.linear_recurrence.triton_problem import target_of
 from memlm.cuda.neural_memory.gates import TileGates
 from memlm.cuda.neural_memory.triton_mlp_gradients import (
@@ -25,13 +22,9 @@ from memlm.cuda.neural_memory.triton_mlp_gradients import (
     mlp_reverse_outer_kernel,
 )
 from memlm.cuda.neural_memory.triton_mlp_kernels import mlp_read_kernel, mlp_write_kernel
+from memlm.cuda.neural_memory.triton_mlp_problem import Layers, Problem, widened
 
 TILES = (16, 32, 64)  # tokens
-WIDEST = 64  # channels; 128 spill 56 bytes per thread in the writing walk, with tiles of 16 too
-GROUP = 8  # steps
-NEVER = 1 << 30  # as a number of steps
-
-Layers = tuple[Tensor, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,87 +56,6 @@ def walk_config(C: int, D: int, hidden: int, target: int) -> Config:
 def reverse_config(C: int, D: int, hidden: int, target: int) -> Config:
     """For one slice of one tile, in the walk backwards."""
     return Config(min(hidden, 16 if target < 90 else 32), 4)
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """The tiles as the kernels take them.
-
-    q, k, v: ``[M, C, D]`` with D padded to a power of two. first_tiles: int64 ``[steps + 1]``, the
-    first tile of every step; lengths: int32 ``[R]``, the tiles of every row.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    gates: TileGates
-    counts: list[int]
-    starts: list[int]
-    first_tiles: Tensor
-    lengths: Tensor
-    refresh_every: int
-    channels: int
-    hidden: int
-
-    @classmethod
-    def of(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        gates: TileGates,
-        counts: list[int],
-        refresh_every: int,
-        hidden: int,
-    ) -> "Problem":
-        starts = [0, *itertools.accumulate(counts)]
-        lengths = [sum(count > row for count in counts) for row in range(counts[0])]
-        return cls(
-            *(_wide(x, width(q.shape[-1])) for x in (q, k, v)),
-            TileGates(*(x.contiguous() for x in gates)),
-            counts,
-            starts,
-            torch.tensor(starts, dtype=torch.int64, device=q.device),
-            torch.tensor(lengths, dtype=torch.int32, device=q.device),
-            refresh_every or NEVER,
-            q.shape[-1],
-            width(hidden),
-        )
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """C, D."""
-        return self.q.shape[1], self.q.shape[2]
-
-    @property
-    def target(self) -> int:
-        """Compute capability that decides sizes."""
-        return target_of(self.q.device)
-
-    def groups(self) -> list[tuple[int, int]]:
-        """First step and end of every group of steps."""
-        steps = len(self.counts)
-        return [(first, min(first + GROUP, steps)) for first in range(0, steps, GROUP)]
-
-    def wide_layers(self, layers: Layers) -> Layers:
-        """New, dense, float32, with zero channels."""
-        _, D = self.sizes
-        first, second = layers
-        return (
-            _wide(first.float(), D, self.hidden).clone(),
-            _wide(second.float(), self.hidden, D).clone(),
-        )
-
-    def true_layers(self, layers: Layers, hidden: int) -> Layers:
-        """Without the channels that are padding."""
-        first, second = layers
-        return (
-            first[:, : self.channels, :hidden].contiguous(),
-            second[:, :hidden, : self.channels].contiguous(),
-        )
-
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.q.dtype, device=self.q.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -424,35 +336,9 @@ class Group:
             dgates.beta_end[step], dgates.f_end[step], dgates.mu_end[step] = ends
 
 
-def width(size: int) -> int:
-    """Channels with padding."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def _wide(x: Tensor, *sizes: int) -> Tensor:
-    """Dense, with zeros up to these sizes of the last dimensions."""
-    have = x.shape[-len(sizes) :]
-    padding = [(0, size - old) for size, old in zip(sizes, have, strict=True)]
-    padding = [p for pair in reversed(padding) for p in pair]
-    return F.pad(x, padding) if any(padding) else x.contiguous()
-
-
 def longest_tile(device: torch.device) -> int:
     """Tokens of the longest tile that keeps its values in registers."""
     return TILES[-1] if target_of(device) >= 90 else TILES[0]
-
-
-def refusal(Q: Tensor) -> str | None:
-    """Why the kernels cannot take tiles like these ``[M, C, D]``; None where they can."""
-    C, D = Q.shape[1:]
-    if Q.dtype not in (torch.bfloat16, torch.float16) and not interpreting():
-        return f"{str(Q.dtype).removeprefix('torch.')} values are left to eager"
-    if D > WIDEST:
-        return f"D = {D}: the kernels of two layers take up to {WIDEST}"
-    tiles = [size for size in TILES if size <= longest_tile(Q.device)]
-    if C not in tiles:
-        return f"tiles of {C} tokens: the kernels of two layers take {', '.join(map(str, tiles))}"
-    return None
 
 
 def forward(
@@ -511,7 +397,7 @@ def backward(
     returned. That of G is zero above the diagonal."""
     hidden = dW_out[0].shape[-1]
     problem = Problem.of(Q, K, V, gates, counts, refresh_every, hidden)
-    do = _wide(dO.to(Q.dtype), problem.q.shape[-1])
+    do = widened(dO.to(Q.dtype), problem.q.shape[-1])
     dstate = [problem.wide_layers(layers) for layers in (danchor_out, dW_out, dS_out)]
     dqkv = tuple(torch.empty_like(problem.q) for _ in range(3))
     dgates = TileGates(*map(torch.empty_like, problem.gates))
