@@ -28,7 +28,9 @@ class TitansConfig(MemoryConfig):
         conv_size: tokens the short convolution sees; None = no convolution, q, k and v are SiLU of
             their projections.
         theta_max: upper bound of the step size of every head; default min(0.1, 1.6 / chunk_size),
-            since the steps of a chunk add up on keys that repeat; a fifth of it from depth 3 on.
+            since the steps of a chunk add up on keys that repeat; a fifth of it from depth 3 on,
+            where all layers move at once: with the whole step less is found again of a chunk of
+            keys. That is for learning; smaller steps are not stabler (see alpha_bias).
         average_momentum: S = eta S - (1 - eta) theta grad instead of S = eta S - theta grad.
         momentum: False = no momentum, eta is 0.
         decay: False = nothing is forgotten, alpha is 0.
@@ -40,9 +42,12 @@ class TitansConfig(MemoryConfig):
             is then a matter of speed.
         clip: largest norm of a token's gradient; None = no bound.
         alpha_bias, eta_bias, theta_bias: start values of the biases of decay, momentum and step
-            (before the sigmoid). Default of alpha_bias: -6 at depth 1; -9 at the others, whose
-            layer norm is the steeper the further the weights have faded: with -6 the gradients of
-            rows of 2048 tokens explode.
+            (before the sigmoid). Default of alpha_bias: -6, -9, -11 and -11 at depths 1 to 4.
+            Behind a layer norm the loss is as curved as the squared weights are small, so it
+            becomes exp(2 A) times more so while a row fades them by exp(-A), and the gradients of
+            the outer model explode where step times curvature passes 2. The first steps leave a
+            margin of about 1.8 in A at depth 2 and 0.6 above, where steps are smaller; on rows of
+            8192 tokens A is 1 with -9, 0.14 with -11.
         window: tokens that the attention of mag and mal sees.
         segment: tokens of a segment of mac.
         persistent_tokens: learned tokens that the attention of mac, mag and mal sees everywhere.
@@ -99,7 +104,7 @@ class TitansConfig(MemoryConfig):
         """The start value of the decay's bias."""
         if self.alpha_bias is not None:
             return self.alpha_bias
-        return -6.0 if self.depth == 1 else -9.0
+        return (-6.0, -9.0, -11.0, -11.0)[self.depth - 1]
 
     def conventions(self) -> dict[str, int]:
         """What belongs to the function that was trained though no weight shows it, as numbers."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from memlm.layers.context import CallContext
+from memlm.memory.records import record_surprise
 from memlm.memory.titans import Titans
 from memlm.memory.titans_config import TitansConfig
 
@@ -60,6 +61,29 @@ def test_defaults_have_finite_small_gradients_on_keys_that_repeat(depth):
 @pytest.mark.parametrize("chunk_size", [16, 64])
 def test_defaults_have_finite_small_gradients_on_8192_tokens(depth, correlation, chunk_size):
     check(depth, 8192, correlation, chunk_size)
+
+
+def test_weights_that_fade_are_what_makes_a_deep_memory_unstable():
+    options = {"default": {}, "faded": {"alpha_bias": -6.0}, "kept": {"decay": False}}
+    hidden = tokens(1024, 0.99)
+    norms = {name: gradient_norm(build(depth=4, **o), hidden)[0] for name, o in options.items()}
+    assert norms["faded"] > 1000
+    assert max(norms["default"], norms["kept"]) < 10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("chunk_size", [16, 64])
+def test_default_steps_are_large_enough_to_learn(depth, chunk_size):
+    # A chunk of keys again and again. Behind a layer norm the loss cannot fall to zero.
+    module = build(depth=depth, chunk_size=chunk_size, num_heads=4, conv_size=None)
+    for projection in (module.memory.k_proj, module.memory.v_proj):
+        torch.nn.init.normal_(projection.weight, std=0.5)
+    hidden = tokens(chunk_size, 0.0).repeat(1, 9, 1)
+    with record_surprise(module) as records:
+        module(hidden, module.init_state(1), CallContext.plain(*hidden.shape[:2]))
+    (surprise,) = (record.joined().view(9, -1).mean(1) for record in records.values())
+    assert surprise[8] < 0.7 * surprise[0]
 
 
 @torch.no_grad()
