@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from memlm.cuda.dispatch import choose_name
+from memlm.cuda.neural_memory import native
+from memlm.cuda.neural_memory.chunks import Chunks
 from memlm.cuda.neural_memory.eager import solve_tiles
 from memlm.cuda.neural_memory.inputs import Rule, check_shapes, kernel_refusal
 from memlm.cuda.neural_memory.reference import neural_memory_reference
@@ -101,9 +103,11 @@ def neural_memory(
         lengths = torch.full((B,), T, dtype=torch.int64, device=q.device)
     else:
         lengths = cu_seqlens.diff().to(torch.int64)
+    whole = read == "chunk_gates" and chunk_size >= SHORTEST_WHOLE_CHUNK
     refusals = {
         "reference": None,
         "eager": None,
+        "native": native.refusal(v, whole),
         "triton": kernel_refusal(v, state, rule, return_statistics),
     }
     name = choose_name("neural_memory", refusals, q.device)
@@ -117,9 +121,9 @@ def neural_memory(
         sizes = TileSizes(kernels.longest_tile(state.depth, q.device), 16)
         run = functools.partial(run_tiles, kernels.solve_tiles, sizes)
     else:
-        whole = read == "chunk_gates" and chunk_size >= SHORTEST_WHOLE_CHUNK
         sizes = TileSizes(64 if D < 128 else 128)._replace(whole_chunks=whole)
-        solve = functools.partial(solve_tiles, statistics=return_statistics)
+        walker = native.Chunks if name == "native" else Chunks
+        solve = functools.partial(solve_tiles, statistics=return_statistics, walker=walker)
         run = functools.partial(run_tiles, solve, sizes)
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     values = v.dtype if name == "triton" else dtype

@@ -24,8 +24,6 @@ from memlm.cuda.neural_memory.layer import dot, in_its_own_precision, narrows
 from memlm.cuda.neural_memory.network import clipped, errors_at, read_through, square_norm
 from memlm.cuda.neural_memory.state import RowStates
 
-KEPT_EVERY = 8  # chunks
-
 
 def walk_chunks(
     steps: range,
@@ -36,6 +34,7 @@ def walk_chunks(
     refresh_every: int,
     rule: Rule,
     statistics: bool,
+    walker: type[torch.autograd.Function],
     state: RowStates,
 ) -> tuple[list[tuple[Tensor, ...]], list[RowStates], RowStates]:
     """Some steps of `eager.solve_tiles`, whose tiles are chunks.
@@ -43,6 +42,7 @@ def walk_chunks(
     Args:
         tokens: queries, keys and values ``[chunks, C, D]`` of all steps.
         full: bool ``[chunks]``, those with a token in their last slot.
+        walker: `Chunks` or what does the same.
 
     Returns:
         Outputs (and surprise and squared norm) of some chunks at a time, the rows that ended in
@@ -64,7 +64,7 @@ def walk_chunks(
         errors = found.errors if rule.clip is None else clipped(found, rule.clip)
 
         def through(x: Tensor, *layer: Tensor, n=n, gate=gate, joins=joins):
-            return _Chunks.apply(x, *layer, n, gate.beta_end, gate.mu_end, joins)
+            return walker.apply(x, *layer, n, gate.beta_end, gate.mu_end, joins)
 
         layers = list(zip(found.inputs, errors, state.weights, state.momentum, strict=True))
         o, advanced = read_through(q, layers, through, through)
@@ -98,14 +98,16 @@ def _by_step(x: Tensor, steps: int) -> Tensor:
     return x.unflatten(1, (steps, -1)).transpose(0, 1).flatten(0, 1)
 
 
-class _Chunks(torch.autograd.Function):
+class Chunks(torch.autograd.Function):
     """One layer over N chunks of C tokens.
 
     Takes x, a ``[rows, N * C, d_in]``, e ``[rows, N * C, d_out]``, W, S ``[rows, d_in, d_out]``,
     n ``[rows, N * C]``, beta, mu and full ``[N, rows]``; returns y ``[rows, N * C, d_out]`` and the
-    last W and S. Of the states before a chunk, every `KEPT_EVERY`-th is kept for the backward pass,
+    last W and S. Of the states before a chunk, every `kept_every`-th is kept for the backward pass,
     which makes the others again: a few states stay in the cache, all do not.
     """
+
+    kept_every = 8
 
     @staticmethod
     def forward(ctx, x, a, e, W, S, n, beta, mu, full):
@@ -116,7 +118,7 @@ class _Chunks(torch.autograd.Function):
         (*asking, last), (*answers, last_answer) = _reads(x, len(mu)), _reads(y, len(mu))
         kept = []
         for chunk, update in enumerate(_updates(gates, a, e, n, W)):
-            if chunk % KEPT_EVERY == 0:
+            if chunk % Chunks.kept_every == 0:
                 kept += (W, S)
                 W, S = W.clone(), S.clone()
             torch.bmm(asking[chunk], W, out=answers[chunk])
@@ -143,10 +145,11 @@ class _Chunks(torch.autograd.Function):
         torch.bmm(answers[-1], W.mT, out=dasking[-1])
         # Memory is written again rather than allocated: new pages cost more than the arithmetic.
         dS, decay = dS.clone(), torch.ones_like(mu[0])  # decay of the chunk behind
-        states = W.new_empty(min(KEPT_EVERY, chunks) - 1, 2, *W.shape)
+        every = Chunks.kept_every
+        states = W.new_empty(min(every, chunks) - 1, 2, *W.shape)
         places = [state.unbind() for state in states]
-        for first in reversed(range(0, chunks, KEPT_EVERY)):
-            part = range(first, min(first + KEPT_EVERY, chunks))
+        for first in reversed(range(0, chunks, every)):
+            part = range(first, min(first + every, chunks))
             before = [kept.pop()]
             for chunk, place in zip(part[:-1], places, strict=False):
                 before.append(_advance(*before[-1], updates[chunk], place))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memlm.cuda.neural_memory.chunks import KEPT_EVERY, walk_chunks
+from memlm.cuda.neural_memory.chunks import Chunks, walk_chunks
 from memlm.cuda.neural_memory.gates import TileGates
 from memlm.cuda.neural_memory.inputs import Rule
 from memlm.cuda.neural_memory.layer import advance, gain_and_advance, read_and_advance
@@ -56,6 +56,7 @@ def solve_tiles(
     rule: Rule,
     full: Tensor | None = None,
     statistics: bool = True,
+    walker: type[torch.autograd.Function] = Chunks,
 ) -> Solution:
     """Walk through the tiles of all rows.
 
@@ -68,16 +69,20 @@ def solve_tiles(
         full: bool ``[M]``, given where every tile is a chunk and the weights change at its end
             only: the tiles with a token in their last slot.
         statistics: whether surprise and gradient norm are wanted.
+        walker: goes through the chunks with a layer, where `full` is given.
     """
     if full is not None:
-        walk = functools.partial(walk_chunks, tokens=(q, k, v), gates=gates, full=full)
+        walk = functools.partial(
+            walk_chunks, tokens=(q, k, v), gates=gates, full=full, walker=walker
+        )
     else:
         tiles = [x.split(counts) for x in (q, k, v)]
         walk = functools.partial(_walk, parts=list(zip(*tiles, gates.split(counts), strict=True)))
     walk = functools.partial(
         walk, counts=counts, refresh_every=refresh_every, rule=rule, statistics=statistics
     )
-    group = _group_size(q, weights, counts, kept_states=1 if full is None else 1 / KEPT_EVERY)
+    kept_states = 1 if full is None else 1 / walker.kept_every
+    group = _group_size(q, weights, counts, kept_states)
     steps = len(counts)
     state = RowStates(anchor, weights, momentum)
     outputs, finished = [], []

@@ -1,0 +1,104 @@
+"""A layer of the neural memory through many chunks in C++: see native.cpp for the formulas."""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from memlm.cuda import native
+from memlm.cuda.dispatch import VARIABLE
+
+SOURCE = Path(__file__).with_name("native.cpp")
+PARALLEL = 1 << 22  # fewer multiplications with the states than this take one thread
+
+
+def refusal(v: Tensor, whole_chunks: bool) -> str | None:
+    """Why values v are not for this implementation, or None; whole_chunks: whether the weights
+    change at the ends of chunks only, and chunks are long enough to be walked through by
+    themselves."""
+    if v.device.type != "cpu":
+        return f"the tensors are on {v.device.type}, it runs on the CPU"
+    if v.dtype == torch.float64:
+        return "the values are float64, it computes in float32"
+    if not whole_chunks:
+        return "it takes read='chunk_gates' and chunks of 16 tokens or more"
+    return _unavailable()
+
+
+class Chunks(torch.autograd.Function):
+    """What `chunks.Chunks` is, in float32."""
+
+    kept_every = 32  # a power of two
+
+    @staticmethod
+    def forward(ctx, x, a, e, W, S, n, beta, mu, full):
+        given = {"x": x, "a": a, "e": e, "n": n, "mu": mu, "beta": beta, "W": W, "S": S}
+        given["joins"] = None if bool(full.all()) else full.float()
+        given = {name: None if t is None else t.contiguous() for name, t in given.items()}
+        found = {"y": x.new_empty(*x.shape[:2], W.shape[-1])}
+        found |= {"W_end": torch.empty_like(given["W"]), "S_end": torch.empty_like(given["S"])}
+        found["kept"] = W.new_empty((len(mu) - 1) // Chunks.kept_every, 2, *W.shape)
+        _run("memlm_forward", given | found)
+        needed = given | {name: found[name] for name in ("W_end", "kept")}
+        ctx.save_for_backward(*needed.values())
+        ctx.names = tuple(needed)
+        return found["y"], found["W_end"], found["S_end"]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dW, dS):
+        given = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        found = {f"d{name}": torch.empty_like(given[name]) for name in ("x", "a", "e", "n")}
+        found |= {f"d{name}": torch.empty_like(given[name]) for name in ("beta", "mu")}
+        copied = {"dW": dW, "dS": dS}
+        found |= {
+            name: t.clone(memory_format=torch.contiguous_format) for name, t in copied.items()
+        }
+        _run("memlm_backward", given | found | {"dy": dy.contiguous()})
+        order = ("dx", "da", "de", "dW", "dS", "dn", "dbeta", "dmu")
+        return *(found[name] for name in order), None
+
+
+SIZES = ("threads", "rows", "chunks", "C", "in", "out", "every")
+GIVEN = ("x", "a", "e", "n", "mu", "beta", "joins", "W", "S")
+FOUND = ("y", "W_end", "S_end", "kept")
+BACKWARD = ("dy", "dx", "da", "de", "dn", "dW", "dS", "dbeta", "dmu")
+POINTERS = GIVEN + FOUND + BACKWARD
+
+
+class _Problem(ctypes.Structure):
+    """`Problem` in native_chunks.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in SIZES),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+    )
+
+
+def _run(function: str, tensors: dict[str, Tensor | None]) -> None:
+    """Call the library on tensors, by their names in `_Problem`."""
+    rows, tokens, d_in = tensors["x"].shape
+    chunks, d_out = len(tensors["mu"]), tensors["W"].shape[-1]
+    threads = torch.get_num_threads() if rows * tokens * d_in * d_out >= PARALLEL else 1
+    sizes = (threads, rows, chunks, tokens // chunks, d_in, d_out, Chunks.kept_every)
+    pointers = (tensors.get(name) for name in POINTERS)
+    problem = _Problem(*sizes, *(None if t is None else t.data_ptr() for t in pointers))
+    if not getattr(_library(), function)(ctypes.byref(problem)):
+        raise MemoryError("neural_memory: no memory for the blocks of a layer")
+
+
+@torch.compiler.assume_constant_result
+def _unavailable() -> str | None:
+    wanted = {entry.rpartition("=")[2] for entry in os.environ.get(VARIABLE, "auto").split(",")}
+    if not {name.strip() for name in wanted} & {"", "auto", "native"}:
+        return "another implementation is forced, nothing is compiled"
+    return native.unavailable(SOURCE)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return native.load(SOURCE)

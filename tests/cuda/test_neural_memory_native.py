@@ -1,0 +1,183 @@
+"""The neural memory's chunks in C++ against the reference and the torch loop in float64."""
+
+import pytest
+import torch
+
+from memlm.cuda import native as loader
+from memlm.cuda import neural_memory
+from memlm.cuda.dispatch import VARIABLE
+from memlm.cuda.neural_memory import native
+from memlm.cuda.neural_memory.chunks import Chunks
+from tests.cuda.harness import poisoned, scattered
+from tests.cuda.test_neural_memory import make
+
+REASON = loader.unavailable(native.SOURCE)
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+NEAR = 1e-5  # of the largest entry, after a memory of several layers in float32
+NEAR_OF_A_LAYER = 3e-6
+RESULTS = ("y", "W", "S", "dx", "da", "de", "dW", "dS", "dn", "dbeta", "dmu")
+
+
+def assert_near(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert found[name].shape == x.shape, name
+        off = (found[name].double() - x).abs().amax() if x.numel() else 0.0
+        assert off <= tolerance * max(1.0, float(x.abs().amax()) if x.numel() else 0.0), name
+
+
+def operation(monkeypatch, implementation, case, dtype, **options):
+    """Outputs, final state, statistics, and gradients of a fixed random function."""
+    monkeypatch.setenv(VARIABLE, implementation)
+    inputs, state, boundaries = case
+    leaves = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
+    state = state.map(lambda x: x.to(dtype).requires_grad_())
+    o, final, statistics = neural_memory(
+        **leaves, state=state, cu_seqlens=boundaries, return_statistics=True, **options
+    )
+    found = {"o": o}
+    for name in ("anchor", "weights", "momentum"):
+        found |= {f"{name}{i}": x for i, x in enumerate(getattr(final, name))}
+        leaves |= {f"{name}{i}": x for i, x in enumerate(getattr(state, name))}
+    generator = torch.Generator().manual_seed(1)
+    weights = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in found.values()
+    ]
+    loss = sum((x * w.to(dtype)).sum() for x, w in zip(found.values(), weights, strict=True))
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    found |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+    return {name: x.detach() for name, x in (found | statistics._asdict()).items()}
+
+
+def assert_equals_the_reference(monkeypatch, case, **options):
+    options["read"] = "chunk_gates"
+    expected = operation(monkeypatch, "reference", case, torch.float64, **options)
+    found = operation(monkeypatch, "native", case, torch.float32, **options)
+    assert_near(found, expected, NEAR)
+
+
+@pytest.mark.parametrize("chunk_size", [16, 17, 64])
+@pytest.mark.parametrize("depth, gain, D", [(1, False, 24), (2, True, 16), (3, False, 16)])
+def test_equals_the_reference(monkeypatch, depth, gain, D, chunk_size):
+    case = make([70], depth, H=1, D=D, hidden=40, gain=gain)
+    assert_equals_the_reference(monkeypatch, case, chunk_size=chunk_size, refresh="never")
+
+
+@pytest.mark.parametrize("refresh", ["chunk", "never", 32])
+def test_packed_sequences_resumed_inside_a_chunk(monkeypatch, refresh):
+    case = make([37, 0, 50, 1], 2, D=16, hidden=24, packed=True, offset=[3, 0, 14, 15], gain=True)
+    assert_equals_the_reference(monkeypatch, case, chunk_size=16, refresh=refresh)
+
+
+def layer(rows, chunks, C, d_in, d_out, full=True):
+    """What `Chunks` takes, in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    T = chunks * C
+    tokens = normal(rows, T, d_in), normal(rows, T, d_in) / C**0.5, normal(rows, T, d_out) / C**0.5
+    states = normal(rows, d_in, d_out), normal(rows, d_in, d_out)
+    gates = [x.sigmoid() for x in (normal(rows, T), normal(chunks, rows), normal(chunks, rows))]
+    for gate in gates[1:]:
+        gate[1:2] = 0.0
+    joins = torch.ones(chunks, rows, dtype=torch.bool)
+    joins[-1, ::2] = full
+    return (*tokens, *states, *gates), joins
+
+
+def results(walker, tensors, full, arrange=torch.clone):
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    found = walker.apply(*map(arrange, tensors), full)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in found]
+    gradients = torch.autograd.grad(
+        found, tensors, [arrange(w.to(x.dtype)) for w, x in zip(weights, found, strict=True)]
+    )
+    return dict(zip(RESULTS, (*(x.detach() for x in found), *gradients), strict=True))
+
+
+def single(tensors):
+    return [x.float() for x in tensors]
+
+
+SIZES = [
+    # rows, chunks, C, d_in, d_out
+    (1, 1, 16, 16, 16),
+    (2, 3, 16, 24, 40),
+    (3, 5, 17, 40, 24),
+    (1, 2, 64, 130, 70),
+    (2, 3, 16, 1, 50),
+    (1, 4, 20, 70, 200),
+    (1, 9, 16, 128, 65),
+    (1, 4, 33, 2, 3),
+]
+
+
+@pytest.mark.parametrize("every", [2, 32])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("full", [True, False])
+def test_a_layer_equals_the_torch_loop(monkeypatch, sizes, every, full):
+    monkeypatch.setattr(native.Chunks, "kept_every", every)
+    tensors, joins = layer(*sizes, full)
+    with poisoned():
+        found = results(native.Chunks, single(tensors), joins)
+    assert_near(found, results(Chunks, tensors, joins), NEAR_OF_A_LAYER)
+
+
+def test_tensors_that_are_not_contiguous():
+    tensors, joins = layer(2, 3, 16, 24, 40)
+    expected = results(native.Chunks, single(tensors), joins)
+    found = results(native.Chunks, single(tensors), joins, scattered)
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+def test_threads_share_the_rows(monkeypatch):
+    tensors, joins = layer(5, 3, 16, 24, 40)
+    threads = torch.get_num_threads()
+    expected = results(native.Chunks, single(tensors), joins)
+    monkeypatch.setattr(native, "PARALLEL", 1)
+    try:
+        torch.set_num_threads(3)
+        found = results(native.Chunks, single(tensors), joins)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+@pytest.mark.parametrize(
+    "forced, walked",
+    [("auto", True), ("native", True), ("auto,neural_memory=native", True), ("eager", False)],
+)
+def test_the_variable_chooses_the_loop(monkeypatch, forced, walked):
+    monkeypatch.setenv(VARIABLE, forced)
+    calls = []
+    call = native._run
+    monkeypatch.setattr(native, "_run", lambda *given: (calls.append(given[0]), call(*given)))
+    inputs, state, _ = make([20], 1)
+    inputs = {name: x.float().requires_grad_() for name, x in inputs.items()}
+    options = {"chunk_size": 16, "read": "chunk_gates"}
+    o, _ = neural_memory(**inputs, state=state.map(torch.Tensor.float), **options)
+    o.sum().backward()
+    assert bool(calls) is walked
+
+
+@pytest.mark.parametrize(
+    "dtype, options, reason",
+    [
+        (torch.float64, {"chunk_size": 16, "read": "chunk_gates"}, "float64"),
+        (torch.float32, {"chunk_size": 8, "read": "chunk_gates"}, "chunks of 16 tokens or more"),
+        (torch.float32, {"chunk_size": 16}, "read='chunk_gates'"),
+    ],
+)
+def test_what_it_does_not_take(monkeypatch, dtype, options, reason):
+    inputs, state, _ = make([20], 1)
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    monkeypatch.setenv(VARIABLE, "native")
+    with pytest.raises(RuntimeError, match=f"native is unavailable for neural_memory: .*{reason}"):
+        neural_memory(**inputs, state=state, **options)
+    monkeypatch.setenv(VARIABLE, "auto")
+    o, _ = neural_memory(**inputs, state=state, **options)
+    assert o.dtype == dtype and o.isfinite().all()
