@@ -15,8 +15,8 @@ Where the paper is silent or ambiguous:
 - From depth 2 on the memory ends in a layer norm, so gradients grow as the weights fade: with a
   decay of sigmoid(-6) per token the outer gradient of an untrained model on rows of 2048 tokens is
   9, 2e8 and inf at depths 2, 3 and 4 (2e9 at depth 2 with steps ten times smaller, which refill
-  less). The decay starts at sigmoid(-9) there, with a fifth of the step at depths 3 and 4: the norm
-  is then 3, as at depth 1.
+  less). The decay starts at sigmoid(-9) at depth 2 and at sigmoid(-11) above, with a fifth of the
+  step there: see docs/neural_memory.md.
 - The initial weights are learned.
 """
 

@@ -29,7 +29,7 @@ class Spec:
         label: tells several specs of one memory apart.
         without_gradient: fields of its state that take no gradient by design (stores).
         stable: further options in float32, for a memory that is chaotic with its usual ones.
-        examples: draws per law.
+        examples: draws per law at the first site.
         slow: whether it is left to the slow tests.
     """
 
@@ -52,6 +52,11 @@ class Case:
 
     def __str__(self) -> str:
         return "-".join(filter(None, (self.memory, self.spec.label, self.site)))
+
+    @property
+    def examples(self) -> int:
+        """Draws per law: fewer at the other sites of a spec, where the memory is the same."""
+        return self.spec.examples if self.site == self.spec.sites[0] else 2
 
     def entry(self, **options: Any) -> dict[str, Any]:
         """The value of the site in `layers`."""

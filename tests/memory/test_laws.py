@@ -29,7 +29,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("law", LAWS)
 def test_law(law, case, law_counter):
-    @settings(deterministic, max_examples=case.spec.examples)
+    @settings(deterministic, max_examples=case.examples)
     @given(data=st.data())
     def holds(data):
         law_counter.append(1)
