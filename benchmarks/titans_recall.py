@@ -49,7 +49,7 @@ class Settings:
 
     mixer: dict[str, Any]
     pairs: int = 8
-    steps: int = 700
+    steps: int = 1500
     learning_rate: float = 3e-3
     batch: int = 32
     evaluate_every: int = 50
@@ -69,7 +69,8 @@ ROWS = {
     "depth 2 (full)": Settings({}),
     "depth 1": Settings({"depth": 1}),
     "depth 1, exact": Settings({"depth": 1, "exact": True}),
-    "depth 3": Settings({"depth": 3}),  # theta_max 0.02 is slower still
+    # Smaller steps: all layers move at once.
+    "depth 3": Settings({"depth": 3, "theta_max": 0.04}),
     "no convolution": Settings({"conv_size": None}),
     "no momentum": Settings({"momentum": False}),
     "no decay": Settings({"decay": False}),
