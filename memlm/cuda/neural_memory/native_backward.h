@@ -9,7 +9,7 @@ namespace {
 // tokens.
 inline void by_inputs(const float* state, const float* tokens, int64_t ld, int64_t count,
                       int64_t height, int64_t depth, bool first, float* out) {
-  for_panels(count, [=](auto size, int64_t t) {
+  for_columns(count, [=](auto size, int64_t t) {
     for (int64_t k = 0; k < height; k += MR) {
       Tile<size> tile;
       tile.template add<false>(state + k * WIDTH, WIDTH, tokens + t, ld, depth);
@@ -105,53 +105,88 @@ struct Backward : Row {
     load_block(p.dS, b, j, dS);
     if (first + count == p.chunks) {
       load_block(p.W_end, b, j, state(0).W);
-      read_backward(state(0).W, first + count, count, b, j, 1);
+      read_backward(state(0).W, first + count, count, b, j, 1, [](const auto&, int64_t) {});
     }
     load_block(before(first, 0), b, j, state(0).W);
     load_block(before(first, 1), b, j, state(0).S);
     for (int64_t i = 0; i + 1 < count; ++i) {
       advance(first + i, high_at(left, i, b), wide_at(right, i, j), h, w, state(i), state(i + 1));
     }
+    double* sums = reinterpret_cast<double*>(dots);
+    Join last = join(first + count - 1, state(count - 1));
+    for (int64_t k = 0; k < h; k += MR) {
+      for (int64_t column = 0; column < w; column += W) {
+        Tile<1> d;
+        for (int r = 0; r < MR; ++r) d.x[r][0] = load(dW + (k + r) * WIDTH + column);
+        last.add_tile(d, k * WIDTH + column);
+      }
+    }
+    last.add(sums + 2 * (count - 1));
     for (int64_t i = count - 1; i >= 0; --i) {
       const int64_t c = first + i;
-      join(c, state(i), h, w, reinterpret_cast<double*>(dots) + 2 * i);
+      prefetch(high_at(x, i, b), h * Cp);
       by_tokens(high_at(left, i, b), Cp, dS, C, w, h, b == 0, wide_at(dright, i, j));
       by_inputs(dS, wide_at(right_mT, i, j), Cp, C, h, w, j == 0, high_at(dleft, i, b));
-      read_backward(state(i).W, c, i, b, j, gate(p.beta, c));
+      if (i > 0) {
+        Join next = join(c - 1, state(i - 1));
+        read_backward(state(i).W, c, i, b, j, gate(p.beta, c),
+                      [&next](const auto& d, int64_t place) INLINE_LAMBDA { next.add_tile(d, place); });
+        next.add(sums + 2 * (i - 1));
+      } else {
+        read_backward(state(i).W, c, i, b, j, gate(p.beta, c), [](const auto&, int64_t) {});
+      }
     }
     store_block(dW, b, j, p.dW);
     store_block(dS, b, j, p.dS, first == 0 ? gate(p.mu, 0) : 1);
   }
 
-  // dS += joins dW, and the sums of dW W and dS S.
-  void join(int64_t c, Block state, int64_t h, int64_t w, double* sums) const {
-    const float joined = joins(c), decay = c + 1 < p.chunks ? gate(p.mu, c + 1) : 1;
-    vec by_W[2] = {}, by_S[2] = {};
-    for (int64_t k = 0; k < h; k += 2) {
-      for (int64_t column = 0; column < w; column += W) {
-        UNROLL for (int r = 0; r < 2; ++r) {
-          const int64_t at = (k + r) * WIDTH + column;
-          const vec d = load(dW + at), z = joined * d + decay * load(dS + at);
-          store(dS + at, z);
-          by_W[r] += d * load(state.W + at);
-          by_S[r] += z * load(state.S + at);
+  // dS = joins dW + mu dS of chunk c, mu that of the chunk behind it, and the sums of dW W and dS S.
+  struct Join {
+    float* dS;
+    Block state;
+    float joined, decay;
+    vec by_W = {}, by_S = {};
+
+    // For a tile of dW at this place of the block.
+    template <int N>
+    INLINE void add_tile(const Tile<N>& d, int64_t place) {
+      float* to = dS + place;
+      const float *weights = state.W + place, *momentum = state.S + place;
+      const float joins = joined, mu = decay;
+      vec sum_W[2] = {}, sum_S[2] = {};
+      UNROLL for (int r = 0; r < MR; ++r) {
+        UNROLL for (int m = 0; m < N; ++m) {
+          const int64_t at = r * WIDTH + m * W;
+          const vec z = joins * d.x[r][m] + mu * load(to + at);
+          store(to + at, z);
+          sum_W[r % 2] += d.x[r][m] * load(weights + at);
+          sum_S[r % 2] += z * load(momentum + at);
         }
       }
+      by_W += sum_W[0] + sum_W[1];
+      by_S += sum_S[0] + sum_S[1];
     }
-    sums[0] += sum(by_W[0] + by_W[1]);
-    sums[1] += sum(by_S[0] + by_S[1]);
+    void add(double* sums) const {
+      sums[0] += sum(by_W);
+      sums[1] += sum(by_S);
+    }
+  };
+
+  Join join(int64_t c, Block state) const {
+    return {dS, state, joins(c), c + 1 < p.chunks ? gate(p.mu, c + 1) : 1};
   }
 
   // Gradients of the reads before chunk c, the i-th of the segment: dx += dy W^T and, for what the
-  // weights were before, dW = beta dW + x^T dy.
-  void read_backward(const float* weights, int64_t c, int64_t i, int64_t b, int64_t j,
-                     float beta) const {
+  // weights were before, dW = beta dW + x^T dy. `then(r, m, d)` gets what dW becomes.
+  template <class Then>
+  INLINE void read_backward(const float* weights, int64_t c, int64_t i, int64_t b, int64_t j,
+                            float beta, Then then) const {
     const int64_t h = round_up(height(b), MR), w = round_up(width(j), W), ld = Cp;
     const int64_t count = reading(c).count;
     by_inputs(weights, wide_at(dy_mT, i, j), ld, count, h, w, j == 0, high_at(dx, i, b));
     const float *asking = high_at(x, i, b), *answers = wide_at(dy, i, j);
     float* gradient = dW;
-    for_panels(w, [=](auto size, int64_t column) {
+    for_columns(w, [=](auto size, int64_t column) INLINE_LAMBDA {
       for (int64_t k = 0; k < h; k += MR) {
         Tile<size> tile;
         tile.template add<false>(asking + k * ld, ld, answers + column, WIDTH, count);
@@ -160,6 +195,7 @@ struct Backward : Row {
           return beta * load(d + r * WIDTH + m * W) + product;
         });
         tile.put(d, WIDTH);
+        then(tile, k * WIDTH + column);
       }
     });
   }
@@ -180,6 +216,11 @@ struct Backward : Row {
   void hand_back(const float* gradient, Span span, int64_t columns, const float* inputs,
                  float* out) const {
     for (int64_t t = 0; t < span.count; t += W) {
+      for (int64_t i = t; i < std::min(t + W, span.count); ++i) {
+        const int64_t ahead = (span.first + i + AHEAD) * p.in;
+        prefetch(out + ahead, columns);
+        if (inputs) prefetch(inputs + ahead, columns);
+      }
       for (int64_t c = 0; c < columns; c += W) {
         vec block[W];
         for (int i = 0; i < W; ++i) {

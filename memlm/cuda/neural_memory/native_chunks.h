@@ -24,10 +24,25 @@ struct Problem {
 
 namespace {
 
-// A block has at most HEIGHT rows and WIDTH columns.
-constexpr int64_t HEIGHT = 64, WIDTH = 64;
+// A block has at most HEIGHT rows and WIDTH columns; a product works on 3 vectors of columns at once.
+constexpr int64_t HEIGHT = 64, WIDTH = 96;
 constexpr int64_t BLOCK = HEIGHT * WIDTH;
-static_assert(HEIGHT % R == 0 && WIDTH % (NV * W) == 0);
+static_assert(HEIGHT % R == 0 && WIDTH % (3 * W) == 0 && WIDTH % R == 0);
+
+// f(vectors, first column) for panels that cover `width` columns.
+template <class F>
+INLINE void for_columns(int64_t width, F f) {
+  int64_t vectors = (width + W - 1) / W, column = 0;
+  for (; vectors >= 3 && vectors != 4; vectors -= 3, column += 3 * W) f(constant<3>(), column);
+  for (; vectors >= 2; vectors -= 2, column += 2 * W) f(constant<2>(), column);
+  if (vectors > 0) f(constant<1>(), column);
+}
+
+inline void prefetch(const float* p, int64_t floats) {
+  for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(p + i);
+}
+
+constexpr int64_t AHEAD = 16;  // rows; those of one block lie too far apart for a CPU to foresee
 
 struct Span {
   int64_t first, count;
@@ -122,7 +137,7 @@ struct Row {
                Block from, Block to) const {
     const float mu = gate(p.mu, c), beta = gate(p.beta, c), joined = joins(c);
     const int64_t depth = C, ld = Cp;
-    for_panels(w, [=](auto size, int64_t j) {
+    for_columns(w, [=](auto size, int64_t j) {
       for (int64_t k = 0; k < h; k += MR) {
         Tile<size> tile;
         tile.template add<false>(left + k * ld, ld, right + j, WIDTH, depth);
@@ -144,7 +159,7 @@ struct Row {
 // out [tokens, WIDTH] = (first: 0, else out) + left^T [depth, Cp]^T right [depth, WIDTH]
 inline void by_tokens(const float* left, int64_t ld, const float* right, int64_t count,
                       int64_t width, int64_t depth, bool first, float* out) {
-  for_panels(width, [=](auto size, int64_t j) {
+  for_columns(width, [=](auto size, int64_t j) {
     for (int64_t t = 0; t < count; t += MR) {
       Tile<size> tile;
       tile.template add<true>(left + t, ld, right + j, WIDTH, depth);
@@ -166,6 +181,7 @@ inline void lay_out(const float* x, int64_t ld, Span read, int64_t columns, cons
   x += read.first * ld;
   for (int64_t t = 0; t < read.count; ++t, x += ld, out += WIDTH) {
     const float factor = factors ? -factors[read.first + t] : 1;
+    prefetch(x + AHEAD * ld, columns);
     for (int64_t c = 0; c < columns; c += W) store(out + c, factor * load_part(x + c, columns - c));
   }
 }
@@ -176,6 +192,7 @@ inline void lay_out_transposed(const float* x, int64_t ld, Span read, int64_t co
                                const float* factors, int64_t Cp, float* out) {
   x += read.first * ld;
   for (int64_t t = 0; t < Cp; t += W) {
+    for (int64_t i = t; i < std::min(t + W, read.count); ++i) prefetch(x + (i + AHEAD) * ld, columns);
     for (int64_t c = 0; c < round_up(columns, R); c += W) {
       vec block[W];
       for (int64_t i = 0; i < W; ++i) {

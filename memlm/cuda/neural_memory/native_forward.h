@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int64_t TOGETHER = 128;  // about as many tokens are laid out at a time
+constexpr int64_t TOGETHER = 256;  // about as many tokens are laid out at a time
 
 struct Forward : Row {
   int64_t group = 1;  // chunks at a time, a divisor of `every`
