@@ -120,11 +120,16 @@ SIZES = [
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("full", [True, False])
 def test_a_layer_equals_the_torch_loop(monkeypatch, sizes, every, full):
-    monkeypatch.setattr(native.Chunks, "kept_every", every)
+    monkeypatch.setattr(native.Chunks, "kept_every", lambda size: every)
     tensors, joins = layer(*sizes, full)
     with poisoned():
         found = results(native.Chunks, single(tensors), joins)
     assert_near(found, results(Chunks, tensors, joins), NEAR_OF_A_LAYER)
+
+
+@pytest.mark.parametrize("size, every", [(16, 32), (64, 32), (65, 16), (1500, 1), (5000, 1)])
+def test_what_lies_in_the_workspace_is_bounded(size, every):
+    assert native.Chunks.kept_every(size) == every
 
 
 def test_tensors_that_are_not_contiguous():

@@ -107,7 +107,10 @@ class Chunks(torch.autograd.Function):
     which makes the others again: a few states stay in the cache, all do not.
     """
 
-    kept_every = 8
+    @staticmethod
+    def kept_every(size: int) -> int:
+        """Chunks of so many tokens between two kept states."""
+        return 8
 
     @staticmethod
     def forward(ctx, x, a, e, W, S, n, beta, mu, full):
@@ -116,9 +119,9 @@ class Chunks(torch.autograd.Function):
         gates = [gate[..., None, None] for gate in (mu, beta, joins)]
         y = x.new_empty(*x.shape[:2], W.shape[-1])
         (*asking, last), (*answers, last_answer) = _reads(x, len(mu)), _reads(y, len(mu))
-        kept = []
+        kept, every = [], Chunks.kept_every(x.shape[1] // len(mu))
         for chunk, update in enumerate(_updates(gates, a, e, n, W)):
-            if chunk % Chunks.kept_every == 0:
+            if chunk % every == 0:
                 kept += (W, S)
                 W, S = W.clone(), S.clone()
             torch.bmm(asking[chunk], W, out=answers[chunk])
@@ -145,7 +148,7 @@ class Chunks(torch.autograd.Function):
         torch.bmm(answers[-1], W.mT, out=dasking[-1])
         # Memory is written again rather than allocated: new pages cost more than the arithmetic.
         dS, decay = dS.clone(), torch.ones_like(mu[0])  # decay of the chunk behind
-        every = Chunks.kept_every
+        every = Chunks.kept_every(x.shape[1] // chunks)
         states = W.new_empty(min(every, chunks) - 1, 2, *W.shape)
         places = [state.unbind() for state in states]
         for first in reversed(range(0, chunks, every)):

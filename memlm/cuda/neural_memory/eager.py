@@ -81,7 +81,7 @@ def solve_tiles(
     walk = functools.partial(
         walk, counts=counts, refresh_every=refresh_every, rule=rule, statistics=statistics
     )
-    kept_states = 1 if full is None else 1 / walker.kept_every
+    kept_states = 1 if full is None else 1 / walker.kept_every(q.shape[1])
     group = _group_size(q, weights, counts, kept_states)
     steps = len(counts)
     state = RowStates(anchor, weights, momentum)

@@ -13,6 +13,7 @@ from memlm.cuda import native
 from memlm.cuda.dispatch import VARIABLE
 
 SOURCE = Path(__file__).with_name("native.cpp")
+LONGEST = 2048  # tokens that lie in the workspace at a time
 PARALLEL = 1 << 22  # fewer multiplications with the states than this take one thread
 
 
@@ -32,7 +33,11 @@ def refusal(v: Tensor, whole_chunks: bool) -> str | None:
 class Chunks(torch.autograd.Function):
     """What `chunks.Chunks` is, in float32."""
 
-    kept_every = 32  # a power of two
+    @staticmethod
+    def kept_every(size: int) -> int:
+        """Chunks between two kept states, a power of two; what lies in between is in the
+        workspace."""
+        return max(1, min(32, 1 << (LONGEST // size).bit_length() >> 1))
 
     @staticmethod
     def forward(ctx, x, a, e, W, S, n, beta, mu, full):
@@ -41,7 +46,8 @@ class Chunks(torch.autograd.Function):
         given = {name: None if t is None else t.contiguous() for name, t in given.items()}
         found = {"y": x.new_empty(*x.shape[:2], W.shape[-1])}
         found |= {"W_end": torch.empty_like(given["W"]), "S_end": torch.empty_like(given["S"])}
-        found["kept"] = W.new_empty((len(mu) - 1) // Chunks.kept_every, 2, *W.shape)
+        every = Chunks.kept_every(x.shape[1] // len(mu))
+        found["kept"] = W.new_empty((len(mu) - 1) // every, 2, *W.shape)
         _run("memlm_forward", given | found)
         needed = given | {name: found[name] for name in ("W_end", "kept")}
         ctx.save_for_backward(*needed.values())
@@ -84,7 +90,8 @@ def _run(function: str, tensors: dict[str, Tensor | None]) -> None:
     rows, tokens, d_in = tensors["x"].shape
     chunks, d_out = len(tensors["mu"]), tensors["W"].shape[-1]
     threads = torch.get_num_threads() if rows * tokens * d_in * d_out >= PARALLEL else 1
-    sizes = (threads, rows, chunks, tokens // chunks, d_in, d_out, Chunks.kept_every)
+    size = tokens // chunks
+    sizes = (threads, rows, chunks, size, d_in, d_out, Chunks.kept_every(size))
     pointers = (tensors.get(name) for name in POINTERS)
     problem = _Problem(*sizes, *(None if t is None else t.data_ptr() for t in pointers))
     if not getattr(_library(), function)(ctypes.byref(problem)):

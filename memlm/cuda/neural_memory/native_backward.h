@@ -114,13 +114,7 @@ struct Backward : Row {
     }
     double* sums = reinterpret_cast<double*>(dots);
     Join last = join(first + count - 1, state(count - 1));
-    for (int64_t k = 0; k < h; k += MR) {
-      for (int64_t column = 0; column < w; column += W) {
-        Tile<1> d;
-        for (int r = 0; r < MR; ++r) d.x[r][0] = load(dW + (k + r) * WIDTH + column);
-        last.add_tile(d, k * WIDTH + column);
-      }
-    }
+    last.add_block(dW, h, w);
     last.add(sums + 2 * (count - 1));
     for (int64_t i = count - 1; i >= 0; --i) {
       const int64_t c = first + i;
@@ -129,8 +123,8 @@ struct Backward : Row {
       by_inputs(dS, wide_at(right_mT, i, j), Cp, C, h, w, j == 0, high_at(dleft, i, b));
       if (i > 0) {
         Join next = join(c - 1, state(i - 1));
-        read_backward(state(i).W, c, i, b, j, gate(p.beta, c),
-                      [&next](const auto& d, int64_t place) INLINE_LAMBDA { next.add_tile(d, place); });
+        const auto add = [&next](const auto& d, int64_t at) INLINE_LAMBDA { next.add_tile(d, at); };
+        read_backward(state(i).W, c, i, b, j, gate(p.beta, c), add);
         next.add(sums + 2 * (i - 1));
       } else {
         read_backward(state(i).W, c, i, b, j, gate(p.beta, c), [](const auto&, int64_t) {});
@@ -140,7 +134,7 @@ struct Backward : Row {
     store_block(dS, b, j, p.dS, first == 0 ? gate(p.mu, 0) : 1);
   }
 
-  // dS = joins dW + mu dS of chunk c, mu that of the chunk behind it, and the sums of dW W and dS S.
+  // dS = joins dW + mu dS, mu of the chunk behind, and the sums of the entries of dW W and dS S.
   struct Join {
     float* dS;
     Block state;
@@ -166,6 +160,16 @@ struct Backward : Row {
       by_W += sum_W[0] + sum_W[1];
       by_S += sum_S[0] + sum_S[1];
     }
+    void add_block(const float* d, int64_t h, int64_t w) {
+      for (int64_t k = 0; k < h; k += MR) {
+        for (int64_t column = 0; column < w; column += W) {
+          Tile<1> tile;
+          for (int r = 0; r < MR; ++r) tile.x[r][0] = load(d + (k + r) * WIDTH + column);
+          add_tile(tile, k * WIDTH + column);
+        }
+      }
+    }
+
     void add(double* sums) const {
       sums[0] += sum(by_W);
       sums[1] += sum(by_S);

@@ -24,7 +24,8 @@ struct Problem {
 
 namespace {
 
-// A block has at most HEIGHT rows and WIDTH columns; a product works on 3 vectors of columns at once.
+// A block has at most HEIGHT rows and WIDTH columns; a product works on up to 3 vectors of columns
+// at once.
 constexpr int64_t HEIGHT = 64, WIDTH = 96;
 constexpr int64_t BLOCK = HEIGHT * WIDTH;
 static_assert(HEIGHT % R == 0 && WIDTH % (3 * W) == 0 && WIDTH % R == 0);
@@ -192,7 +193,9 @@ inline void lay_out_transposed(const float* x, int64_t ld, Span read, int64_t co
                                const float* factors, int64_t Cp, float* out) {
   x += read.first * ld;
   for (int64_t t = 0; t < Cp; t += W) {
-    for (int64_t i = t; i < std::min(t + W, read.count); ++i) prefetch(x + (i + AHEAD) * ld, columns);
+    for (int64_t i = t; i < std::min(t + W, read.count); ++i) {
+      prefetch(x + (i + AHEAD) * ld, columns);
+    }
     for (int64_t c = 0; c < round_up(columns, R); c += W) {
       vec block[W];
       for (int64_t i = 0; i < W; ++i) {
