@@ -139,6 +139,21 @@ def test_tensors_that_are_not_contiguous():
     assert all(torch.equal(found[name], x) for name, x in expected.items())
 
 
+@pytest.mark.parametrize("used", [0, 1, 2])
+def test_gradients_of_one_result_alone(used):
+    tensors, joins = layer(2, 3, 16, 24, 40)
+
+    def gradients(walker, tensors):
+        tensors = [x.requires_grad_() for x in tensors]
+        found = walker.apply(*tensors, joins)[used]
+        return dict(
+            zip(RESULTS[3:], torch.autograd.grad(found.square().sum(), tensors), strict=True)
+        )
+
+    found = gradients(native.Chunks, single(tensors))
+    assert_near(found, gradients(Chunks, tensors), NEAR_OF_A_LAYER)
+
+
 def test_threads_share_the_rows(monkeypatch):
     tensors, joins = layer(5, 3, 16, 24, 40)
     threads = torch.get_num_threads()

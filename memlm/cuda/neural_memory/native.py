@@ -52,19 +52,20 @@ class Chunks(torch.autograd.Function):
         needed = given | {name: found[name] for name in ("W_end", "kept")}
         ctx.save_for_backward(*needed.values())
         ctx.names = tuple(needed)
+        ctx.set_materialize_grads(False)
         return found["y"], found["W_end"], found["S_end"]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dW, dS):
         given = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        found = {f"d{name}": torch.empty_like(given[name]) for name in ("x", "a", "e", "n")}
-        found |= {f"d{name}": torch.empty_like(given[name]) for name in ("beta", "mu")}
-        copied = {"dW": dW, "dS": dS}
-        found |= {
-            name: t.clone(memory_format=torch.contiguous_format) for name, t in copied.items()
-        }
-        _run("memlm_backward", given | found | {"dy": dy.contiguous()})
+        differentiated = ("x", "a", "e", "n", "beta", "mu", "W", "S")
+        found = {f"d{name}": torch.empty_like(given[name]) for name in differentiated}
+        if dy is None:
+            dy = given["x"].new_zeros(*given["x"].shape[:2], given["W"].shape[-1])
+        towards = {"dy": dy, "dW_end": dW, "dS_end": dS}
+        towards = {name: None if t is None else t.contiguous() for name, t in towards.items()}
+        _run("memlm_backward", given | found | towards)
         order = ("dx", "da", "de", "dW", "dS", "dn", "dbeta", "dmu")
         return *(found[name] for name in order), None
 
@@ -72,7 +73,7 @@ class Chunks(torch.autograd.Function):
 SIZES = ("threads", "rows", "chunks", "C", "in", "out", "every")
 GIVEN = ("x", "a", "e", "n", "mu", "beta", "joins", "W", "S")
 FOUND = ("y", "W_end", "S_end", "kept")
-BACKWARD = ("dy", "dx", "da", "de", "dn", "dW", "dS", "dbeta", "dmu")
+BACKWARD = ("dy", "dW_end", "dS_end", "dx", "da", "de", "dn", "dW", "dS", "dbeta", "dmu")
 POINTERS = GIVEN + FOUND + BACKWARD
 
 

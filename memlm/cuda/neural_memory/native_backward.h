@@ -101,9 +101,10 @@ struct Backward : Row {
   // One block through the chunks of a segment, forward again and back.
   void back_through(int64_t first, int64_t count, int64_t b, int64_t j) const {
     const int64_t h = round_up(height(b), MR), w = round_up(width(j), W);
-    load_block(p.dW, b, j, dW);
-    load_block(p.dS, b, j, dS);
-    if (first + count == p.chunks) {
+    const bool ends = first + count == p.chunks;
+    load_block(ends ? p.dW_end : p.dW, b, j, dW);
+    load_block(ends ? p.dS_end : p.dS, b, j, dS);
+    if (ends) {
       load_block(p.W_end, b, j, state(0).W);
       read_backward(state(0).W, first + count, count, b, j, 1, [](const auto&, int64_t) {});
     }

@@ -16,9 +16,9 @@ struct Problem {
   const float *W, *S;                    // [rows, in, out], before the first chunk
   // Forward. kept [(chunks - 1) / every, 2, rows, in, out]: W and S before those chunks.
   float *y, *W_end, *S_end, *kept;
-  // Backward: W_end and kept as the forward pass left them. dW and dS begin as the gradients of the
-  // last W and S.
-  const float* dy;
+  // Backward, with W_end and kept as the forward pass left them. The gradients of the last W and S
+  // are null where they are zero.
+  const float *dy, *dW_end, *dS_end;
   float *dx, *da, *de, *dn, *dW, *dS, *dbeta, *dmu;
 };
 
@@ -106,13 +106,13 @@ struct Row {
     }
   }
 
-  // Block (b, j) of a state [in, out], zeros behind what the state has.
+  // Block (b, j) of a state [in, out], zeros behind what the state has; null is a state of zeros.
   void load_block(const float* state, int64_t b, int64_t j, float* out) const {
     const int64_t h = height(b), w = width(j);
-    state += (row * p.in + b * HEIGHT) * p.out + j * WIDTH;
-    for (int64_t k = 0; k < round_up(h, R); ++k, state += p.out, out += WIDTH) {
+    if (state) state += (row * p.in + b * HEIGHT) * p.out + j * WIDTH;
+    for (int64_t k = 0; k < round_up(h, R); ++k, out += WIDTH) {
       for (int64_t c = 0; c < round_up(w, W); c += W) {
-        store(out + c, k < h ? load_part(state + c, w - c) : vec{});
+        store(out + c, state && k < h ? load_part(state + k * p.out + c, w - c) : vec{});
       }
     }
   }
