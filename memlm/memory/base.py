@@ -48,6 +48,11 @@ class MemoryConfig:
         """Tokens until what was written can be read; attention has to see as far."""
         return 1
 
+    @property
+    def attention_window(self) -> int | None:
+        """Tokens that the attention inside sees; None without one."""
+        return None
+
     def check_sizes(self, hidden_size: int) -> None:
         """Raise UserError for sizes that cannot work in a model of width `hidden_size`."""
 

@@ -40,8 +40,7 @@ class LaCTConfig(MemoryConfig):
         momentum: whether steps carry on those of earlier chunks, S = mean(eta) S + gradient.
         orthogonalise: whether a step is orthogonalised (Muon). A step then changes the weights by
             most of their own norm, so that recall is learned sooner; but the gradient of training
-            grows with every chunk on its way (20-fold over 16 chunks, 400-fold over 32, at 64
-            channels), which makes it a choice for rows of a few chunks.
+            grows with every chunk on its way, which makes it a choice for rows of a few chunks.
         step_size: start value of the step size of a token; default 16 / chunk_size, since the
             steps of a chunk add up. The paper starts at 1e-3 with chunks of 2048, where the first
             steps change the weights by less than a thousandth unless they are orthogonalised.

@@ -12,11 +12,10 @@ Where the paper is silent or ambiguous:
   average, ``S_t = eta S_{t-1} - (1 - eta) theta grad``: with the paper's form the step is larger by
   ``1 / (1 - eta)``, which together with gradients that are stale for a whole chunk diverges on
   repeated keys. ``average_momentum: false`` gives the paper's form.
-- From depth 2 on the memory ends in a layer norm, so gradients grow as the weights fade: with a
-  decay of sigmoid(-6) per token the outer gradient of an untrained model on rows of 2048 tokens is
-  9, 2e8 and inf at depths 2, 3 and 4 (2e9 at depth 2 with steps ten times smaller, which refill
-  less). The decay starts at sigmoid(-9) at depth 2 and at sigmoid(-11) above, with a fifth of the
-  step there: see docs/neural_memory.md.
+- From depth 2 on the memory ends in a layer norm, so gradients grow as the weights fade, and a
+  decay that is harmless at depth 1 makes the outer gradient explode. The decay starts at
+  sigmoid(-9) at depth 2 and at sigmoid(-11) above, with a fifth of the step there: see
+  docs/neural_memory.md.
 - The initial weights are learned.
 """
 

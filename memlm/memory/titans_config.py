@@ -1,6 +1,7 @@
 """Sizes, conventions and start values of the Titans memories."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from memlm.errors import UserError, nearest
@@ -8,8 +9,17 @@ from memlm.layers.attention import AttentionConfig
 from memlm.memory.base import MemoryConfig
 
 VARIANTS = ("lmm", "mac", "mag", "mal")
-READS = ("inclusive", "chunk_start", "chunk_gates")
+READS = ("inclusive", "chunk_start")
 MAX_DEPTH = 4
+ATTENTION_OPTIONS = (
+    "window",
+    "segment",
+    "persistent_tokens",
+    "attention_heads",
+    "attention_conv",
+    "rope",
+    "qk_norm",
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -28,14 +38,15 @@ class TitansConfig(MemoryConfig):
         conv_size: tokens the short convolution sees; None = no convolution, q, k and v are SiLU of
             their projections.
         theta_max: upper bound of the step size of every head; default min(0.1, 1.6 / chunk_size),
-            since the steps of a chunk add up on keys that repeat; a fifth of it from depth 3 on,
+            since the steps of a chunk add up on keys that repeat (0.1 with exact, where they do
+            not); a fifth of it from depth 3 on,
             where all layers move at once: with the whole step less is found again of a chunk of
             keys. That is for learning; smaller steps are not stabler (see alpha_bias).
         average_momentum: S = eta S - (1 - eta) theta grad instead of S = eta S - theta grad.
         momentum: False = no momentum, eta is 0.
         decay: False = nothing is forgotten, alpha is 0.
         read: "inclusive", a token reads after its own write; "chunk_start", it reads the weights
-            at the start of its chunk; "chunk_gates", see `memlm.cuda.neural_memory`.
+            at the start of its chunk.
         refresh: when the weights at which gradients are taken are renewed: "chunk", "never", or
             that many tokens, a multiple of chunk_size.
         exact: at depth 1, take every gradient at the weights of the token before; the chunk size
@@ -68,7 +79,7 @@ class TitansConfig(MemoryConfig):
     average_momentum: bool = True
     momentum: bool = True
     decay: bool = True
-    read: Literal["inclusive", "chunk_start", "chunk_gates"] = "inclusive"
+    read: Literal["inclusive", "chunk_start"] = "inclusive"
     refresh: str | int = "chunk"
     exact: bool = False
     clip: float | None = None
@@ -97,7 +108,8 @@ class TitansConfig(MemoryConfig):
         """The largest step size."""
         if self.theta_max is not None:
             return self.theta_max
-        return min(0.1, 1.6 / self.chunk_size) * (1.0 if self.depth < 3 else 0.2)
+        bound = 0.1 if self.exact else min(0.1, 1.6 / self.chunk_size)
+        return bound * (1.0 if self.depth < 3 else 0.2)
 
     @property
     def decay_bias(self) -> float:
@@ -108,14 +120,23 @@ class TitansConfig(MemoryConfig):
 
     def conventions(self) -> dict[str, int]:
         """What belongs to the function that was trained though no weight shows it, as numbers."""
-        refresh = {"chunk": -1, "never": 0}.get(self.refresh, self.refresh)
+        refresh = {"chunk": -1, "never": 0, self.chunk_size: -1}.get(self.refresh, self.refresh)
         return {
-            "chunk_size": 0 if self.exact else self.chunk_size,  # exact: a matter of speed
+            # Exact gradients know no chunks: there they are a matter of speed.
+            "chunk_size": 0 if self.exact else self.chunk_size,
             "read": READS.index(self.read),
             "refresh": refresh,
             "exact": int(self.exact),
             "segment": self.segment if self.variant == "mac" else 0,
         }
+
+    @property
+    def delay(self) -> int:
+        return self.chunk_size if self.read == "chunk_start" else 1
+
+    @property
+    def attention_window(self) -> int | None:
+        return {"lmm": None, "mac": self.segment}.get(self.variant, self.window)
 
     def attention(self) -> AttentionConfig:
         """Sizes of the attention in mac, mag and mal."""
@@ -145,14 +166,22 @@ class TitansConfig(MemoryConfig):
                 f"titans: persistent_tokens is {self.persistent_tokens}, it must be at least 0"
             )
         for name, value in (("theta_max", self.step_bound), ("clip", self.clip)):
-            if value is not None and value <= 0:
-                raise UserError(f"titans: {name} is {value}, it must be positive")
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"titans: {name} is {value}, it must be positive and finite")
         self._check_conventions()
-        if self.variant != "lmm":
-            try:
-                self.attention().check_sizes(hidden_size)
-            except UserError as error:
-                raise UserError(f"titans: attention of {self.variant}: {error}") from error
+        if self.variant == "lmm":
+            self._check_without_attention()
+            return
+        try:
+            self.attention().check_sizes(hidden_size)
+        except UserError as error:
+            raise UserError(f"titans: attention of {self.variant}: {error}") from error
+
+    def _check_without_attention(self) -> None:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ATTENTION_OPTIONS:
+            if getattr(self, name) != defaults[name]:
+                raise UserError(f"titans: {name} is for attention, which variant lmm has none of")
 
     def _check_conventions(self) -> None:
         refresh = self.refresh

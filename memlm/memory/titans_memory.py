@@ -94,6 +94,8 @@ class TitansMemory(nn.Module):
             f"{name} {_label(name, loaded[name])} (now {_label(name, ours[name])})"
             for name in ours
             if ours[name] != loaded[name]
+            # Exact gradients have no chunk size to tell.
+            and not (name == "chunk_size" and ours["exact"] != loaded["exact"])
         ]
         if differing:
             warnings.warn(
@@ -152,16 +154,21 @@ class TitansMemory(nn.Module):
             x: [B, T, hidden_size], or packed [1, total, hidden_size].
             state: of the N pieces.
             cu_seqlens: int [N + 1], where each piece starts; None = one per row.
-            write: False = tokens read the given weights as they are.
+            write: False = tokens read the given weights (with read: chunk_start those at the start
+                of the chunk) as they are.
 
         Returns:
             [B, T, H, D] and the state after each piece.
         """
         (q, k, v), tail = self._convolve(x, state.conv, cu_seqlens)
+        config, memory = self.config, self._memory(state)
         alpha, eta, theta = self._gates(x)
+        read, refresh = config.read, config.refresh
         if not write:
             alpha = eta = theta = torch.zeros_like(theta)
-        config = self.config
+            if read == "chunk_start":  # a chunk's end would not leave the weights as they are
+                memory = dataclasses.replace(memory, weights=memory.anchor)
+                read, refresh = "inclusive", "never"
         # A bound on gradients measures them anyway.
         measure = self.surprise is not None or (self.updates and config.clip is not None)
         o, memory, *statistics = neural_memory(
@@ -171,10 +178,10 @@ class TitansMemory(nn.Module):
             alpha,
             eta,
             theta,
-            self._memory(state),
+            memory,
             config.chunk_size,
-            config.read,
-            config.refresh,
+            read,
+            refresh,
             config.exact,
             config.clip,
             cu_seqlens,

@@ -71,8 +71,8 @@ class MemLMCache(Cache):
             self.names = list(states)
             self.layers = [StateLayer(state) for state in states.values()]
         else:
-            for layer, state in zip(self.layers, states.values(), strict=True):
-                layer.state = state
+            for name, layer in zip(self.names, self.layers, strict=True):
+                layer.state = states[name]
         self.columns += columns
 
     @property

@@ -42,7 +42,7 @@ def save_load(case: Case, data) -> None:
 
     kept = model._keep_in_fp32_modules_strict
     for name, parameter in half.named_parameters():
-        wanted = torch.float32 if name.split(".")[-1] in kept else torch.bfloat16
+        wanted = torch.float32 if kept.intersection(name.split(".")) else torch.bfloat16
         assert parameter.dtype == wanted, f"{name} is {parameter.dtype}"
         assert torch.equal(parameter, tensors[name].to(wanted))
     first, states = run(half, ids[:, :9])

@@ -8,8 +8,10 @@ from memlm.memory.records import count_updates, record_surprise
 
 def build(variant="lmm", **options):
     torch.manual_seed(0)
-    mixer = {"type": "titans", "num_heads": 2, "head_dim": 8, "window": 8, "segment": 5, **options}
-    layers = [{"repeat": 2, "mixer": {**mixer, "variant": variant}}]
+    mixer = {"type": "titans", "variant": variant, "num_heads": 2, "head_dim": 8, **options}
+    if variant != "lmm":
+        mixer |= {"window": 8, "segment": 5}
+    layers = [{"repeat": 2, "mixer": mixer}]
     return MemLMForCausalLM(MemLMConfig(hidden_size=16, layers=layers)).double()
 
 

@@ -87,6 +87,8 @@ def test_sizes_follow_the_hidden_size(options, hidden_size, sizes):
         ({"variant": "mag", "attention_heads": 5}, "attention of mag: hidden_size 64"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"theta_max": 0.0}, "theta_max is 0.0"),
+        ({"theta_max": float("nan")}, "theta_max is nan, it must be positive and finite"),
+        ({"persistent_tokens": 32}, "persistent_tokens is for attention"),
     ],
 )
 def test_impossible_sizes(options, message):
@@ -103,6 +105,41 @@ def test_start_values_survive_the_initialisation_of_a_model():
         module.memory.gates_bias, torch.tensor([-9.0, 2.0, 0.0]).repeat_interleave(2)
     )
     assert module.memory.initial_weights[0].std().item() == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "mixer, memory, message",
+    [
+        (
+            {"type": "sliding_attention", "window": 8},
+            {"type": "titans", "read": "chunk_start", "chunk_size": 16},
+            "segment \\(16\\) is longer than the attention window \\(8\\)",
+        ),
+        (
+            {"type": "titans", "variant": "mac", "segment": 16},
+            {"type": "lact", "chunk_size": 64},
+            "segment \\(64\\) is longer than the attention window \\(16\\)",
+        ),
+        ({"type": "titans"}, {"type": "lact", "chunk_size": 2048}, None),
+    ],
+)
+def test_attention_reaches_as_far_as_a_memory_beside_it_is_late(mixer, memory, message):
+    layers = [{"mixer": mixer, "memory": memory}]
+    if message is None:
+        MemLMConfig(hidden_size=64, layers=layers)
+        return
+    with pytest.raises(UserError, match=message):
+        MemLMConfig(hidden_size=64, layers=layers)
+
+
+@pytest.mark.parametrize("options", [{}, {"read": "chunk_start"}, {"refresh": 8}, {"depth": 1}])
+def test_without_writing_a_token_reads_the_same_again_and_again(options):
+    module = build(conv_size=None, **options)
+    hidden = torch.randn(1, 6, 16, dtype=FLOAT64)
+    _, state = call(module, hidden)
+    again, after = call(module, hidden[:, :1].expand(1, 9, 16), state, write=False)
+    assert after is state
+    torch.testing.assert_close(again, again[:, :1].expand_as(again))
 
 
 def test_start_values():

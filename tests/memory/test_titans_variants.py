@@ -179,7 +179,7 @@ def test_other_conventions_than_the_trained_ones_warn(tmp_path, recwarn):
 
 def test_the_exact_linear_memory_does_not_depend_on_the_chunk_size():
     outputs = []
-    for chunk_size in (3, 16):
+    for chunk_size in (3, 64):
         module = build("mag", depth=1, exact=True, chunk_size=chunk_size)
         torch.manual_seed(1)
         hidden = torch.randn(2, 23, 16, dtype=FLOAT64)

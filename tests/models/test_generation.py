@@ -81,6 +81,17 @@ def test_left_padding_is_derived_from_the_mask(model):
     assert torch.equal(together[1], model.generate(long, **GREEDY)[0])
 
 
+@pytest.mark.parametrize("variant", ["mac", "mag", "mal"])
+def test_a_first_piece_of_nothing_but_padding(variant):
+    sizes = {"num_heads": 2, "head_dim": 8, "depth": 1, "attention_heads": 2}
+    model = build_model([{"mixer": {"type": "titans", "variant": variant, **sizes}}])
+    ids = tokens(1, 4)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), ids], 1)
+    mask = (padded > 0).long()
+    continued = model.generate(padded, attention_mask=mask, prefill_chunk_size=2, **GREEDY)
+    assert torch.equal(continued[0, 7:], model.generate(ids, **GREEDY)[0, 4:])
+
+
 def test_rows_that_stop_early_do_not_disturb_the_others(model):
     ids = tokens(3, 6)
     free = model.generate(ids, **GREEDY)

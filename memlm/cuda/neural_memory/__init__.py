@@ -69,8 +69,8 @@ def neural_memory(
 
     Args:
         q, k, v: ``[B, T, H, D]``.
-        alpha: decay of the weights in [0, 1], ``[B, T, H]``.
-        eta: decay of the momentum in [0, 1], ``[B, T, H]``.
+        alpha: decay of the weights in [0, 1], ``[B, T, H]``; at 1 its gradient is taken as 0.
+        eta: decay of the momentum in [0, 1], ``[B, T, H]``; at 0 its gradient is taken as 0.
         theta: step size, ``[B, T, H]``.
         state: of the N sequences; its number of layers (1 to 4) is the depth.
         chunk_size: tokens of a chunk, counted from each sequence's start.

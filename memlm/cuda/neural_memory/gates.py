@@ -54,9 +54,11 @@ def tile_gates(
         joins: bool ``[tokens]``, the tokens at which the momentum is added to the weights; None:
             all.
     """
-    floor = math.exp(LOG_ZERO)  # alpha = 1 and eta = 0 have finite logs
-    b = layout.to_chunks((1 - alpha).clamp_min(floor).log()).cumsum(1)
-    m = layout.to_chunks(eta.clamp_min(floor).log()).cumsum(1)
+    # alpha = 1 and eta = 0 have finite logs; their own gradients are zero there.
+    forgotten = alpha >= 1
+    b = torch.log1p(-alpha.masked_fill(forgotten, 0)).masked_fill(forgotten, LOG_ZERO)
+    b = layout.to_chunks(b).cumsum(1)
+    m = layout.to_chunks(eta.clamp_min(math.exp(LOG_ZERO)).log()).cumsum(1)
     theta = layout.to_chunks(theta)
     # Empty slots neither decay (log 0 = 1) nor step (theta 0), nor add momentum to the weights.
     joined = torch.ones_like(alpha)

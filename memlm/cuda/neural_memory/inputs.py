@@ -6,6 +6,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from memlm.cuda.boundaries import check_boundaries
 from memlm.cuda.dispatch import interpreting
 from memlm.cuda.neural_memory.state import NeuralMemoryState
 from memlm.errors import nearest
@@ -88,11 +89,8 @@ def check_shapes(
         expected = q.shape if name in ("k", "v") else q.shape[: x.ndim if name == "q" else 3]
         if x.shape != expected:
             raise ValueError(f"{name} is {tuple(x.shape)}: expected {tuple(expected)}")
-    if cu_seqlens is not None and (B != 1 or int(cu_seqlens[-1]) != T):
-        raise ValueError(
-            f"cu_seqlens needs one row with all its tokens: it ends at {int(cu_seqlens[-1])}, "
-            f"q has {B} rows of {T} tokens"
-        )
+    if cu_seqlens is not None:
+        check_boundaries(cu_seqlens, B, T)
     N = B if cu_seqlens is None else len(cu_seqlens) - 1
     depth = state.depth
     if not 1 <= depth <= MAX_DEPTH:
@@ -116,6 +114,8 @@ def check_shapes(
             )
     if rule.exact and state.anchor:
         raise ValueError("exact has no anchor: the state's anchor must be empty, ()")
+    if tuple(state.offset.shape) != (N,):
+        raise ValueError(f"the state's offset is {tuple(state.offset.shape)}: expected {(N,)}")
 
 
 def kernel_refusal(v: Tensor, state: NeuralMemoryState, rule: Rule, statistics: bool) -> str | None:
