@@ -17,11 +17,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from memlm.cuda.neural_memory.gates import TileGates
 from memlm.cuda.neural_memory.inputs import Rule
 from memlm.cuda.neural_memory.layer import dot, in_its_own_precision, narrows
-from memlm.cuda.neural_memory.network import clipped, errors_at, read_through, square_norm
+from memlm.cuda.neural_memory.network import (
+    GeluWithSlope,
+    clipped,
+    errors_at,
+    read_through,
+    square_norm,
+)
 from memlm.cuda.neural_memory.state import RowStates
 
 
@@ -60,14 +67,14 @@ def walk_chunks(
         gate = TileGates(*(x[chosen].unflatten(0, (-1, rows)) for x in gates))
         q, k, v, n = (_by_row(x[chosen], rows) for x in (*tokens, gates.n))
         joins = full[chosen].view(-1, rows)
-        found = errors_at(state.anchor, k, v)
+        found = errors_at(state.anchor, k, v, walker.gelu_with_slope)
         errors = found.errors if rule.clip is None else clipped(found, rule.clip)
 
         def through(x: Tensor, *layer: Tensor, n=n, gate=gate, joins=joins):
             return walker.apply(x, *layer, n, gate.beta_end, gate.mu_end, joins)
 
         layers = list(zip(found.inputs, errors, state.weights, state.momentum, strict=True))
-        o, advanced = read_through(q, layers, through, through)
+        o, advanced = read_through(q, layers, through, through, walker.gelu)
         told = (o, found.loss, square_norm(found)) if statistics else (o,)
         outputs.append(tuple(_by_step(x, len(run)) for x in told))
         state = RowStates(state.anchor, *map(tuple, zip(*advanced, strict=True)))
@@ -106,6 +113,10 @@ class Chunks(torch.autograd.Function):
     last W and S. Of the states before a chunk, every `kept_every`-th is kept for the backward pass,
     which makes the others again: a few states stay in the cache, all do not.
     """
+
+    # Of the network between its layers.
+    gelu = staticmethod(F.gelu)
+    gelu_with_slope = staticmethod(GeluWithSlope.apply)
 
     @staticmethod
     def kept_every(size: int) -> int:

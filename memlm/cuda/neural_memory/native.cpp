@@ -16,6 +16,9 @@
 // them transposed, so that every product is of rows of numbers and rows of vectors.
 #include "native_backward.h"
 #include "native_forward.h"
+#include "native_gelu.h"
+
+constexpr int64_t GELU_PART = 1 << 14;  // numbers
 
 extern "C" {
 
@@ -26,5 +29,22 @@ int memlm_forward(const Problem* p) {
 
 int memlm_backward(const Problem* p) {
   return parallel(p->rows, p->threads, [p](int64_t row) { Backward(*p, row).run(); });
+}
+
+// What gelu::forward and gelu::backward do, on `threads` threads.
+int memlm_gelu(const float* x, float* value, float* slope, int64_t n, int64_t threads) {
+  return parallel((n + GELU_PART - 1) / GELU_PART, threads, [=](int64_t part) {
+    const int64_t i = part * GELU_PART;
+    gelu::forward(x + i, value + i, slope ? slope + i : nullptr, std::min(n - i, GELU_PART));
+  });
+}
+
+int memlm_gelu_backward(const float* x, const float* dvalue, const float* dslope, float* dx,
+                        int64_t n, int64_t threads) {
+  return parallel((n + GELU_PART - 1) / GELU_PART, threads, [=](int64_t part) {
+    const int64_t i = part * GELU_PART;
+    gelu::backward(x + i, dvalue + i, dslope ? dslope + i : nullptr, dx + i,
+                   std::min(n - i, GELU_PART));
+  });
 }
 }

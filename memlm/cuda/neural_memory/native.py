@@ -14,6 +14,7 @@ from memlm.cuda.dispatch import VARIABLE
 
 SOURCE = Path(__file__).with_name("native.cpp")
 LONGEST = 2048  # tokens that lie in the workspace at a time
+PARALLEL_GELU = 1 << 18  # fewer numbers than this take one thread
 PARALLEL = 1 << 22  # fewer multiplications with the states than this take one thread
 
 
@@ -30,8 +31,64 @@ def refusal(v: Tensor, whole_chunks: bool) -> str | None:
     return _unavailable()
 
 
+class GeluWithSlope(torch.autograd.Function):
+    """What `network.GeluWithSlope` is, in float32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.contiguous()
+        value, slope = torch.empty_like(x), torch.empty_like(x)
+        _run_gelu("memlm_gelu", x, value, slope)
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        return value, slope
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dvalue: Tensor | None, dslope: Tensor | None) -> Tensor:
+        (x,) = ctx.saved_tensors
+        dvalue = torch.zeros_like(x) if dvalue is None else dvalue.contiguous()
+        dx = torch.empty_like(x)
+        dslope = None if dslope is None else dslope.contiguous()
+        _run_gelu("memlm_gelu_backward", x, dvalue, dslope, dx)
+        return dx
+
+
+class Gelu(torch.autograd.Function):
+    """gelu(x) in float32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        value = torch.empty_like(x)
+        _run_gelu("memlm_gelu", x, value, None)
+        ctx.save_for_backward(x)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dvalue: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        _run_gelu("memlm_gelu_backward", x, dvalue.contiguous(), None, dx)
+        return dx
+
+
+def _run_gelu(function: str, *tensors: Tensor | None) -> None:
+    """Call the library on tensors of the same size (None: a null pointer)."""
+    size = tensors[0].numel()
+    threads = torch.get_num_threads() if size >= PARALLEL_GELU else 1
+    pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors)
+    sizes = (ctypes.c_int64(size), ctypes.c_int64(threads))
+    if not getattr(_library(), function)(*pointers, *sizes):
+        raise MemoryError("neural_memory: no memory for threads")
+
+
 class Chunks(torch.autograd.Function):
     """What `chunks.Chunks` is, in float32."""
+
+    gelu = staticmethod(Gelu.apply)
+    gelu_with_slope = staticmethod(GeluWithSlope.apply)
 
     @staticmethod
     def kept_every(size: int) -> int:

@@ -41,6 +41,7 @@ def read_through(
     layers: list[tuple[Tensor, Tensor, Tensor, Tensor]],
     through: Callable[..., tuple[Tensor, Tensor, Tensor]],
     through_gain: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    gelu: Callable[[Tensor], Tensor] = F.gelu,
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """The queries through a memory whose weights change on the way, and every layer's weights and
     momentum after it.
@@ -58,14 +59,21 @@ def read_through(
         if layer[0].shape[-1] == 1:
             gain, *after = through_gain(torch.ones_like(Q[..., :1]), *layer)
         else:
-            y, *after = through(F.gelu(y), *layer)
+            y, *after = through(gelu(y), *layer)
         advanced.append(after)
     y = F.layer_norm(y, y.shape[-1:], eps=NORM_EPS)
     return Q + (y if gain is None else y * (1 + gain)), advanced
 
 
-def errors_at(anchor: Layers, K: Tensor, V: Tensor) -> Errors:
-    """All layers' inputs and errors at the anchor."""
+def errors_at(
+    anchor: Layers,
+    K: Tensor,
+    V: Tensor,
+    gelu_with_slope: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+) -> Errors:
+    """All layers' inputs and errors at the anchor; `gelu_with_slope`: what does the same as
+    `GeluWithSlope`."""
+    gelu_with_slope = gelu_with_slope or GeluWithSlope.apply
     gain = _gain(anchor)
     layers = anchor if gain is None else anchor[:-1]
     if len(layers) == 1:
@@ -74,7 +82,7 @@ def errors_at(anchor: Layers, K: Tensor, V: Tensor) -> Errors:
     inputs, slopes = [K], []
     Z = K @ layers[0]
     for w in layers[1:]:
-        activation, slope = GeluWithSlope.apply(Z)
+        activation, slope = gelu_with_slope(Z)
         inputs.append(activation)
         slopes.append(slope)
         Z = activation @ w
