@@ -73,6 +73,11 @@ def choose_name(
     return wanted
 
 
+def may_be_chosen(operation: str, implementation: str) -> bool:
+    """Whether ``MEMLM_KERNELS`` names this implementation or leaves the choice open."""
+    return _wanted(operation) in ("auto", implementation)
+
+
 def _wanted(operation: str) -> str:
     """What ``MEMLM_KERNELS`` says of this operation, or else of all."""
     value = os.environ.get(VARIABLE, "auto")

@@ -1,4 +1,4 @@
-"""C++ for the CPU, compiled when it is first used: `load` and `unavailable`.
+"""C++ for the CPU, compiled when it is first used: `load`, `unavailable` and `refusal`.
 
 One source with a plain C interface makes one library, in a folder of the user's cache and named by
 all that it depends on. torch.utils.cpp_extension would need ninja, and time for torch's headers.
@@ -17,6 +17,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
+
+from memlm.cuda.dispatch import may_be_chosen
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +58,15 @@ def unavailable(source: Path) -> str | None:
     """
     found = _library(source)
     return found if isinstance(found, str) else None
+
+
+@torch.compiler.assume_constant_result
+def refusal(operation: str, source: Path) -> str | None:
+    """As `unavailable`, without compiling for an operation that another implementation is forced
+    on."""
+    if not may_be_chosen(operation, "native"):
+        return "another implementation is forced, nothing is compiled"
+    return unavailable(source)
 
 
 @functools.cache

@@ -45,6 +45,11 @@ class AttentionConfig:
     conv_size: int | None = None
     window: int | None = None
 
+    @property
+    def attention_window(self) -> int | None:
+        """Tokens that a query sees, under the name it has in all mixers."""
+        return self.window
+
     def heads(self, hidden_size: int) -> tuple[int, int, int]:
         """Query heads, key/value heads and channels per head in a model of that width."""
         num_heads = self.num_heads or max(1, hidden_size // 64)

@@ -39,9 +39,9 @@ class TitansConfig(MemoryConfig):
             their projections.
         theta_max: upper bound of the step size of every head; default min(0.1, 1.6 / chunk_size),
             since the steps of a chunk add up on keys that repeat (0.1 with exact, where they do
-            not); a fifth of it from depth 3 on,
-            where all layers move at once: with the whole step less is found again of a chunk of
-            keys. That is for learning; smaller steps are not stabler (see alpha_bias).
+            not); a fifth of it from depth 3 on, where all layers move at once: with the whole step
+            less is found again of a chunk of keys. That is for learning; smaller steps are not
+            stabler (see alpha_bias).
         average_momentum: S = eta S - (1 - eta) theta grad instead of S = eta S - theta grad.
         momentum: False = no momentum, eta is 0.
         decay: False = nothing is forgotten, alpha is 0.
@@ -181,7 +181,7 @@ class TitansConfig(MemoryConfig):
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in ATTENTION_OPTIONS:
             if getattr(self, name) != defaults[name]:
-                raise UserError(f"titans: {name} is for attention, which variant lmm has none of")
+                raise UserError(f"titans: {name} is for attention, variant lmm has none")
 
     def _check_conventions(self) -> None:
         refresh = self.refresh

@@ -11,7 +11,6 @@ from transformers import PreTrainedConfig
 from memlm.errors import UserError, nearest, require_known
 from memlm.layers.attention import AttentionConfig, SlidingAttentionConfig
 from memlm.memory import memory_config, memory_names
-from memlm.memory.base import MemoryConfig
 from memlm.specification import build_config
 
 MIXERS = {
@@ -130,9 +129,7 @@ class MemLMConfig(PreTrainedConfig):
                     entry[1].check_sizes(self.hidden_size)
                 except UserError as error:
                     raise UserError(f"{where}.{site}: {error}") from error
-        mixer = sites["mixer"][1] if sites["mixer"] else None
-        inside = isinstance(mixer, MemoryConfig)
-        window = mixer.attention_window if inside else getattr(mixer, "window", None)
+        window = sites["mixer"][1].attention_window if sites["mixer"] else None
         delay = sites["memory"][1].delay if sites["memory"] else 1
         if window is not None and delay > window:
             raise UserError(

@@ -7,6 +7,7 @@ import torch
 from memlm.cuda import NeuralMemoryState, neural_memory
 from memlm.cuda.dispatch import VARIABLE
 from memlm.cuda.neural_memory import eager
+from memlm.cuda.neural_memory import inputs as operation_inputs
 from memlm.cuda.neural_memory.tiles import TileSizes
 
 # The package's attribute of that name is the function.
@@ -41,17 +42,26 @@ def make(
     return inputs, NeuralMemoryState(*layers, momentum, offset), boundaries
 
 
-def run(monkeypatch, implementation, inputs, state, chunk_size, cu_seqlens=None, **options):
+def run(
+    monkeypatch,
+    implementation,
+    inputs,
+    state,
+    chunk_size,
+    cu_seqlens=None,
+    return_statistics=True,
+    **options,
+):
     """Outputs, final state, and gradients of a fixed random function of both."""
     monkeypatch.setenv(VARIABLE, implementation)
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     state = state.map(lambda x: x.clone().requires_grad_())
-    o, final, statistics = neural_memory(
+    o, final, *statistics = neural_memory(
         **leaves,
         state=state,
         chunk_size=chunk_size,
         cu_seqlens=cu_seqlens,
-        return_statistics=True,
+        return_statistics=return_statistics,
         **options,
     )
     results = {"o": o}
@@ -61,14 +71,15 @@ def run(monkeypatch, implementation, inputs, state, chunk_size, cu_seqlens=None,
         leaves |= {f"{name}{i}": x for i, x in enumerate(getattr(state, name))}
     generator = torch.Generator().manual_seed(1)
     loss = sum(
-        (x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum()
+        (x.double() * torch.randn(x.shape, generator=generator, dtype=FLOAT64)).sum()
         for x in results.values()
     )
     gradients = torch.autograd.grad(
         loss, list(leaves.values()), allow_unused=True, materialize_grads=True
     )
     results |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
-    results |= statistics._asdict()
+    for found in statistics:
+        results |= found._asdict()
     return {"offset": final.offset} | {name: x.detach() for name, x in results.items()}
 
 
@@ -170,7 +181,7 @@ def test_tiles_are_a_matter_of_speed(monkeypatch, tile, options):
 @pytest.mark.parametrize("depth, gain", [(1, False), (2, True), (3, False)])
 @pytest.mark.parametrize("refresh", ["never", "chunk", 8])
 def test_chunks_as_whole_tiles(monkeypatch, depth, gain, refresh):
-    monkeypatch.setattr(OPERATION, "SHORTEST_WHOLE_CHUNK", 1)
+    monkeypatch.setattr(operation_inputs, "SHORTEST_WHOLE_CHUNK", 1)
     inputs, state, boundaries = make(
         [9, 0, 6, 1], depth, packed=True, offset=[3, 0, 2, 3], gain=gain
     )

@@ -7,31 +7,9 @@ from memlm.cuda import neural_memory
 from memlm.cuda.dispatch import VARIABLE, interpreting
 from memlm.cuda.neural_memory.inputs import Rule, kernel_refusal
 from tests.cuda.harness import assert_near
-from tests.cuda.test_neural_memory import make
+from tests.cuda.test_neural_memory import make, run
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
-
-
-def run(monkeypatch, implementation, inputs, state, cu_seqlens, **options):
-    """Outputs, final state and gradients of a fixed random function of both, by name."""
-    monkeypatch.setenv(VARIABLE, implementation)
-    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    state = state.map(lambda x: x.clone().requires_grad_())
-    o, final = neural_memory(**leaves, state=state, chunk_size=4, cu_seqlens=cu_seqlens, **options)
-    results = {"o": o}
-    for name in ("anchor", "weights", "momentum"):
-        results |= {f"{name}{i}": x for i, x in enumerate(getattr(final, name))}
-        leaves |= {f"{name}{i}": x for i, x in enumerate(getattr(state, name))}
-    generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum()
-        for x in results.values()
-    )
-    gradients = torch.autograd.grad(
-        loss, list(leaves.values()), allow_unused=True, materialize_grads=True
-    )
-    results |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
-    return {name: x.detach() for name, x in results.items()}
 
 
 @pytest.mark.parametrize(
@@ -45,14 +23,14 @@ def run(monkeypatch, implementation, inputs, state, cu_seqlens, **options):
     ids=str,
 )
 def test_kernels_equal_the_reference(monkeypatch, depth, options):
-    exact = options.get("exact", False)
+    exact, options = options.get("exact", False), dict(options)
     inputs, state, boundaries = make(
         [9, 0, 5], depth, D=8, hidden=12, packed=True, offset=[3, 0, 2], exact=exact
     )
-    expected = run(monkeypatch, "reference", inputs, state, boundaries, **options)
+    options |= {"chunk_size": 4, "cu_seqlens": boundaries, "return_statistics": False}
+    expected = run(monkeypatch, "reference", inputs, state, **options)
     narrow = {name: x.float() for name, x in inputs.items()}
-    state = state.map(torch.Tensor.float)
-    found = run(monkeypatch, "triton", narrow, state, boundaries, **options)
+    found = run(monkeypatch, "triton", narrow, state.map(torch.Tensor.float), **options)
     assert_near(found, expected, 3e-6)
 
 
@@ -75,21 +53,18 @@ def test_what_the_kernels_leave_to_eager(monkeypatch, depth, options, reason):
 
 
 @pytest.mark.parametrize(
-    "depth, channels, dtype, rule, reason",
+    "depth, channels, dtype, reason",
     [
-        (3, 16, torch.bfloat16, {}, "3 layers"),
-        (1, 257, torch.bfloat16, {}, "heads of 257 channels: the kernels take up to 256"),
-        (2, 65, torch.bfloat16, {}, "heads of 65 channels: the kernels take up to 64"),
-        (1, 16, torch.float32, {}, "torch.float32 values are left to eager"),
-        (2, 16, torch.float16, {"clip": 1.0}, "clipping and statistics"),
-        (2, 16, torch.float16, {"read": "chunk_start"}, "chunk_start"),
-        (1, 256, torch.float16, {}, None),
-        (2, 64, torch.bfloat16, {}, None),
+        (1, 257, torch.bfloat16, "heads of 257 channels: the kernels take up to 256"),
+        (2, 65, torch.bfloat16, "heads of 65 channels: the kernels take up to 64"),
+        (1, 16, torch.float32, "torch.float32 values are left to eager"),
+        (1, 256, torch.float16, None),
+        (2, 64, torch.bfloat16, None),
     ],
 )
-def test_what_the_kernels_refuse(monkeypatch, depth, channels, dtype, rule, reason):
+def test_values_that_the_kernels_refuse(monkeypatch, depth, channels, dtype, reason):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     inputs, state, _ = make([1], depth, D=channels)
-    rule = Rule.build(4, rule.get("read", "inclusive"), "chunk", False, rule.get("clip"))
+    rule = Rule.build(4, "inclusive", "chunk", False, None)
     found = kernel_refusal(inputs["v"].to(dtype), state, rule, False)
     assert found is None if reason is None else reason in found

@@ -8,52 +8,23 @@ from memlm.cuda import neural_memory
 from memlm.cuda.dispatch import VARIABLE
 from memlm.cuda.neural_memory import native
 from memlm.cuda.neural_memory.chunks import Chunks
-from tests.cuda.harness import poisoned, scattered
-from tests.cuda.test_neural_memory import make
+from tests.cuda.harness import assert_near, poisoned, scattered
+from tests.cuda.test_neural_memory import make, run
 
 REASON = loader.unavailable(native.SOURCE)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
-NEAR = 1e-5  # of the largest entry, after a memory of several layers in float32
+NEAR = 1e-5  # after a memory of several layers in float32
 NEAR_OF_A_LAYER = 3e-6
 RESULTS = ("y", "W", "S", "dx", "da", "de", "dW", "dS", "dn", "dbeta", "dmu")
 
 
-def assert_near(found, expected, tolerance):
-    assert found.keys() == expected.keys()
-    for name, x in expected.items():
-        assert found[name].shape == x.shape, name
-        off = (found[name].double() - x).abs().amax() if x.numel() else 0.0
-        assert off <= tolerance * max(1.0, float(x.abs().amax()) if x.numel() else 0.0), name
-
-
-def operation(monkeypatch, implementation, case, dtype, **options):
-    """Outputs, final state, statistics, and gradients of a fixed random function."""
-    monkeypatch.setenv(VARIABLE, implementation)
-    inputs, state, boundaries = case
-    leaves = {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
-    state = state.map(lambda x: x.to(dtype).requires_grad_())
-    o, final, statistics = neural_memory(
-        **leaves, state=state, cu_seqlens=boundaries, return_statistics=True, **options
-    )
-    found = {"o": o}
-    for name in ("anchor", "weights", "momentum"):
-        found |= {f"{name}{i}": x for i, x in enumerate(getattr(final, name))}
-        leaves |= {f"{name}{i}": x for i, x in enumerate(getattr(state, name))}
-    generator = torch.Generator().manual_seed(1)
-    weights = [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in found.values()
-    ]
-    loss = sum((x * w.to(dtype)).sum() for x, w in zip(found.values(), weights, strict=True))
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    found |= {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
-    return {name: x.detach() for name, x in (found | statistics._asdict()).items()}
-
-
 def assert_equals_the_reference(monkeypatch, case, **options):
-    options["read"] = "chunk_gates"
-    expected = operation(monkeypatch, "reference", case, torch.float64, **options)
-    found = operation(monkeypatch, "native", case, torch.float32, **options)
+    inputs, state, boundaries = case
+    options |= {"read": "chunk_gates", "cu_seqlens": boundaries}
+    expected = run(monkeypatch, "reference", inputs, state, **options)
+    narrow = {name: x.float() for name, x in inputs.items()}
+    found = run(monkeypatch, "native", narrow, state.map(torch.Tensor.float), **options)
     assert_near(found, expected, NEAR)
 
 
@@ -165,6 +136,30 @@ def test_threads_share_the_rows(monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[name], x) for name, x in expected.items())
+
+
+@pytest.mark.parametrize("size", [0, 1, 16, 1003])
+def test_gelu_and_its_derivatives(size):
+    x = torch.linspace(-12, 12, size, dtype=torch.float64)
+    towards = [torch.randn(size, dtype=torch.float64) for _ in range(2)]
+
+    def derivatives(functions, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        value, (again, slope) = (function(leaf) for function in functions)
+        assert torch.equal(value, again)
+        (of_value,) = torch.autograd.grad(value, leaf, towards[0].to(dtype))
+        (of_both,) = torch.autograd.grad((again, slope), leaf, [t.to(dtype) for t in towards])
+        return {"value": value, "slope": slope, "dvalue": of_value, "dboth": of_both}
+
+    expected = derivatives((Chunks.gelu, Chunks.gelu_with_slope), torch.float64)
+    found = derivatives((native.Chunks.gelu, native.Chunks.gelu_with_slope), torch.float32)
+    for name, exact in expected.items():
+        torch.testing.assert_close(found[name].double(), exact, rtol=2e-6, atol=2e-6)
+
+
+def test_gelu_of_what_diverged_shows():
+    value, slope = native.gelu_with_slope(torch.tensor([1.0, torch.nan]))
+    assert value.isnan().tolist() == slope.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize(

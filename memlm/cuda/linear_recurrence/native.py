@@ -5,14 +5,12 @@ The tensors are read and written where they lie, in float32.
 
 import ctypes
 import functools
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from memlm.cuda import native
-from memlm.cuda.dispatch import VARIABLE
 from memlm.cuda.linear_recurrence.inputs import Inputs
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -25,7 +23,7 @@ def refusal(inputs: Inputs) -> str | None:
         return f"the tensors are on {inputs.v.device.type}, it runs on the CPU"
     if inputs.v.dtype == torch.float64:
         return "the values are float64, it computes in float32"
-    return _unavailable()
+    return native.refusal("linear_recurrence", SOURCE)
 
 
 def forward(
@@ -181,13 +179,6 @@ def _threads(inputs: Inputs) -> int:
 def _check(good: int) -> None:
     if not good:
         raise MemoryError("linear_recurrence: no memory for a chunk's matrices")
-
-
-@torch.compiler.assume_constant_result
-def _unavailable() -> str | None:
-    if os.environ.get(VARIABLE, "auto") not in ("auto", "native"):
-        return "another implementation is forced, nothing is compiled"
-    return native.unavailable(SOURCE)
 
 
 @functools.cache

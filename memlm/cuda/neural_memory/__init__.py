@@ -32,10 +32,6 @@ from memlm.cuda.neural_memory.tiles import TileSizes, run_tiles
 
 __all__ = ["NeuralMemoryState", "NeuralMemoryStatistics", "neural_memory"]
 
-# Tokens from which on a chunk whose weights change at its end only is a tile by itself: fewer
-# products, more passes over the weights.
-SHORTEST_WHOLE_CHUNK = 16
-
 
 class NeuralMemoryStatistics(NamedTuple):
     """What the tokens did to the memory, without gradients, ``[B, T, H]``.
@@ -103,11 +99,10 @@ def neural_memory(
         lengths = torch.full((B,), T, dtype=torch.int64, device=q.device)
     else:
         lengths = cu_seqlens.diff().to(torch.int64)
-    whole = read == "chunk_gates" and chunk_size >= SHORTEST_WHOLE_CHUNK
     refusals = {
         "reference": None,
         "eager": None,
-        "native": native.refusal(v, whole),
+        "native": native.refusal(v, rule),
         "triton": kernel_refusal(v, state, rule, return_statistics),
     }
     name = choose_name("neural_memory", refusals, q.device)
@@ -121,7 +116,7 @@ def neural_memory(
         sizes = TileSizes(kernels.longest_tile(state.depth, q.device), 16)
         run = functools.partial(run_tiles, kernels.solve_tiles, sizes)
     else:
-        sizes = TileSizes(64 if D < 128 else 128)._replace(whole_chunks=whole)
+        sizes = TileSizes(64 if D < 128 else 128)._replace(whole_chunks=rule.whole_chunks)
         walker = native.Chunks if name == "native" else Chunks
         solve = functools.partial(solve_tiles, statistics=return_statistics, walker=walker)
         run = functools.partial(run_tiles, solve, sizes)

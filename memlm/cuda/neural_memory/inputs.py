@@ -11,6 +11,9 @@ from memlm.cuda.dispatch import interpreting
 from memlm.cuda.neural_memory.state import NeuralMemoryState
 from memlm.errors import nearest
 
+# Tokens from which on a chunk whose weights change at its end only is a tile by itself: fewer
+# products, more passes over the weights.
+SHORTEST_WHOLE_CHUNK = 16
 READS = ("inclusive", "chunk_start", "chunk_gates")
 MAX_DEPTH = 4
 # By depth, the most channels of a head that the kernels take; with 128 at depth 2 they spill 56
@@ -68,6 +71,11 @@ class Rule:
         if clip is not None and not clip > 0:
             raise ValueError(f"clip is {clip}: it must be positive")
         return cls(chunk_size, read, period, exact, clip)
+
+    @property
+    def whole_chunks(self) -> bool:
+        """Whether a chunk is a tile by itself."""
+        return self.read == "chunk_gates" and self.chunk_size >= SHORTEST_WHOLE_CHUNK
 
     @property
     def cycle(self) -> int:

@@ -1,5 +1,5 @@
 // One layer of the neural memory over N chunks of C tokens where its weights change at the end of a
-// chunk only, forward and backward: `_Chunks` in chunks.py. Rows are sequences times heads; of one
+// chunk only, forward and backward: `Chunks` in chunks.py. Rows are sequences times heads; of one
 // row, with x, a [N C, in], e [N C, out], W, S [in, out], and for the chunk c
 //
 //   S' = mu_c S + L_c^T R_c        W' = beta_c W + joins_c S'        -L^T R = (diag(n) a)^T e
@@ -22,7 +22,7 @@ constexpr int64_t GELU_PART = 1 << 14;  // numbers
 
 extern "C" {
 
-// Both return 0 where memory ran out.
+// All return 0 where memory ran out.
 int memlm_forward(const Problem* p) {
   return parallel(p->rows, p->threads, [p](int64_t row) { Forward(*p, row).run(); });
 }
@@ -31,7 +31,7 @@ int memlm_backward(const Problem* p) {
   return parallel(p->rows, p->threads, [p](int64_t row) { Backward(*p, row).run(); });
 }
 
-// What gelu::forward and gelu::backward do, on `threads` threads.
+// gelu::forward and gelu::backward, in parts that threads share.
 int memlm_gelu(const float* x, float* value, float* slope, int64_t n, int64_t threads) {
   return parallel((n + GELU_PART - 1) / GELU_PART, threads, [=](int64_t part) {
     const int64_t i = part * GELU_PART;

@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import os
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memlm.cuda import native
-from memlm.cuda.dispatch import VARIABLE
+from memlm.cuda.neural_memory.inputs import SHORTEST_WHOLE_CHUNK, Rule
 
 SOURCE = Path(__file__).with_name("native.cpp")
 LONGEST = 2048  # tokens that lie in the workspace at a time
@@ -18,26 +17,22 @@ PARALLEL_GELU = 1 << 18  # fewer numbers than this take one thread
 PARALLEL = 1 << 22  # fewer multiplications with the states than this take one thread
 
 
-def refusal(v: Tensor, whole_chunks: bool) -> str | None:
-    """Why values v are not for this implementation, or None; whole_chunks: whether the weights
-    change at the ends of chunks only, and chunks are long enough to be walked through by
-    themselves."""
+def refusal(v: Tensor, rule: Rule) -> str | None:
+    """Why values v under this rule are not for this implementation, or None."""
     if v.device.type != "cpu":
         return f"the tensors are on {v.device.type}, it runs on the CPU"
     if v.dtype == torch.float64:
         return "the values are float64, it computes in float32"
-    if not whole_chunks:
-        return "it takes read='chunk_gates' and chunks of 16 tokens or more"
-    return _unavailable()
+    if not rule.whole_chunks:
+        return f"it takes read='chunk_gates' and chunks of {SHORTEST_WHOLE_CHUNK} tokens or more"
+    return native.refusal("neural_memory", SOURCE)
 
 
-class GeluWithSlope(torch.autograd.Function):
-    """What `network.GeluWithSlope` is, in float32."""
-
+class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x: Tensor, with_slope: bool) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous()
-        value, slope = torch.empty_like(x), torch.empty_like(x)
+        value, slope = torch.empty_like(x), torch.empty_like(x) if with_slope else None
         _run_gelu("memlm_gelu", x, value, slope)
         ctx.save_for_backward(x)
         ctx.set_materialize_grads(False)
@@ -45,33 +40,23 @@ class GeluWithSlope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dvalue: Tensor | None, dslope: Tensor | None) -> Tensor:
+    def backward(ctx, dvalue: Tensor | None, dslope: Tensor | None) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         dvalue = torch.zeros_like(x) if dvalue is None else dvalue.contiguous()
-        dx = torch.empty_like(x)
         dslope = None if dslope is None else dslope.contiguous()
-        _run_gelu("memlm_gelu_backward", x, dvalue, dslope, dx)
-        return dx
-
-
-class Gelu(torch.autograd.Function):
-    """gelu(x) in float32."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        value = torch.empty_like(x)
-        _run_gelu("memlm_gelu", x, value, None)
-        ctx.save_for_backward(x)
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dvalue: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
-        _run_gelu("memlm_gelu_backward", x, dvalue.contiguous(), None, dx)
-        return dx
+        _run_gelu("memlm_gelu_backward", x, dvalue, dslope, dx)
+        return dx, None
+
+
+def gelu(x: Tensor) -> Tensor:
+    """gelu(x) in float32."""
+    return _Gelu.apply(x, False)[0]
+
+
+def gelu_with_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu(x) and its derivative in float32, as `network.GeluWithSlope`."""
+    return _Gelu.apply(x, True)
 
 
 def _run_gelu(function: str, *tensors: Tensor | None) -> None:
@@ -87,8 +72,8 @@ def _run_gelu(function: str, *tensors: Tensor | None) -> None:
 class Chunks(torch.autograd.Function):
     """What `chunks.Chunks` is, in float32."""
 
-    gelu = staticmethod(Gelu.apply)
-    gelu_with_slope = staticmethod(GeluWithSlope.apply)
+    gelu = staticmethod(gelu)
+    gelu_with_slope = staticmethod(gelu_with_slope)
 
     @staticmethod
     def kept_every(size: int) -> int:
@@ -154,14 +139,6 @@ def _run(function: str, tensors: dict[str, Tensor | None]) -> None:
     problem = _Problem(*sizes, *(None if t is None else t.data_ptr() for t in pointers))
     if not getattr(_library(), function)(ctypes.byref(problem)):
         raise MemoryError("neural_memory: no memory for the blocks of a layer")
-
-
-@torch.compiler.assume_constant_result
-def _unavailable() -> str | None:
-    wanted = {entry.rpartition("=")[2] for entry in os.environ.get(VARIABLE, "auto").split(",")}
-    if not {name.strip() for name in wanted} & {"", "auto", "native"}:
-        return "another implementation is forced, nothing is compiled"
-    return native.unavailable(SOURCE)
 
 
 @functools.cache

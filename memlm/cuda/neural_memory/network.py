@@ -65,15 +65,31 @@ def read_through(
     return Q + (y if gain is None else y * (1 + gain)), advanced
 
 
+class GeluWithSlope(torch.autograd.Function):
+    """gelu(x) and its derivative ``Phi(x) + x phi(x)``."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+        slope = torch.ops.aten.gelu_backward(torch.ones_like(x), x)
+        ctx.save_for_backward(x, slope)
+        return F.gelu(x), slope
+
+    @staticmethod
+    def backward(ctx, dgelu: Tensor, dslope: Tensor) -> Tensor:
+        x, slope = ctx.saved_tensors
+        square = x * x
+        density = (square * -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+        curvature = square.neg_().add_(2).mul_(density)  # gelu'' = phi (2 - x^2)
+        return curvature.mul_(dslope).addcmul_(dgelu, slope)
+
+
 def errors_at(
     anchor: Layers,
     K: Tensor,
     V: Tensor,
-    gelu_with_slope: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    gelu_with_slope: Callable[[Tensor], tuple[Tensor, Tensor]] = GeluWithSlope.apply,
 ) -> Errors:
-    """All layers' inputs and errors at the anchor; `gelu_with_slope`: what does the same as
-    `GeluWithSlope`."""
-    gelu_with_slope = gelu_with_slope or GeluWithSlope.apply
+    """All layers' inputs and errors at the anchor."""
     gain = _gain(anchor)
     layers = anchor if gain is None else anchor[:-1]
     if len(layers) == 1:
@@ -121,21 +137,3 @@ def square_norm(found: Errors) -> Tensor:
 def _gain(weights: Layers) -> Tensor | None:
     """The gain of the layer norm, kept like a layer with one input."""
     return weights[-1] if len(weights) > 1 and weights[-1].shape[-2] == 1 else None
-
-
-class GeluWithSlope(torch.autograd.Function):
-    """gelu(x) and its derivative ``Phi(x) + x phi(x)``."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
-        slope = torch.ops.aten.gelu_backward(torch.ones_like(x), x)
-        ctx.save_for_backward(x, slope)
-        return F.gelu(x), slope
-
-    @staticmethod
-    def backward(ctx, dgelu: Tensor, dslope: Tensor) -> Tensor:
-        x, slope = ctx.saved_tensors
-        square = x * x
-        density = (square * -0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-        curvature = square.neg_().add_(2).mul_(density)  # gelu'' = phi (2 - x^2)
-        return curvature.mul_(dslope).addcmul_(dgelu, slope)
