@@ -56,9 +56,8 @@ class TitansConfig(MemoryConfig):
             (before the sigmoid). Default of alpha_bias: -6, -9, -11 and -11 at depths 1 to 4.
             Behind a layer norm the loss is as curved as the squared weights are small, so it
             becomes exp(2 A) times more so while a row fades them by exp(-A), and the gradients of
-            the outer model explode where step times curvature passes 2. The first steps leave a
-            margin of about 1.8 in A at depth 2 and 0.6 above, where steps are smaller; on rows of
-            8192 tokens A is 1 with -9, 0.14 with -11.
+            the outer model explode where step times curvature passes 2. On rows of 8192 tokens A
+            is 1 with -9, 0.14 with -11.
         window: tokens that the attention of mag and mal sees.
         segment: tokens of a segment of mac.
         persistent_tokens: learned tokens that the attention of mac, mag and mal sees everywhere.

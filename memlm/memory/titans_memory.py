@@ -158,7 +158,8 @@ class TitansMemory(nn.Module):
                 of the chunk) as they are.
 
         Returns:
-            [B, T, H, D] and the state after each piece.
+            [B, T, H, D] and the state after each piece; without writing the given one, but for the
+            inputs of the convolution.
         """
         (q, k, v), tail = self._convolve(x, state.conv, cu_seqlens)
         config, memory = self.config, self._memory(state)
@@ -192,8 +193,11 @@ class TitansMemory(nn.Module):
         if self.updates is not None:
             clipped = statistics[0].gradient_norm > config.clip if config.clip else None
             self.updates.take(x, o, memory.weights, clipped)
+        tail = tail.to(state.conv.dtype)
+        if not write:
+            return o, dataclasses.replace(state, conv=tail)
         return o, TitansState(
-            tail.to(state.conv.dtype),
+            tail,
             memory.anchor or state.anchor,
             memory.weights,
             memory.momentum,
