@@ -152,7 +152,7 @@ def _scan_config(D: int, target: int, exact: bool, reverse: bool = False) -> _Co
     if D > 128:
         BE, num_warps = 16, 4 if target // 10 == 9 else 8
         if target >= 100 and not reverse:
-            num_stages = 3
+            num_stages = 2 if exact else 3  # exact: a third would not fit into shared memory
         elif target >= 100 and exact:
             BE = 8
     elif D > 64:
