@@ -17,10 +17,11 @@ from memlm.memory.lact import LaCT, LaCTConfig
 from memlm.memory.linear_attention import LinearAttention, LinearAttentionConfig
 from memlm.memory.min_gru import MinGRU, MinGRUConfig
 from memlm.memory.min_lstm import MinLSTM, MinLSTMConfig
-from memlm.memory.product_key import ProductKey, ProductKeyConfig, zeroed_values
+from memlm.memory.product_key import ProductKey, ProductKeyConfig
 from memlm.memory.retention import Retention, RetentionConfig
 from memlm.memory.titans import Titans, TitansConfig
 from memlm.memory.usage import SlotUsage, UsageStatistics, record_usage
+from memlm.memory.value_table import ValueTable, zeroed_values
 
 __all__ = [
     "CallContext",
@@ -49,6 +50,7 @@ __all__ = [
     "Titans",
     "TitansConfig",
     "UsageStatistics",
+    "ValueTable",
     "memory_class",
     "memory_config",
     "memory_names",

@@ -4,20 +4,18 @@ Lample et al. 2019, "Large Memory Layers with Product Keys", arXiv 1907.05242, i
 Berges et al. 2024, "Memory Layers at Scale", arXiv 2412.09764 (memory+).
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 
-from memlm.cuda import product_key_select, weighted_bag
+from memlm.cuda import product_key_select
 from memlm.errors import UserError
 from memlm.memory.base import CallContext, MemoryConfig, MemoryModule, register
 from memlm.memory.usage import SlotUsage
+from memlm.memory.value_table import ValueTable
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -68,30 +66,6 @@ class ProductKeyConfig(MemoryConfig):
             )
 
 
-class ValueTable(nn.Module):
-    """The values [num_keys^2, value_size] of one layer, or of all layers that share them.
-
-    While `zeroed` it reads as a table of zeros, for ablation (see `zeroed_values`).
-    """
-
-    is_value_table = True  # training gives it its own learning rate and no weight decay
-
-    def __init__(self, slots: int, value_size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(slots, value_size))
-        self.zeroed = False
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
-
-    def forward(self, indices: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sums [tokens, value_size] of rows `indices` [tokens, bag]."""
-        if self.zeroed:
-            return self.weight.new_zeros(indices.shape[0], self.weight.shape[1])
-        return weighted_bag(indices, weights, self.weight)
-
-
 @register("product_key", ProductKeyConfig)
 class ProductKey(MemoryModule):
     """out = W2(y * silu(W1 x)), with y the weighted sum of the values of the chosen keys.
@@ -139,8 +113,8 @@ class ProductKey(MemoryModule):
         if self.usage is not None:
             self.usage.record(indices, weights)
         values = context.shared[self.config.share] if self.values is None else self.values
-        y = values(indices.flatten(1), weights.flatten(1)).view(*x.shape[:2], -1)
-        return context.layout.unpack(self.o_proj(y * F.silu(self.gate_proj(x)))), state
+        y = values(indices.flatten(1), weights.flatten(1), self.gate_proj(tokens))
+        return context.layout.unpack(self.o_proj(y).view(*x.shape[:2], -1)), state
 
     def flops(self, tokens: int) -> int:
         """Projections, scores against both lists of half keys, and the weighted sum."""
@@ -148,20 +122,3 @@ class ProductKey(MemoryModule):
         linears = (self.query_proj, self.gate_proj, self.o_proj)
         matrices = sum(linear.weight.numel() for linear in linears) + self.keys.numel()
         return 2 * tokens * (matrices + config.num_heads * config.top_k * self.value_size)
-
-
-@contextlib.contextmanager
-def zeroed_values(model: nn.Module) -> Iterator[None]:
-    """While active, every product-key memory of `model` reads a table of zeros.
-
-    The memory's ablation: it carries no state that could be reset or swapped.
-    """
-    tables = [module for module in model.modules() if isinstance(module, ValueTable)]
-    before = [table.zeroed for table in tables]
-    for table in tables:
-        table.zeroed = True
-    try:
-        yield
-    finally:
-        for table, zeroed in zip(tables, before, strict=True):
-            table.zeroed = zeroed

@@ -1,15 +1,17 @@
-"""Product keys: exact top-k among n * n slots from two lists of n half keys, and the weighted bag.
+"""Product keys: exact top-k among n * n slots from two lists of n half keys.
 
 Lample et al. 2019, "Large Memory Layers with Product Keys".
 """
 
+import torch
 from torch import Tensor
 
 from memlm.cuda.dispatch import choose
-from memlm.cuda.product_key import eager, reference
+from memlm.cuda.product_key import eager, operator, reference
 from memlm.errors import UserError
 
 
+@torch.compiler.disable
 def product_key_select(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Choose the k best of n * n product keys for every token and head.
 
@@ -35,24 +37,5 @@ def product_key_select(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor,
         raise UserError(f"product_key_select: k = {k} must lie in 1..{n}, the number of half keys")
     if n * n > 2**31:
         raise UserError(f"product_key_select: {n} half keys make more slots than int32 can name")
-    select = choose(
-        "product_key_select",
-        {"reference": reference.product_key_select, "eager": eager.product_key_select},
-    )
-    return select(query, sub_keys, k)
-
-
-def weighted_bag(indices: Tensor, weights: Tensor, values: Tensor) -> Tensor:
-    """Sum rows of a table: out[t] = sum over b of weights[t, b] * values[indices[t, b]].
-
-    Args:
-        indices: integer [T, bag], rows of `values`.
-        weights: [T, bag].
-        values: [N, V].
-
-    Returns:
-        [T, V] in the dtype of `values`; differentiable with respect to weights and values (a
-        dense gradient of the whole table).
-    """
-    bag = choose("weighted_bag", {"reference": reference.weighted_bag, "eager": eager.weighted_bag})
-    return bag(indices, weights, values)
+    module = choose("product_key_select", {"reference": reference, "eager": eager}, query.device)
+    return operator.ProductKeySelect.apply(query, sub_keys, k, module)

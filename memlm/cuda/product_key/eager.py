@@ -3,30 +3,35 @@
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.cuda.ordered_topk import ordered_topk
 
 
-def product_key_select(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `memlm.cuda.product_key_select`; the pairs of the two half top-k follow a staircase."""
     n = sub_keys.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
-        # [H, 2, T, n]
-        scores = query.to(dtype).permute(1, 2, 0, 3) @ sub_keys.to(dtype).transpose(-1, -2)
-    with torch.no_grad():
-        values, order = ordered_topk(scores.detach(), k)  # [H, 2, T, k]
-        first, second = (pair.to(query.device) for pair in _staircase(k))
-        _, pair = ordered_topk(values[:, 0][..., first] + values[:, 1][..., second], k)
-        # [H, 2, T, k]: the half keys i1 and i2 of the chosen slots
-        halves = torch.stack(
-            (order[:, 0].gather(-1, first[pair]), order[:, 1].gather(-1, second[pair])), 1
-        )
-        indices = (halves[:, 0] * n + halves[:, 1]).int()
-    weights = scores.gather(-1, halves).sum(1).softmax(-1)  # [H, T, k]
-    return indices.transpose(0, 1), weights.transpose(0, 1)
+    # [H, 2, T, n]
+    scores = query.to(dtype).permute(1, 2, 0, 3) @ sub_keys.to(dtype).transpose(-1, -2)
+    values, order = ordered_topk(scores, k)  # [H, 2, T, k]
+    first, second = (pair.to(query.device) for pair in _staircase(k))
+    best, pair = ordered_topk(values[:, 0][..., first] + values[:, 1][..., second], k)
+    slots = order[:, 0].gather(-1, first[pair]) * n + order[:, 1].gather(-1, second[pair])
+    return slots.int().transpose(0, 1), best.softmax(-1).transpose(0, 1)
+
+
+def backward(
+    query: Tensor, sub_keys: Tensor, halves: Tensor, dscores: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query and sub_keys: those of all half scores, then two products."""
+    dtype, n = dscores.dtype, sub_keys.shape[2]
+    half_scores = dscores.new_zeros(*halves.shape[:3], n)
+    half_scores.scatter_add_(-1, halves.long(), dscores[:, :, None].expand(halves.shape))
+    half_scores = half_scores.permute(1, 2, 0, 3)  # [H, 2, T, n]
+    dquery = half_scores @ sub_keys.to(dtype)
+    dkeys = half_scores.transpose(-1, -2) @ query.to(dtype).permute(1, 2, 0, 3)
+    return dquery.permute(2, 0, 1, 3), dkeys
 
 
 @lru_cache
@@ -39,13 +44,3 @@ def _staircase(k: int) -> tuple[Tensor, Tensor]:
     pairs = [(i, j) for i in range(k) for j in range(k // (i + 1))]
     first, second = torch.tensor(pairs).unbind(1)
     return first.contiguous(), second.contiguous()
-
-
-def weighted_bag(indices: Tensor, weights: Tensor, values: Tensor) -> Tensor:
-    """See `memlm.cuda.weighted_bag`; torch's embedding_bag with per-sample weights."""
-    dtype = values.dtype
-    if values.is_cuda and dtype in (torch.bfloat16, torch.float16):
-        # The gradient of per-sample weights does not exist in low precision on the GPU.
-        values = values.float()
-    bags = F.embedding_bag(indices, values, per_sample_weights=weights.to(values.dtype), mode="sum")
-    return bags.to(dtype)

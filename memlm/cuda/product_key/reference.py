@@ -1,10 +1,10 @@
-"""The formulas as they are written: score every slot, sort, gather."""
+"""The formulas as they are written: score every slot, sort."""
 
 import torch
 from torch import Tensor
 
 
-def product_key_select(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `memlm.cuda.product_key_select`; scores all n * n slots."""
     tokens, heads, _, n = *query.shape[:3], sub_keys.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -18,8 +18,17 @@ def product_key_select(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor,
     return indices.int(), best[..., :k].softmax(-1).view(tokens, heads, k)
 
 
-def weighted_bag(indices: Tensor, weights: Tensor, values: Tensor) -> Tensor:
-    """See `memlm.cuda.weighted_bag`; gathers all rows at once."""
-    dtype = torch.promote_types(torch.promote_types(weights.dtype, values.dtype), torch.float32)
-    rows = values.to(dtype)[indices.long()]  # [T, bag, V]
-    return (weights.to(dtype)[..., None] * rows).sum(1).to(values.dtype)
+def backward(
+    query: Tensor, sub_keys: Tensor, halves: Tensor, dscores: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query and sub_keys: a score is the sum of two products."""
+    tokens, heads = query.shape[:2]
+    dquery = torch.zeros_like(query, dtype=dscores.dtype)
+    dkeys = torch.zeros_like(sub_keys, dtype=dscores.dtype)
+    for t in range(tokens):
+        for h in range(heads):
+            for p in (0, 1):
+                for i, ds in zip(halves[t, h, p].tolist(), dscores[t, h], strict=True):
+                    dquery[t, h, p] += ds * sub_keys[h, p, i]
+                    dkeys[h, p, i] += ds * query[t, h, p]
+    return dquery, dkeys
