@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 #ifdef __SSE__
-#include <xmmintrin.h>
+#include <immintrin.h>
 #endif
 
 // Loops over the registers of a product must be unrolled, or the registers go to memory.

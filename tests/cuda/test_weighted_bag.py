@@ -12,11 +12,30 @@ from memlm.cuda import (
     update_rows,
     weighted_bag,
 )
+from memlm.cuda import native as loader
 from memlm.cuda.dispatch import VARIABLE
+from memlm.cuda.weighted_bag import native
 from memlm.errors import UserError
 from tests.cuda.harness import TOLERANCE, assert_deterministic, assert_near, poisoned, scattered
 
-IMPLEMENTATIONS = ("reference", "eager")
+REASON = loader.unavailable(native.SOURCE)
+NATIVE = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+IMPLEMENTATIONS = ("reference", "eager", pytest.param("native", marks=NATIVE))
+
+
+def kinds(*dtypes):
+    """Implementations with the types they take."""
+    return pytest.mark.parametrize(
+        "implementation, dtype",
+        [
+            pytest.param(name, dtype, marks=NATIVE if name == "native" else ())
+            for name in ("reference", "eager", "native")
+            for dtype in dtypes
+            if name != "native" or dtype == torch.float32
+        ],
+    )
+
+
 CASES = [
     (7, 5, 11, 48),
     (33, 3, 6, 100),
@@ -59,8 +78,7 @@ def outcome(function, indices, weights, values, gate, dout):
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("sizes", CASES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@kinds(torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def test_bag_and_its_gradients(monkeypatch, implementation, dtype, sizes, gated):
     monkeypatch.setenv(VARIABLE, implementation)
     indices, weights, values, gate, dout = problem(*sizes, dtype=dtype)
@@ -74,8 +92,7 @@ def test_bag_and_its_gradients(monkeypatch, implementation, dtype, sizes, gated)
 
 
 @pytest.mark.parametrize("sizes", CASES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@kinds(torch.float64, torch.float32, torch.bfloat16)
 def test_gathered_dot_and_its_gradients(monkeypatch, implementation, dtype, sizes):
     monkeypatch.setenv(VARIABLE, implementation)
     indices, dout, values, x, _ = problem(*sizes, dtype=dtype)
@@ -89,7 +106,7 @@ def test_gathered_dot_and_its_gradients(monkeypatch, implementation, dtype, size
     assert_near(found, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["reference", "eager"])
 def test_gradcheck(monkeypatch, implementation):
     monkeypatch.setenv(VARIABLE, implementation)
     indices, *leaves, _ = problem()
@@ -119,10 +136,10 @@ def test_two_runs_are_equal(monkeypatch, implementation):
     assert_deterministic(lambda: outcome(weighted_bag, *given))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_pending_reads_are_the_gradient(monkeypatch, implementation):
+@kinds(torch.float64, torch.float32)
+def test_pending_reads_are_the_gradient(monkeypatch, implementation, dtype):
     monkeypatch.setenv(VARIABLE, implementation)
-    indices, weights, values, gate, dout = problem(rows=40)
+    indices, weights, values, gate, dout = problem(rows=40, dtype=dtype)
     expected = outcome(weighted_bag, indices, weights, values, gate, dout)["values"]
     pending = PendingReads(len(values))
     leaf = values.clone().requires_grad_()
@@ -169,8 +186,7 @@ def every_row(seed, dtype, rows=11):
     return Reads(indices, weights, grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@kinds(torch.float64, torch.float32)
 def test_lazy_adam_of_all_rows_is_adamw(monkeypatch, implementation, dtype):
     monkeypatch.setenv(VARIABLE, implementation)
     values = problem(dtype=dtype)[2]
@@ -186,8 +202,7 @@ def test_lazy_adam_of_all_rows_is_adamw(monkeypatch, implementation, dtype):
     assert_near({"values": found}, {"values": expected}, TOLERANCE[dtype] / 10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@kinds(torch.float64, torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("rule", [LazyAdam, RowwiseAdagrad])
 def test_only_rows_that_were_read_change(monkeypatch, implementation, rule, dtype):
     monkeypatch.setenv(VARIABLE, implementation)
@@ -214,6 +229,48 @@ def test_only_rows_that_were_read_change(monkeypatch, implementation, rule, dtyp
         assert one.dtype == (
             dtype if name == "values" else torch.promote_types(dtype, torch.float32)
         )
+
+
+@NATIVE
+@pytest.mark.parametrize("row", [-1, 11, 2**31 - 1])
+def test_an_index_that_is_no_row(monkeypatch, row):
+    monkeypatch.setenv(VARIABLE, "native")
+    indices, weights, values, _, grad = problem(dtype=torch.float32)
+    indices[3, 2] = row
+    with pytest.raises(IndexError, match="not a row of the table of 11 rows"):
+        weighted_bag(indices, weights, values)
+    with pytest.raises(IndexError, match="not a row of the table of 11 rows"):
+        row_gradients([Reads(indices, weights, grad)], 11)
+
+
+@NATIVE
+@pytest.mark.parametrize("rows", [1, 2048, 2049, 2**22 + 1])
+def test_sorting_takes_as_many_passes_as_rows_need(monkeypatch, rows):
+    monkeypatch.setenv(VARIABLE, "native")
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(0, rows, (500, 9), generator=generator, dtype=torch.int32)
+    indices[0, 0], indices[-1, -1] = rows - 1, 0
+    weights, grad = torch.rand(500, 9, generator=generator), torch.ones(500, 3)
+    found, gradient = row_gradients([Reads(indices, weights, grad)], rows)
+    expected = torch.zeros(rows).index_add_(0, indices.flatten().long(), weights.flatten())
+    assert torch.equal(found, indices.flatten().unique().long())
+    torch.testing.assert_close(gradient, expected[found, None].expand(-1, 3))
+
+
+@NATIVE
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_no_bit(monkeypatch, threads):
+    monkeypatch.setenv(VARIABLE, "native")
+    indices, weights, values, _, dout = problem(700, 16, 300, 72, torch.float32)
+    given = indices, weights, values, None, dout  # the gate's gradient is torch's
+    before = torch.get_num_threads()
+    expected = outcome(weighted_bag, *given)
+    try:
+        torch.set_num_threads(threads)
+        found = outcome(weighted_bag, *given)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_no_reads_change_nothing():

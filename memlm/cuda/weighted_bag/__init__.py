@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memlm.cuda.dispatch import choose_name
-from memlm.cuda.weighted_bag import operator
+from memlm.cuda.weighted_bag import native, operator
 from memlm.cuda.weighted_bag.reads import PendingReads, Reads
 from memlm.cuda.weighted_bag.rules import LazyAdam, RowwiseAdagrad, Rule
 from memlm.errors import UserError
@@ -32,6 +32,7 @@ __all__ = [
 MODULES = {
     "reference": "memlm.cuda.weighted_bag.reference",
     "eager": "memlm.cuda.weighted_bag.eager",
+    "native": "memlm.cuda.weighted_bag.native",
 }
 
 
@@ -140,7 +141,7 @@ def implementation(values: Tensor) -> ModuleType:
 
 def refusal(name: str, values: Tensor) -> str | None:
     """Why an implementation cannot take this table, or None."""
-    return None
+    return native.refusal(values) if name == "native" else None
 
 
 def _check_bags(indices: Tensor, weights: Tensor, name: str) -> None:
