@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from memlm.cuda.dispatch import choose
-from memlm.cuda.product_key import eager, operator, reference
+from memlm.cuda.product_key import eager, native, operator, reference
 from memlm.errors import UserError
 
 
@@ -37,5 +37,10 @@ def product_key_select(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor,
         raise UserError(f"product_key_select: k = {k} must lie in 1..{n}, the number of half keys")
     if n * n > 2**31:
         raise UserError(f"product_key_select: {n} half keys make more slots than int32 can name")
-    module = choose("product_key_select", {"reference": reference, "eager": eager}, query.device)
+    implementations = {
+        "reference": reference,
+        "eager": eager,
+        "native": native.refusal(query) or native,
+    }
+    module = choose("product_key_select", implementations, query.device)
     return operator.ProductKeySelect.apply(query, sub_keys, k, module)

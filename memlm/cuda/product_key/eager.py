@@ -22,10 +22,11 @@ def forward(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    query: Tensor, sub_keys: Tensor, halves: Tensor, dscores: Tensor
+    query: Tensor, sub_keys: Tensor, indices: Tensor, dscores: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query and sub_keys: those of all half scores, then two products."""
     dtype, n = dscores.dtype, sub_keys.shape[2]
+    halves = torch.stack((indices // n, indices % n), 2)  # [T, H, 2, k]
     half_scores = dscores.new_zeros(*halves.shape[:3], n)
     half_scores.scatter_add_(-1, halves.long(), dscores[:, :, None].expand(halves.shape))
     half_scores = half_scores.permute(1, 2, 0, 3)  # [H, 2, T, n]

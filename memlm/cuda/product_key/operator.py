@@ -1,9 +1,8 @@
 """The selection as autograd sees it.
 
 Every implementation is a module with `forward(query, sub_keys, k)`, which returns indices and
-weights, and `backward(query, sub_keys, halves, dscores)`, which returns the gradients of query and
-sub_keys; halves [T, H, 2, k] are the chosen half keys and dscores [T, H, k] the gradient of the
-chosen scores.
+weights, and `backward(query, sub_keys, indices, dscores)`, which returns the gradients of query and
+sub_keys; indices [T, H, k] are the chosen slots and dscores [T, H, k] the gradient of their scores.
 """
 
 from types import ModuleType
@@ -33,7 +32,5 @@ class ProductKeySelect(torch.autograd.Function):
         query, sub_keys, indices, weights = ctx.saved_tensors
         with torch.autocast(query.device.type, enabled=False):
             dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
-            n = sub_keys.shape[2]
-            halves = torch.stack((indices // n, indices % n), 2)
-            dquery, dkeys = ctx.module.backward(query, sub_keys, halves, dscores)
+            dquery, dkeys = ctx.module.backward(query, sub_keys, indices, dscores)
         return dquery.to(query.dtype), dkeys.to(sub_keys.dtype), None, None

@@ -19,10 +19,11 @@ def forward(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    query: Tensor, sub_keys: Tensor, halves: Tensor, dscores: Tensor
+    query: Tensor, sub_keys: Tensor, indices: Tensor, dscores: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query and sub_keys: a score is the sum of two products."""
-    tokens, heads = query.shape[:2]
+    tokens, heads, n = *query.shape[:2], sub_keys.shape[2]
+    halves = torch.stack((indices // n, indices % n), 2)
     dquery = torch.zeros_like(query, dtype=dscores.dtype)
     dkeys = torch.zeros_like(sub_keys, dtype=dscores.dtype)
     for t in range(tokens):
