@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from memlm.cuda.weighted_bag.reads import Reads, plan_rows
 from memlm.cuda.weighted_bag.rules import LazyAdam, Rule
 
-CHUNK = 1 << 22  # gathered numbers of `dot` that exist at a time
+# Numbers of gathered rows that exist at a time: on a CPU they should stay in the core's cache.
+GATHERED = {"cpu": 1 << 15, "cuda": 1 << 26}
+UPDATED = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 def bag(
@@ -27,12 +29,17 @@ def dot(indices: Tensor, x: Tensor, values: Tensor) -> Tensor:
     """See `memlm.cuda.gathered_dot`; some tokens at a time."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, values.dtype), torch.float32)
     tokens, length = indices.shape
-    step = max(1, CHUNK // max(1, length * values.shape[1]))
+    step = max(1, GATHERED[x.device.type] // max(1, length * values.shape[1]))
     out = torch.empty(tokens, length, dtype=dtype, device=x.device)
+    x = x.to(dtype)
     for first in range(0, tokens, step):
         part = slice(first, first + step)
-        rows = values[indices[part].long()].to(dtype)  # [step, bag, V]
-        out[part] = torch.bmm(rows, x[part].to(dtype)[..., None]).squeeze(-1)
+        rows = values.index_select(0, indices[part].flatten()).to(dtype)
+        rows = rows.view(len(x[part]), length, values.shape[1])
+        if step == 1:  # a product of a matrix and a vector is faster than a batch of one
+            torch.mv(rows[0], x[first], out=out[first])
+        else:
+            out[part] = torch.bmm(rows, x[part, :, None]).squeeze(-1)
     return out
 
 
@@ -47,32 +54,51 @@ def row_gradients(reads: Sequence[Reads], num_rows: int) -> tuple[Tensor, Tensor
 
 
 def dense_gradient(reads: Sequence[Reads], num_rows: int) -> Tensor:
-    """The gradient [num_rows, V] of the whole table."""
-    rows, gradient = row_gradients(reads, num_rows)
-    return gradient.new_zeros(num_rows, gradient.shape[1]).index_copy_(0, rows, gradient)
+    """The gradient [num_rows, V] of the whole table: bags of all rows, most of them empty."""
+    plan = plan_rows(reads)
+    dtype = torch.promote_types(plan.grads.dtype, torch.float32)
+    if not len(plan.rows):
+        return plan.grads.new_zeros(num_rows, plan.grads.shape[1], dtype=dtype)
+    counts = plan.starts.new_zeros(num_rows + 1)
+    counts[plan.rows + 1] = plan.starts.diff()
+    starts = counts.cumsum(0)[:-1]
+    return _sum(plan.sources, plan.weights, plan.grads.to(dtype), starts)
 
 
 def update_rows(
     reads: Sequence[Reads], values: Tensor, state: dict[str, Tensor], rule: Rule
 ) -> None:
-    """See `memlm.cuda.weighted_bag.update_rows`; the operations of torch.optim.AdamW in order."""
-    rows, g = row_gradients(reads, len(values))
+    """See `memlm.cuda.weighted_bag.update_rows`; some rows at a time."""
+    plan = plan_rows(reads)
+    dtype = torch.promote_types(plan.grads.dtype, torch.float32)
+    grads = plan.grads.to(dtype)
+    step = max(1, UPDATED[values.device.type] // values.shape[1])
+    for first in range(0, len(plan.rows), step):
+        rows, starts = plan.rows[first : first + step], plan.starts[first : first + step + 1]
+        hits = slice(int(starts[0]), int(starts[-1]))
+        gradient = _sum(plan.sources[hits], plan.weights[hits], grads, starts[:-1] - starts[0])
+        _update(rows, gradient.to(dtype), values, state, rule)
+
+
+def _update(rows: Tensor, g: Tensor, values: Tensor, state: dict[str, Tensor], rule: Rule) -> None:
+    """Update different rows by their gradients; the operations of torch.optim.AdamW in order."""
     if rule.scale != 1:
         g *= rule.scale
-    w = values[rows].to(g.dtype)
+    w = values.index_select(0, rows).to(g.dtype)
     if rule.weight_decay:
         w *= 1 - rule.learning_rate * rule.weight_decay
     if isinstance(rule, LazyAdam):
-        m = state["exp_avg"][rows].lerp_(g, 1 - rule.betas[0])
-        v = state["exp_avg_sq"][rows].mul_(rule.betas[1])
+        m = state["exp_avg"].index_select(0, rows).lerp_(g, 1 - rule.betas[0])
+        v = state["exp_avg_sq"].index_select(0, rows).mul_(rule.betas[1])
         v.addcmul_(g, g, value=1 - rule.betas[1])
-        state["exp_avg"][rows], state["exp_avg_sq"][rows] = m, v
+        state["exp_avg"].index_copy_(0, rows, m)
+        state["exp_avg_sq"].index_copy_(0, rows, v)
         w.addcdiv_(m, v.sqrt_().div_(rule.second_bias).add_(rule.eps), value=-rule.step_size)
     else:
-        total = state["square_sum"][rows] + g.square().mean(-1)
-        state["square_sum"][rows] = total
+        total = state["square_sum"].index_select(0, rows).add_(g.square().mean(-1))
+        state["square_sum"].index_copy_(0, rows, total)
         w.addcdiv_(g, total.sqrt_().add_(rule.eps)[:, None], value=-rule.learning_rate)
-    values[rows] = w.to(values.dtype)
+    values.index_copy_(0, rows, w.to(values.dtype))
 
 
 def _sum(indices: Tensor, weights: Tensor, values: Tensor, offsets: Tensor | None = None) -> Tensor:
