@@ -36,8 +36,9 @@ struct Panel {
   INLINE void write(float* p, int64_t left) const {
     UNROLL for (int n = 0; n < M; ++n) N ? store(p + n * W, x[n]) : store_part(p, x[n], left);
   }
+  // Into the second cache: there is room for more lines on their way than to the first.
   static INLINE void fetch(const float* p) {
-    UNROLL for (int n = 0; n < M; n += 16 / W) __builtin_prefetch(p + n * W);
+    UNROLL for (int n = 0; n < M; n += 16 / W) __builtin_prefetch(p + n * W, 0, 2);
   }
 };
 

@@ -5,7 +5,7 @@
 
 using namespace simd;
 
-constexpr int AHEAD = 6;  // rows that are fetched before they are used
+constexpr int AHEAD = 12;  // rows that are fetched before they are used
 
 struct Bag {
   int64_t threads, tokens, bag, rows, width;
