@@ -21,6 +21,7 @@ LIBRARIES = (
     "flash-linear-attention",
     "flash-qla",
     "titans-pytorch",
+    "product-key-memory",
 )
 
 
