@@ -18,6 +18,7 @@ DELTA_RULE = {"decay": False, "use_gate": False, "conv_size": None, "allow_neg_e
 TITANS = {"num_heads": 2, "head_dim": 8, "expansion": 2, "chunk_size": 4}
 TITANS_ATTENTION = {"window": 5, "segment": 5, "persistent_tokens": 2, "attention_heads": 2}
 PRODUCT_KEY = {"num_keys": 6, "num_heads": 2, "top_k": 3}
+PLAIN_VALUES = {"variant": "plain", "value_size": 12, "query_norm": "batch", "gated": True}
 LACT = {"num_heads": 2, "head_dim": 4, "chunk_size": 5, "orthogonalise": True}
 KNN_CACHE = {"capacity": 12, "segment": 4, "key_size": 8, "top_k": 3, "num_heads": 2}
 # The only thing a new memory adds here.
@@ -47,6 +48,8 @@ SPECS: dict[str, list[Spec]] = {
     "product_key": [
         Spec(("ffn", "memory"), PRODUCT_KEY),
         Spec(("ffn",), {**PRODUCT_KEY, "share": "table"}, "shared"),
+        Spec(("ffn",), {**PRODUCT_KEY, **PLAIN_VALUES}, "plain", examples=2),
+        Spec(("ffn",), {**PRODUCT_KEY, "variant": "peer", "share": "experts"}, "peer", examples=2),
     ],
     "retention": [Spec(EVERYWHERE, {"num_heads": 2, "head_dim": 8})],
     "titans": [
