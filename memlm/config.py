@@ -64,6 +64,9 @@ class TrainConfig:
         learning_rate: of AdamW.
         muon_learning_rate: of Muon.
         value_learning_rate: of the value tables of product-key memories, constant, no decay.
+        value_optimizer: of the value tables. lazy_adam and rowwise_adagrad update only the rows
+            that were read; adam is fused AdamW over whole tables; auto takes adam where a step
+            reads most of a table's rows anyway, and else lazy_adam.
         warmup_steps: linear warm-up.
         final_learning_rate: where the cosine ends, as a fraction of the learning rate.
         weight_decay: of everything but norms, biases, gates' rates and value tables.
@@ -92,6 +95,7 @@ class TrainConfig:
     learning_rate: float = 3e-4
     muon_learning_rate: float = 5e-3
     value_learning_rate: float = 1e-3
+    value_optimizer: Literal["auto", "adam", "lazy_adam", "rowwise_adagrad"] = "auto"
     warmup_steps: int = 100
     final_learning_rate: float = 0.1
     weight_decay: float = 0.1

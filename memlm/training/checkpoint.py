@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedConfig
 
 from memlm.errors import UserError
+from memlm.training.row_optimizer import RowOptimizer
 
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -199,24 +200,34 @@ def load_optimizers(
         entries.setdefault(name, {})[entry] = tensor
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
-        wanted = "momentum_buffer" if isinstance(optimizer, torch.optim.Muon) else "exp_avg"
+        wanted = _entry_of(optimizer)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 saved = entries.get(names[parameter], {})
                 if saved and wanted not in saved:
                     raise UserError(
                         f"{folder}: saved with another optimizer (its {names[parameter]} has "
-                        f"{', '.join(saved)}); resume with the train.optimizer it was trained with"
+                        f"{', '.join(saved)}); resume with the train.optimizer and "
+                        "train.value_optimizer it was trained with"
                     )
                 for entry, tensor in saved.items():
-                    optimizer.state[parameter][entry] = _placed(tensor, parameter)
+                    if tensor.ndim or group.get("fused"):
+                        tensor = _placed(tensor, parameter)
+                    optimizer.state[parameter][entry] = tensor  # other steps count on the CPU
+
+
+def _entry_of(optimizer: torch.optim.Optimizer) -> str:
+    """An entry of the state that tells this optimizer from others."""
+    if isinstance(optimizer, torch.optim.Muon):
+        return "momentum_buffer"
+    if isinstance(optimizer, RowOptimizer) and optimizer.method == "rowwise_adagrad":
+        return "square_sum"
+    return "exp_avg"
 
 
 def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
     """An entry of the state on the device, and in the shards, of its parameter."""
-    if tensor.ndim == 0:
-        return tensor  # AdamW counts its steps on the CPU
-    if isinstance(parameter, DTensor):
+    if tensor.ndim and isinstance(parameter, DTensor):
         tensor = tensor.to(parameter.device_mesh.device_type)
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     return tensor.to(parameter.device)

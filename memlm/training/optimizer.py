@@ -1,13 +1,21 @@
 """Which optimizer updates which parameter."""
 
+import dataclasses
+import math
+
 import torch
 from torch import Tensor, nn
 
 from memlm.config import TrainConfig
+from memlm.errors import UserError
+from memlm.memory import ProductKey, ValueTable
+from memlm.training.row_optimizer import RowOptimizer
 
 # Smallest side of a matrix that Muon updates: projections to one number per head are gates.
 MUON_LEAST_SIDE = 16
 NO_DECAY_NAMES = ("A_log", "dt_bias")
+# Of a table's rows, the share that a step touches from which updating all of them costs no more.
+WHOLE_TABLE_COVERAGE = 0.75
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
@@ -49,12 +57,79 @@ def _group(module: nn.Module, name: str, parameter: Tensor, ends: set[int]) -> s
     return "matrices" if hidden and min(parameter.shape) >= MUON_LEAST_SIDE else "others"
 
 
+@dataclasses.dataclass(frozen=True)
+class TableUpdate:
+    """How a value table is updated, and why.
+
+    Attributes:
+        name: of the table in the model.
+        table: the table.
+        method: "adam", "lazy_adam" or "rowwise_adagrad".
+        reason: in words, for the log.
+    """
+
+    name: str
+    table: ValueTable
+    method: str
+    reason: str
+
+
+def table_updates(model: nn.Module, config: TrainConfig) -> list[TableUpdate]:
+    """How each value table of a model is updated.
+
+    Raises:
+        UserError: for an optimizer that tables which several processes hold together cannot have.
+    """
+    per_token = _reads_per_token(model)
+    updates = []
+    for name, table in model.named_modules():
+        if not isinstance(table, ValueTable) or not table.weight.requires_grad:
+            continue
+        rows, reads = len(table.weight), per_token[table] * config.tokens_per_step
+        covered = -math.expm1(-reads / rows)  # of the rows, were they read at random
+        method, why = config.value_optimizer, "as configured"
+        if table.sharding is not None:
+            if method == "adam":
+                raise UserError(
+                    "train.value_optimizer: adam updates whole tables, but train.memory_parallel "
+                    "shares them; use lazy_adam or rowwise_adagrad"
+                )
+            method, why = {"auto": "lazy_adam"}.get(method, method), "the table is shared"
+        elif method == "auto":
+            whole = covered >= WHOLE_TABLE_COVERAGE
+            method = "adam" if whole else "lazy_adam"
+            why = "updating all rows costs no more" if whole else "the others are left alone"
+        touched = f"{reads:,} reads a step touch up to {covered:.0%} of {rows:,} rows"
+        updates.append(TableUpdate(name, table, method, f"{touched}; {why}"))
+    return updates
+
+
+def _reads_per_token(model: nn.Module) -> dict[ValueTable, int]:
+    """Rows that a token reads of each table, all layers together."""
+    shared = {
+        name: module
+        for owner in model.modules()
+        if isinstance(getattr(owner, "shared", None), nn.ModuleDict)
+        for name, module in owner.shared.items()
+    }
+    reads: dict[ValueTable, int] = {}
+    for memory in model.modules():
+        if isinstance(memory, ProductKey):
+            config = memory.config
+            owner = memory.values if config.share is None else shared[config.share]
+            for table in owner.modules():
+                if isinstance(table, ValueTable):
+                    reads[table] = reads.get(table, 0) + config.num_heads * config.top_k
+    return reads
+
+
 def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW over all parameters, or Muon over the matrices and AdamW over the rest.
 
     Every parameter group keeps its rate in `base_lr`; groups with `constant` ignore the schedule.
     Muon is torch.optim.Muon (Jordan et al., 2024). Value tables learn at their own constant rate
-    without decay, as in Lample et al., 2019 and Berges et al., 2024.
+    without decay, as in Lample et al., 2019 and Berges et al., 2024; those of which a step reads
+    few rows have a `RowOptimizer` (see `table_updates`).
     """
     parameters = dict(model.named_parameters())
     named = parameter_groups(model)
@@ -68,13 +143,18 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
             "constant": constant,
         }
 
+    by_rows: dict[str, list[ValueTable]] = {}
+    for update in table_updates(model, config):
+        if update.method != "adam":
+            by_rows.setdefault(update.method, []).append(update.table)
+            named["values"].remove(f"{update.name}.weight")
     decayed = named["others"]
     if config.optimizer == "adamw":
         decayed = named["matrices"] + decayed
     adamw = [
         group(decayed, config.learning_rate, config.weight_decay),
         group(named["no_decay"], config.learning_rate, 0.0),
-        group(named["values"], config.value_learning_rate, 0.0, constant=True),
+        group(named["values"], config.value_learning_rate, 0.0, constant=True) | {"fused": True},
     ]
     adamw = [item for item in adamw if item["params"]]
     optimizers: list[torch.optim.Optimizer] = []
@@ -83,6 +163,12 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
     if config.optimizer == "muon" and named["matrices"]:
         matrices = group(named["matrices"], config.muon_learning_rate, config.weight_decay)
         optimizers.append(torch.optim.Muon([matrices]))
+    for method, tables in by_rows.items():
+        rate = config.value_learning_rate
+        rows = RowOptimizer(tables, rate, method, config.betas)
+        for item in rows.param_groups:
+            item.update(base_lr=rate, constant=True)
+        optimizers.append(rows)
     return optimizers
 
 

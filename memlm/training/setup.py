@@ -3,21 +3,26 @@
 import dataclasses
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from memlm.config import RunConfig, TrainConfig, save_config
 from memlm.data import PackedDataset
 from memlm.errors import UserError
+from memlm.memory.exchange import all_gather_reads
 from memlm.models import MemLMConfig, MemLMForCausalLM
 from memlm.training.checkpoint import check_architecture, find_checkpoint
 from memlm.training.logs import check_trackers
 from memlm.training.loss import RowLoss
+from memlm.training.row_optimizer import RowOptimizer
 
 _CPU_HINT = "on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ..."
 
@@ -167,6 +172,8 @@ def prepare(
 
     The optimizers come back without accelerate's wrapper, which is there to scale fp16 losses.
     """
+    rows = [one for one in optimizers if isinstance(one, RowOptimizer)]
+    _exchange_reads(accelerator, row_loss, rows)
     if accelerator.ddp_handler is not None:
         # A memory's parameters have no gradient in a step whose rows never reach them.
         accelerator.ddp_handler.find_unused_parameters = bool(row_loss.model.memories())
@@ -175,3 +182,23 @@ def prepare(
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
         row_loss, *wrapped = accelerator.prepare(row_loss, *optimizers)
     return [row_loss, *(optimizer.optimizer for optimizer in wrapped)]
+
+
+def _exchange_reads(
+    accelerator: Accelerator, row_loss: RowLoss, optimizers: list[RowOptimizer]
+) -> None:
+    """Keep tables that are updated by rows out of what the processes average and shard.
+
+    Every process has the whole table; the optimizer brings together what all of them read.
+    """
+    if accelerator.num_processes == 1:
+        return
+    tables = [table for optimizer in optimizers for table in optimizer.tables]
+    weights = {id(table.weight) for table in tables}
+    names = [name for name, weight in row_loss.named_parameters() if id(weight) in weights]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(row_loss, names)
+    if accelerator.is_fsdp2 and tables:
+        accelerator.state.fsdp_plugin.ignored_modules = tables
+    for optimizer in optimizers:
+        optimizer.exchange = partial(all_gather_reads, group=dist.group.WORLD)
+        optimizer.processes = accelerator.num_processes

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import (
     disable_progress_bar,
@@ -24,12 +23,13 @@ from memlm.data import load_tokenizer
 from memlm.errors import UserError
 from memlm.memory.usage import record_usage
 from memlm.training import checkpoint as checkpoints
+from memlm.training.clipping import clip_gradients
 from memlm.training.feed import RowFeed
 from memlm.training.held_out import HeldOut
 from memlm.training.lanes import Lanes, save_states
 from memlm.training.logs import METRICS_FILE, PLOT_FILE, RunLog, bits, flat_config, read_metrics
 from memlm.training.loss import RowLoss, group_coefficients, group_counts, total
-from memlm.training.optimizer import build_optimizers, set_learning_rates
+from memlm.training.optimizer import build_optimizers, set_learning_rates, table_updates
 from memlm.training.plot import plot_metrics
 from memlm.training.schedule import CurriculumState, learning_rate_factor
 from memlm.training.setup import (
@@ -95,6 +95,7 @@ class Trainer:
             rows = self.options.micro_batch_rows or self._rows(self.stages[-1])
             self.held_out = HeldOut(held_out, self.options.evaluation_rows, rows, self.accelerator)
         model = build_model(config, self.tokenizer, source)
+        self.table_updates = table_updates(model, self.options)
         self.row_loss, *self.optimizers = prepare(
             self.accelerator, RowLoss(model), build_optimizers(model, self.options)
         )
@@ -147,6 +148,8 @@ class Trainer:
         if self.options.trackers:
             self.accelerator.init_trackers("memlm", config=flat_config(self.config))
         log.line(self._opening())
+        for update in self.table_updates:
+            log.line(f"{update.name}: {update.method} ({update.reason})")
         if self.step == 0:
             self.before = self._evaluate_and_record()
         after, loss = None, math.nan
@@ -245,8 +248,7 @@ class Trainer:
     def _update(self) -> float:
         """Clip, step the optimizers and clear the gradients; returns the gradient norm."""
         limit = self.options.clip_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.row_loss.parameters(), limit)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = clip_gradients(self.row_loss.parameters(), self.optimizers, limit)
         if math.isfinite(norm):
             for optimizer in self.optimizers:
                 optimizer.step()

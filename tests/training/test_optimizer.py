@@ -3,7 +3,13 @@ import torch
 
 from memlm.config import TrainConfig
 from memlm.models import MemLMConfig, MemLMForCausalLM
-from memlm.training.optimizer import build_optimizers, parameter_groups, set_learning_rates
+from memlm.training.optimizer import (
+    build_optimizers,
+    parameter_groups,
+    set_learning_rates,
+    table_updates,
+)
+from memlm.training.row_optimizer import RowOptimizer
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
@@ -73,3 +79,42 @@ def test_frozen_parameters_are_left_out(model):
     for optimizer in build_optimizers(model, TrainConfig()):
         for group in optimizer.param_groups:
             assert all(parameter is not frozen for parameter in group["params"])
+
+
+def tables(**options):
+    """A model of two layers with 64 x 64 slots, of which a token reads 4."""
+    ffn = {"type": "product_key", "num_keys": 64, "num_heads": 2, "top_k": 2, "key_size": 4}
+    layers = [{"repeat": 2, "mixer": "attention", "ffn": ffn | options}]
+    return MemLMForCausalLM(MemLMConfig(vocab_size=40, hidden_size=32, layers=layers))
+
+
+def test_a_table_that_a_step_reads_little_of_is_updated_by_rows():
+    model = tables()
+    few, many = (TrainConfig(tokens_per_step=n, length=32) for n in (64, 8192))
+    for config, method in ((few, "lazy_adam"), (many, "adam")):
+        updates = table_updates(model, config)
+        assert [one.method for one in updates] == [method] * 2
+        assert "of 4,096 rows" in updates[0].reason
+        assert f"{4 * config.tokens_per_step:,} reads" in updates[0].reason
+    # Two layers that share a table read twice as many of its rows.
+    (shared,) = table_updates(tables(share="table"), few)
+    assert "512 reads" in shared.reason and shared.name == "model.shared.table"
+    names = [name for group in parameter_groups(model).values() for name in group]
+    adamw, rows = build_optimizers(model, few)
+    assert isinstance(rows, RowOptimizer) and rows.method == "lazy_adam"
+    in_adamw = sum(len(group["params"]) for group in adamw.param_groups)
+    assert in_adamw + len(rows.param_groups[0]["params"]) == len(names)
+
+
+def test_the_rows_keep_their_own_constant_rate():
+    config = TrainConfig(
+        value_optimizer="rowwise_adagrad", value_learning_rate=0.5, betas=(0.8, 0.9)
+    )
+    optimizers = build_optimizers(tables(), config)
+    rows = optimizers[-1]
+    assert rows.method == "rowwise_adagrad" and rows.param_groups[0]["weight_decay"] == 0
+    set_learning_rates(optimizers, 0.1)
+    assert rows.param_groups[0]["lr"] == 0.5
+    assert optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * config.learning_rate)
+    (adamw,) = build_optimizers(tables(), TrainConfig(value_optimizer="adam"))
+    assert [group.get("fused") for group in adamw.param_groups] == [None, None, True]

@@ -71,6 +71,30 @@ def test_two_processes_equal_one_and_one_goes_on_from_their_checkpoint(make_conf
     assert losses(again.output_dir) == pytest.approx(losses(one.output_dir)[14:], abs=1e-5)
 
 
+def test_tables_updated_by_rows_in_two_processes_equal_those_of_one(make_config, tmp_path):
+    ffn = {"type": "product_key", "num_keys": 32, "num_heads": 2, "top_k": 4}
+    options = {
+        "model": {"layers": [{"mixer": {"type": "attention", "num_heads": 2}, "ffn": ffn}]},
+        "steps": 6,
+        "value_optimizer": "lazy_adam",
+        "clip_norm": 0.5,
+        "save_every": 3,
+    }
+    one, two = make_config("one", **options), make_config("two", **options)
+    Trainer(one).run()
+    done = launch(
+        ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+        two,
+        tmp_path / "two.yaml",
+        ACCELERATE_USE_CPU="true",
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(two.output_dir) == pytest.approx(losses(one.output_dir), abs=1e-5)
+    again = make_config("again", **options)
+    Trainer(again, resume=two.output_dir / "checkpoints" / "step_000003").run()
+    assert losses(again.output_dir) == pytest.approx(losses(one.output_dir)[3:], abs=1e-5)
+
+
 def test_sharded_weights_train_save_and_resume_like_whole_ones(make_config, tmp_path):
     options = {"steps": 6, "model": {"layers": MEMORY}, "save_every": 3, "evaluation_rows": 4}
     names = ("plain", "whole", "again")

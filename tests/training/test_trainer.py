@@ -275,3 +275,48 @@ def test_state_file_tells_the_next_row(make_config):
     )
     assert state["step"] == 3
     assert state["data_index"] == 3 * 256 // 64
+
+
+TABLE = [
+    {
+        "mixer": {"type": "attention", "num_heads": 2},
+        "ffn": {"type": "product_key", "num_keys": 64, "num_heads": 2, "top_k": 4},
+    }
+]
+
+
+@pytest.mark.parametrize("method", ["lazy_adam", "rowwise_adagrad", "adam"])
+def test_every_update_of_a_table_learns_accumulates_and_resumes(make_config, method, capsys):
+    options = {
+        "model": {"layers": TABLE},
+        "steps": 8,
+        "value_optimizer": method,
+        "value_learning_rate": 1e-2,
+        "clip_norm": 0.5,
+        "save_every": 4,
+    }
+    whole = make_config("whole", **options)
+    trainer = Trainer(whole)
+    start = weights(trainer.model)["model.layers.0.ffn.module.values.weight"]
+    trainer.run()
+    assert f"ffn.module.values: {method}" in capsys.readouterr().out
+    final = trainer.model.state_dict()["model.layers.0.ffn.module.values.weight"]
+    changed = (final != start).any(-1).float().mean()
+    assert 0.02 < changed < 0.98 or method == "adam"
+    parts = make_config("parts", micro_batch_rows=1, **options)
+    Trainer(parts).run()
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-4)
+    again = make_config("again", **options)
+    again.output_dir.mkdir()
+    resumed = Trainer(again, resume=whole.output_dir / "checkpoints" / "step_000004")
+    resumed.run()
+    assert losses(again) == losses(whole)[4:]
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_another_update_of_a_table_does_not_resume(make_config):
+    options = {"model": {"layers": TABLE}, "steps": 2, "save_every": 1}
+    Trainer(make_config(value_optimizer="rowwise_adagrad", **options)).run()
+    with pytest.raises(UserError, match="train.value_optimizer it was trained with"):
+        Trainer(make_config(value_optimizer="lazy_adam", **options), resume=True)
