@@ -33,7 +33,8 @@ class UsageStatistics:
         if not mass.sum() > 0:
             return cls(*[math.nan] * len(dataclasses.fields(cls)))
         count = mass.numel()
-        share = (mass.double() / mass.double().sum()).sort().values  # ascending
+        share = mass.sort().values.double()  # ascending
+        share /= share.sum()
         ranks = torch.arange(1, count + 1, dtype=torch.float64, device=share.device)
 
         def top(fraction: float) -> float:
@@ -49,41 +50,97 @@ class UsageStatistics:
 
 
 class SlotUsage:
-    """Counts the reads of every slot, and adds up their weights."""
+    """Counts the reads of every slot, on the device that makes them and without waiting for it.
 
-    def __init__(self, slots: int, device: torch.device | None = None):
-        self.counts = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.weights = torch.zeros(slots, dtype=torch.float64, device=device)
+    Args:
+        slots: of the table.
+        device: where the memory computes.
+        weighted: also add up the weights of the reads.
+        half_keys: heads and half keys per list, to count the reads of every half key too.
+
+    Attributes:
+        counts: int32 [slots].
+        weights: float32 [slots], or None.
+        half_keys: int32 [heads, 2, num_keys], or None.
+        reads: all reads so far.
+    """
+
+    def __init__(
+        self,
+        slots: int,
+        device: torch.device | None = None,
+        weighted: bool = True,
+        half_keys: tuple[int, int] | None = None,
+    ):
+        self.counts = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.weights = torch.zeros(slots, device=device) if weighted else None
+        self.half_keys, self.reads = None, 0
+        self._one = torch.ones((), dtype=torch.int32, device=device)
+        if half_keys is not None:
+            heads, num_keys = half_keys
+            self.half_keys = torch.zeros(heads, 2, num_keys, dtype=torch.int32, device=device)
+            first = torch.arange(heads, dtype=torch.int32, device=device) * (2 * num_keys)
+            self._first = first[:, None]  # where a head's half keys begin
 
     @torch.no_grad()
     def record(self, indices: Tensor, weights: Tensor) -> None:
-        """Take in reads: `indices` (integer) and `weights`, of one shape."""
-        indices = indices.flatten().long()
-        self.counts += torch.bincount(indices, minlength=self.counts.numel())
-        self.weights.index_add_(0, indices, weights.flatten().double())
+        """Take in reads: `indices` int32 and `weights`, both [T, H, k]."""
+        self.reads += indices.numel()
+        ones = self._one.expand(indices.numel())
+        self.counts.index_add_(0, indices.flatten(), ones)
+        if self.weights is not None:
+            self.weights.index_add_(0, indices.flatten(), weights.flatten().float())
+        if self.half_keys is not None:
+            num_keys = self.half_keys.shape[-1]
+            half = torch.div(indices, num_keys, rounding_mode="floor")
+            flat = self.half_keys.view(-1)
+            flat.index_add_(0, (half + self._first).flatten(), ones)
+            half = indices - half * num_keys + num_keys
+            flat.index_add_(0, (half + self._first).flatten(), ones)
+
+    def clear(self) -> None:
+        """Count the slots anew; half keys go on."""
+        self.reads = 0
+        self.counts.zero_()
+        if self.weights is not None:
+            self.weights.zero_()
 
     def by_count(self) -> UsageStatistics:
         """Statistics in which every read counts one."""
         return UsageStatistics.of(self.counts)
 
     def by_weight(self) -> UsageStatistics:
-        """Statistics in which every read counts its weight."""
+        """Statistics in which every read counts its weight; needs `weighted`."""
         return UsageStatistics.of(self.weights)
+
+
+def recording_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The product-key memories of `model`, by module name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "usage")}
+
+
+@contextlib.contextmanager
+def recording(recorders: list[tuple[nn.Module, SlotUsage]]) -> Iterator[None]:
+    """While active, each memory reports its reads to the recorder beside it."""
+    for module, recorder in recorders:
+        module.usage = recorder
+    try:
+        yield
+    finally:
+        for module, _ in recorders:
+            module.usage = None
 
 
 @contextlib.contextmanager
 def record_usage(model: nn.Module) -> Iterator[dict[str, SlotUsage]]:
     """Record the reads of every product-key memory of `model`, by module name.
 
-    Padding is left out. Recomputed passes (gradient checkpointing) are counted again.
+    Padding is left out. Recomputed passes (gradient checkpointing) are counted again if the
+    backward pass runs in here.
     """
-    recorders = {}
-    modules = {name: module for name, module in model.named_modules() if hasattr(module, "usage")}
-    for name, module in modules.items():
-        recorders[name] = SlotUsage(module.config.num_keys**2, module.keys.device)
-        module.usage = recorders[name]
-    try:
+    modules = recording_modules(model)
+    recorders = {
+        name: SlotUsage(module.config.slots, module.keys.device) for name, module in modules.items()
+    }
+    with recording(list(zip(modules.values(), recorders.values(), strict=True))):
         yield recorders
-    finally:
-        for module in modules.values():
-            module.usage = None
