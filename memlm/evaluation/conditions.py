@@ -21,7 +21,7 @@ from torch import nn
 
 from memlm.evaluation.streaming import States
 from memlm.layers.attention import Attention
-from memlm.memory.product_key import zeroed_values
+from memlm.memory.value_table import zeroed_values
 
 ALL_CONDITIONS = ("on", "off", "reset", "swapped", "zeroed")
 
