@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from memlm.cli import run_entry_point
 from memlm.layers.attention import Attention
-from memlm.memory.product_key import ValueTable
+from memlm.memory.value_table import ValueTable
 from memlm.models.configuration import MemLMConfig
 from memlm.models.modeling import MemLMForCausalLM
 
