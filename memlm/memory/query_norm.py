@@ -65,10 +65,10 @@ def average_running_statistics(model: nn.Module, average: Callable[[Tensor], Ten
     """
     for module in model.modules():
         if isinstance(module, QueryBatchNorm):
-            mean, var = module.running_mean, module.running_var
-            mean_all, square = average(torch.stack([mean, var + mean.square()]))
-            var.copy_((square - mean_all.square()).clamp(min=0))
-            mean.copy_(mean_all)
+            mean = average(module.running_mean)
+            apart = (module.running_mean - mean).square()
+            module.running_var.copy_(average(module.running_var + apart))
+            module.running_mean.copy_(mean)
 
 
 def _recomputing() -> bool:

@@ -54,6 +54,69 @@ def plot_metrics(records: list[dict[str, Any]], path: Path, title: str) -> None:
     figure.savefig(path, dpi=110)
 
 
+def plot_usage(
+    records: list[dict[str, Any]],
+    path: Path,
+    title: str,
+    curves: dict[str, tuple[list[int], list[float]]],
+) -> None:
+    """Draw how evenly the slots of product-key memories were read as a PNG.
+
+    Args:
+        records: records of metrics.jsonl, with SITE.used, SITE.kl_to_uniform and SITE.top1_mass.
+        path: the file to write.
+        title: above the picture.
+        curves: by site: ranks of slots and their reads as multiples of the mean.
+    """
+    from matplotlib.figure import Figure
+
+    steps = [record for record in records if not record.get("evaluation")]
+    evaluations = [record for record in records if record.get("evaluation")]
+    keys = dict.fromkeys(key for record in records for key in record)
+    sites = [key.removesuffix(".used") for key in keys if key.endswith(".used")]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure.suptitle(title)
+    used, kl, top, rank = figure.subplots(2, 2).flat
+    for axes, statistic, scale in (
+        (used, "used", 100),
+        (kl, "kl_to_uniform", 1),
+        (top, "top1_mass", 100),
+    ):
+        for number, site in enumerate(sites):
+            for found, style in ((steps, ".-"), (evaluations, "o")):
+                key = f"{site}.{statistic}"
+                points = [(r["step"], scale * r[key]) for r in found if key in r]
+                label = site if style == ".-" else "held-out rows" if number == 0 else None
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True),
+                        style,
+                        color=f"C{number}",
+                        markeredgecolor="black" if style == "o" else None,
+                        label=label,
+                    )
+    used.set(title="Slots that were read", ylabel="% of the slots", ylim=(0, 105))
+    kl.set(title="Divergence of the reads from uniform", ylabel="KL in nats", ylim=(0, None))
+    top.set(title="Reads of the most read 1 % of the slots", ylabel="% of the reads")
+    top.set(ylim=(0, None))
+    for axes in (used, kl, top):
+        axes.set_xlabel("step")
+        _mark_stages(axes, steps, named=False)
+    for number, site in enumerate(sites):
+        if site in curves:
+            rank.plot(*curves[site], color=f"C{number}", label=site)
+    rank.axhline(1, color="grey", linewidth=0.8, linestyle=":", label="uniform")
+    rank.set(title="Reads by rank, last window of training", xscale="log")
+    rank.set(xlabel="rank of the slot", ylabel="reads / mean reads per slot")
+    rank.set_yscale("symlog", linthresh=0.01)
+    rank.set_ylim(0, None)
+    for axes in (used, rank):
+        axes.legend(fontsize=8)
+    for axes in (used, kl, top, rank):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
 def _line(axes, steps: list[dict[str, Any]], key: str, colour: str) -> None:
     axes.plot([r["step"] for r in steps], [r[key] for r in steps], color=colour)
 

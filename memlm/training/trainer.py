@@ -1,7 +1,6 @@
 """The training loop."""
 
 import contextlib
-import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from transformers.utils.logging import (
 from memlm.config import RunConfig, Stage
 from memlm.data import load_tokenizer
 from memlm.errors import UserError
-from memlm.memory.usage import record_usage
+from memlm.memory.query_norm import average_running_statistics
 from memlm.training import checkpoint as checkpoints
 from memlm.training.clipping import clip_gradients
 from memlm.training.feed import RowFeed
@@ -30,7 +29,7 @@ from memlm.training.lanes import Lanes, save_states
 from memlm.training.logs import METRICS_FILE, PLOT_FILE, RunLog, bits, flat_config, read_metrics
 from memlm.training.loss import RowLoss, group_coefficients, group_counts, total
 from memlm.training.optimizer import build_optimizers, set_learning_rates, table_updates
-from memlm.training.plot import plot_metrics
+from memlm.training.plot import plot_metrics, plot_usage
 from memlm.training.schedule import CurriculumState, learning_rate_factor
 from memlm.training.setup import (
     build_accelerator,
@@ -41,6 +40,7 @@ from memlm.training.setup import (
     prepare,
 )
 from memlm.training.updates import UpdateLog
+from memlm.training.usage import USAGE_PLOT_FILE, UsageLog, held_out_usage
 
 
 @dataclass
@@ -106,6 +106,7 @@ class Trainer:
             self.model.set_attention_window(stage.window)
 
         self.updates = UpdateLog(self.model, self.accelerator)
+        self.usage = UsageLog(self.model, self.accelerator)
         self.step = 0
         self.curriculum = CurriculumState()
         self.before: dict[str, float] | None = None
@@ -211,7 +212,7 @@ class Trainer:
             last = index == len(self.lanes.slices) - 1
             part = {name: row[rows].to(accelerator.device) for name, row in batch.items()}
             with contextlib.nullcontext() if last else accelerator.no_sync(self.row_loss):
-                with self.updates.watch():
+                with self.updates.watch(), self.usage.watch():
                     losses, states = self.row_loss(
                         part, self.lanes.states[index], options.carry_state
                     )
@@ -284,6 +285,7 @@ class Trainer:
             "length": self.stage.length,
             "window": self.stage.window,
             **self.updates.report(),
+            **self.usage.report(last=self.step == self.options.steps),
         }
         self.log.record(metrics)
         self.log.step_line(metrics, len(self.stages))
@@ -309,23 +311,30 @@ class Trainer:
     def _evaluate_and_record(self) -> dict[str, float] | None:
         if self.held_out is None:
             return None
-        with record_usage(self.model) as recorders:
+        self._average_statistics()
+        with held_out_usage(self.model, self.accelerator) as usage:
             result = self.evaluate()
-        usage = {
-            f"{name}.{statistic}": value
-            for name, recorder in recorders.items()
-            for statistic, value in dataclasses.asdict(recorder.by_weight()).items()
-        }
         self.log.record({"step": self.step, "evaluation": True, **result, **usage})
         losses = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
         self.log.line(f"held-out after step {self.step}: {losses}")
         self._track({"step": self.step} | {f"held_out/{k}": v for k, v in result.items()})
         return result
 
+    def _average_statistics(self) -> None:
+        """Evaluation and checkpoints have the running statistics of all processes' tokens."""
+        processes = self.accelerator.num_processes
+        if processes > 1:
+            average_running_statistics(
+                self.model, lambda mine: total(mine, self.accelerator) / processes
+            )
+
     def _plot(self) -> None:
-        if self.accelerator.is_main_process:
-            records = read_metrics(self.folder / METRICS_FILE)
-            plot_metrics(records, self.folder / PLOT_FILE, f"Training of {self.folder}")
+        if not self.accelerator.is_main_process:
+            return
+        records, title = read_metrics(self.folder / METRICS_FILE), f"Training of {self.folder}"
+        plot_metrics(records, self.folder / PLOT_FILE, title)
+        if self.usage.recorders:
+            plot_usage(records, self.folder / USAGE_PLOT_FILE, title, self.usage.curves)
 
     # --- checkpoints ---
 
@@ -341,6 +350,7 @@ class Trainer:
             config=self.config.to_dict(),
         )
         # Collective calls: every process takes part, the first one writes.
+        self._average_statistics()
         weights = checkpoints.whole_weights(self.model)
         optimizer = checkpoints.optimizer_tensors(self.optimizers, self.model)
         lanes = self.lanes.gather()
@@ -370,6 +380,7 @@ class Trainer:
 
     def _save_model(self, folder: Path) -> None:
         """Put the model beside the metrics, so that the run folder loads as a model."""
+        self._average_statistics()
         weights = checkpoints.whole_weights(self.model)
         if self.accelerator.is_main_process:
             finished = folder / "checkpoints" / "final"

@@ -182,8 +182,10 @@ def test_running_statistics_of_processes_are_those_of_all_their_tokens():
     norms = [QueryBatchNorm(4, momentum=1.0) for _ in parts]
     for norm, part in zip(norms, parts, strict=True):
         norm(part)
-    sums = [torch.stack([n.running_mean, n.running_var + n.running_mean.square()]) for n in norms]
-    average_running_statistics(norms[0], lambda mine: (mine + sums[1]) / 2)
+    other = norms[1]
+    apart = other.running_mean - (norms[0].running_mean + other.running_mean) / 2
+    theirs = iter([other.running_mean, other.running_var + apart.square()])
+    average_running_statistics(norms[0], lambda mine: (mine + next(theirs)) / 2)
     together = torch.cat(parts).flatten(1)
     torch.testing.assert_close(norms[0].running_mean, together.mean(0))
     torch.testing.assert_close(norms[0].running_var, together.var(0), rtol=0.02, atol=0)
