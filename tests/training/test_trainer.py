@@ -315,6 +315,18 @@ def test_every_update_of_a_table_learns_accumulates_and_resumes(make_config, met
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
+def test_recomputing_blocks_reads_no_row_twice(make_config):
+    options = {"model": {"layers": TABLE}, "steps": 3, "value_optimizer": "lazy_adam"}
+    plain, recomputed = make_config("plain", **options), make_config("recomputed", **options)
+    recomputed.train.gradient_checkpointing = True
+    first, second = Trainer(plain), Trainer(recomputed)
+    first.run()
+    second.run()
+    assert losses(plain) == losses(recomputed)
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+
+
 def test_another_update_of_a_table_does_not_resume(make_config):
     options = {"model": {"layers": TABLE}, "steps": 2, "save_every": 1}
     Trainer(make_config(value_optimizer="rowwise_adagrad", **options)).run()

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from memlm.cuda.weighted_bag.reads import Reads, plan_rows
 from memlm.cuda.weighted_bag.rules import LazyAdam, Rule
 
-# Numbers of gathered rows that exist at a time: on a CPU they should stay in the core's cache.
-GATHERED = {"cpu": 1 << 15, "cuda": 1 << 26}
-UPDATED = {"cpu": 1 << 18, "cuda": 1 << 26}
+# Numbers of gathered and of updated rows that exist at a time. Those of a CPU stay in its cache.
+GATHERED, UPDATED = 1 << 26, 1 << 26
+GATHERED_ON_CPU, UPDATED_ON_CPU = 1 << 15, 1 << 18
 
 
 def bag(
@@ -29,7 +29,8 @@ def dot(indices: Tensor, x: Tensor, values: Tensor) -> Tensor:
     """See `memlm.cuda.gathered_dot`; some tokens at a time."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, values.dtype), torch.float32)
     tokens, length = indices.shape
-    step = max(1, GATHERED[x.device.type] // max(1, length * values.shape[1]))
+    most = GATHERED_ON_CPU if x.device.type == "cpu" else GATHERED
+    step = max(1, most // max(1, length * values.shape[1]))
     out = torch.empty(tokens, length, dtype=dtype, device=x.device)
     x = x.to(dtype)
     for first in range(0, tokens, step):
@@ -72,7 +73,8 @@ def update_rows(
     plan = plan_rows(reads)
     dtype = torch.promote_types(plan.grads.dtype, torch.float32)
     grads = plan.grads.to(dtype)
-    step = max(1, UPDATED[values.device.type] // values.shape[1])
+    most = UPDATED_ON_CPU if values.device.type == "cpu" else UPDATED
+    step = max(1, most // values.shape[1])
     for first in range(0, len(plan.rows), step):
         rows, starts = plan.rows[first : first + step], plan.starts[first : first + step + 1]
         hits = slice(int(starts[0]), int(starts[-1]))
