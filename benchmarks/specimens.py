@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks import specimens_weighted_bag
 from benchmarks.aot import Specimen
 from memlm.cuda.diagonal_scan import inputs as scan
 from memlm.cuda.linear_recurrence import inputs as recurrence
@@ -38,6 +39,7 @@ def quick() -> list[Specimen]:
         _scan(Scan(1024)),
         _linear_memory(LinearMemory(64)),
         _mlp_memory(MLPMemory(32, 128, 16)),
+        *specimens_weighted_bag.quick(),
     ]
 
 
@@ -48,7 +50,8 @@ def full() -> list[Specimen]:
     memories = map(_linear_memory, _linear_memory_matrix())
     deep = map(_mlp_memory, _mlp_memory_matrix())
     recurrences = map(_recurrence, _recurrence_matrix())
-    return [*quick(), *recurrences, *convolutions, *scans, *memories, *deep]
+    bags = specimens_weighted_bag.full()
+    return [*quick(), *recurrences, *convolutions, *scans, *memories, *deep, *bags]
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

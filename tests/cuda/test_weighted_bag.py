@@ -1,6 +1,5 @@
 import pytest
 import torch
-from torch.nn import functional as F
 
 from memlm.cuda import (
     LazyAdam,
@@ -17,6 +16,7 @@ from memlm.cuda.dispatch import VARIABLE
 from memlm.cuda.weighted_bag import native
 from memlm.errors import UserError
 from tests.cuda.harness import TOLERANCE, assert_deterministic, assert_near, poisoned, scattered
+from tests.cuda.weighted_bag_cases import CASES, adamw, formula, outcome, problem
 
 REASON = loader.unavailable(native.SOURCE)
 NATIVE = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -34,46 +34,6 @@ def kinds(*dtypes):
             if name != "native" or dtype == torch.float32
         ],
     )
-
-
-CASES = [
-    (7, 5, 11, 48),
-    (33, 3, 6, 100),
-    (20, 17, 64, 384),
-    (1, 1, 1, 1),
-    (0, 4, 9, 5),
-    (6, 0, 4, 7),
-]
-
-
-def problem(tokens=9, bag=5, rows=11, width=6, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    indices = torch.randint(0, rows, (tokens, bag), generator=generator, dtype=torch.int32)
-    if tokens > 1 and bag > 1:
-        indices[0] = rows // 2  # the same row several times in one bag
-    weights = draw(tokens, bag)
-    if dtype in (torch.bfloat16, torch.float16):
-        weights = weights.float()
-    return indices, weights, draw(rows, width), draw(tokens, width), draw(tokens, width)
-
-
-def formula(indices, weights, values, gate=None):
-    sums = (weights[..., None] * values[indices.long()]).sum(1)
-    return sums if gate is None else sums * F.silu(gate)
-
-
-def outcome(function, indices, weights, values, gate, dout):
-    """Outputs and all gradients."""
-    given = {"weights": weights, "values": values}
-    given |= {} if gate is None else {"gate": gate}
-    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in given.items()}
-    out = function(indices, *leaves.values())
-    found = torch.autograd.grad(out, list(leaves.values()), dout.to(out.dtype))
-    return {"out": out.detach(), **dict(zip(leaves, found, strict=True))}
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -167,16 +127,6 @@ def test_pending_reads_never_outgrow_the_table():
         assert pending.nbytes <= 2 * 8 * 6 * 8 + added
     rows, gradient = row_gradients(pending.take(), 8)
     torch.testing.assert_close(gradient, total[rows])
-
-
-def adamw(values, gradients, **options):
-    """Dense AdamW's values after these gradients, one step each."""
-    parameter = torch.nn.Parameter(values.clone())
-    optimizer = torch.optim.AdamW([parameter], **options)
-    for gradient in gradients:
-        parameter.grad = gradient
-        optimizer.step()
-    return parameter.detach()
 
 
 def every_row(seed, dtype, rows=11):

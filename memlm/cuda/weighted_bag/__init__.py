@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memlm.cuda.dispatch import choose_name
-from memlm.cuda.weighted_bag import native, operator
+from memlm.cuda.weighted_bag import device, native, operator
 from memlm.cuda.weighted_bag.reads import PendingReads, Reads
 from memlm.cuda.weighted_bag.rules import LazyAdam, RowwiseAdagrad, Rule
 from memlm.errors import UserError
@@ -33,6 +33,7 @@ MODULES = {
     "reference": "memlm.cuda.weighted_bag.reference",
     "eager": "memlm.cuda.weighted_bag.eager",
     "native": "memlm.cuda.weighted_bag.native",
+    "triton": "memlm.cuda.weighted_bag.triton_implementation",
 }
 
 
@@ -141,7 +142,8 @@ def implementation(values: Tensor) -> ModuleType:
 
 def refusal(name: str, values: Tensor) -> str | None:
     """Why an implementation cannot take this table, or None."""
-    return native.refusal(values) if name == "native" else None
+    refusals = {"native": native.refusal, "triton": device.triton_refusal}
+    return refusals[name](values) if name in refusals else None
 
 
 def _check_bags(indices: Tensor, weights: Tensor, name: str) -> None:
