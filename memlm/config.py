@@ -74,6 +74,9 @@ class TrainConfig:
         clip_norm: largest norm of the gradient; 0 = no clipping.
         mixed_precision: no, or bf16.
         gradient_checkpointing: recompute the blocks in the backward pass to save memory.
+        reinit_keys_after: half keys of product-key memories that no token chose in so many steps
+            are drawn anew; None = never. Many unread slots early in training are normal: usage
+            can fall to a tenth before it recovers.
         log_every: steps between two log lines and metric records.
         evaluate_every: steps between two evaluations on held-out rows; 0 = before and after only.
         evaluation_rows: held-out rows of one evaluation; 0 = no evaluation.
@@ -103,6 +106,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    reinit_keys_after: int | None = None
     log_every: int = 10
     evaluate_every: int = 0
     evaluation_rows: int = 32
@@ -143,6 +147,7 @@ _LEAST = {
     "micro_batch_rows": 1,
     "warmup_steps": 0,
     "clip_norm": 0,
+    "reinit_keys_after": 1,
     "log_every": 1,
     "evaluate_every": 0,
     "evaluation_rows": 0,

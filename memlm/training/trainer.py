@@ -23,6 +23,7 @@ from memlm.errors import UserError
 from memlm.memory.query_norm import average_running_statistics
 from memlm.training import checkpoint as checkpoints
 from memlm.training.clipping import clip_gradients
+from memlm.training.dead_keys import DeadKeys, save_key_reads
 from memlm.training.feed import RowFeed
 from memlm.training.held_out import HeldOut
 from memlm.training.lanes import Lanes, save_states
@@ -106,7 +107,9 @@ class Trainer:
             self.model.set_attention_window(stage.window)
 
         self.updates = UpdateLog(self.model, self.accelerator)
-        self.usage = UsageLog(self.model, self.accelerator)
+        every = self.options.reinit_keys_after
+        self.usage = UsageLog(self.model, self.accelerator, half_keys=every is not None)
+        self.dead_keys = DeadKeys(self.usage, self.optimizers, every, self.options.seed)
         self.step = 0
         self.curriculum = CurriculumState()
         self.before: dict[str, float] | None = None
@@ -234,6 +237,8 @@ class Trainer:
         self.seconds += seconds
         group_bits = bits(sums.tolist(), counts.tolist())
         self._report(loss, grad_norm, group_bits, seconds, factor)
+        for line in self.dead_keys.after_step(self.step, last=self.step == options.steps):
+            self.log.line(line)
         answer = group_bits.get("answer_bits")
         if self.curriculum.advance(self.stages, self.step, options.steps, answer):
             self._start_stage()
@@ -353,12 +358,13 @@ class Trainer:
         self._average_statistics()
         weights = checkpoints.whole_weights(self.model)
         optimizer = checkpoints.optimizer_tensors(self.optimizers, self.model)
-        lanes = self.lanes.gather()
+        lanes, key_reads = self.lanes.gather(), self.dead_keys.gathered()
 
         def write(folder: Path) -> None:
             self._write_model(folder, weights)
             save_file(optimizer, folder / checkpoints.OPTIMIZER_FILE)
             save_states(lanes, folder)
+            save_key_reads(key_reads, folder)
             checkpoints.write_state(folder, state)
 
         target = checkpoints.checkpoint_path(self.folder, self.step)
@@ -401,5 +407,6 @@ class Trainer:
         self.curriculum = CurriculumState(state.stage, state.answer_bits)
         self._start_stage()
         checkpoints.load_optimizers(source, self.optimizers, self.model)
+        self.dead_keys.load(source, self.step)
         if self.options.carry_state:
             self.lanes.load(source, self.model.init_states(1), self.accelerator.device)
