@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -77,12 +78,34 @@ def _library(source: Path) -> ctypes.CDLL | str:
     compiler = _compiler()
     if compiler is None:
         return f"no C++ compiler: set CXX or install one of {', '.join(COMPILERS)}"
+    return built(source, compiler, FLAGS, (NATIVE,), _cpu())
+
+
+def built(
+    source: Path,
+    compiler: Sequence[str],
+    flags: Sequence[str],
+    optional: Sequence[str] = (),
+    machine: str = "",
+) -> ctypes.CDLL | str:
+    """The library that a compiler makes of a file, from the cache if it is there.
+
+    Args:
+        source: the file.
+        compiler: its command.
+        flags: arguments; `optional` are more of them, left out where it fails with them.
+        machine: what the library depends on besides the sources and the compiler.
+
+    Returns:
+        The library, or why there is none.
+    """
     try:
-        name = f"{source.parent.name}-{_key(source, compiler)}.so"
+        key = _key(source, compiler, [*flags, *optional, machine])
+        name = f"{source.parent.name}-{key}.so"
         with tempfile.TemporaryDirectory() as elsewhere:
             folder = _cache_folder() or Path(elsewhere)
             if not (folder / name).exists():
-                _compile(compiler, source, folder / name)
+                _compile(source, folder / name, [*compiler, *flags], optional)
             # The file may go as soon as it is loaded.
             return ctypes.CDLL(str(folder / name))
     except (OSError, subprocess.SubprocessError) as error:
@@ -98,13 +121,12 @@ def _compiler() -> list[str] | None:
     return None
 
 
-def _key(source: Path, compiler: list[str]) -> str:
+def _key(source: Path, compiler: Sequence[str], others: Sequence[str]) -> str:
     """A name for all that the library depends on."""
     version = subprocess.run(
         [*compiler, "--version"], capture_output=True, text=True, check=True, timeout=PATIENCE
     )
-    parts = [*(path.read_text() for path in _sources(source)), version.stdout, _cpu()]
-    parts += [*compiler, *FLAGS, NATIVE]
+    parts = [*(path.read_text() for path in _sources(source)), version.stdout, *compiler, *others]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
@@ -141,15 +163,15 @@ def _cache_folder() -> Path | None:
     return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
-def _compile(compiler: list[str], source: Path, target: Path) -> None:
+def _compile(source: Path, target: Path, command: list[str], optional: Sequence[str]) -> None:
     """Make the library under another name and then rename it: others may be at it too."""
-    logger.info("compiling %s of %s with %s", source.name, source.parent.name, compiler[0])
+    logger.info("compiling %s of %s with %s", source.name, source.parent.name, command[0])
     handle, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".unfinished")
     os.close(handle)
     try:
-        command = [*compiler, *FLAGS, "-o", unfinished, str(source)]
+        command = [*command, "-o", unfinished, str(source)]
         options = {"capture_output": True, "text": True, "timeout": PATIENCE}
-        if subprocess.run([*command, NATIVE], **options).returncode:
+        if not optional or subprocess.run([*command, *optional], **options).returncode:
             subprocess.run(command, **options, check=True)
         os.replace(unfinished, target)
     finally:
