@@ -89,7 +89,7 @@ def test_gathered_dot_and_its_gradients(dtype, sizes):
 def test_many_tokens_and_few(monkeypatch, multiprocessors):
     from memlm.cuda.weighted_bag import triton_bag
 
-    monkeypatch.setattr(triton_bag, "_multiprocessors", lambda _: multiprocessors)
+    monkeypatch.setattr(triton_bag, "multiprocessors", lambda _: multiprocessors)
     indices, weights, values, gate, _ = problem(2, 70, 30, 1100, torch.float32)
     found = weighted_bag(indices, weights, values, gate)
     expected = formula(indices, weights.double(), values.double(), gate.double())

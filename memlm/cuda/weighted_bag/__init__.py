@@ -34,6 +34,7 @@ MODULES = {
     "eager": "memlm.cuda.weighted_bag.eager",
     "native": "memlm.cuda.weighted_bag.native",
     "triton": "memlm.cuda.weighted_bag.triton_implementation",
+    "cuda": "memlm.cuda.weighted_bag.cuda_implementation",
 }
 
 
@@ -142,7 +143,11 @@ def implementation(values: Tensor) -> ModuleType:
 
 def refusal(name: str, values: Tensor) -> str | None:
     """Why an implementation cannot take this table, or None."""
-    refusals = {"native": native.refusal, "triton": device.triton_refusal}
+    refusals = {
+        "native": native.refusal,
+        "triton": device.triton_refusal,
+        "cuda": device.cuda_refusal,
+    }
     return refusals[name](values) if name in refusals else None
 
 

@@ -167,7 +167,7 @@ def _bag_constants(tokens: int, V: int, values: Tensor) -> dict[str, int]:
     widths = [covering, *widths] if covering <= 1024 else widths
     block = min(widths, key=lambda width: triton.cdiv(V, width) * width)
     size, unroll, warps = 1024, 16 // values.element_size(), 4
-    if tokens * triton.cdiv(V, block) < 4 * _multiprocessors(values.device):
+    if tokens * triton.cdiv(V, block) < 4 * multiprocessors(values.device):
         block, size, unroll, warps = min(128, covering), 2048, 4, 8
     # A turn of 128 rows or more would be longer than most bags.
     sizes = {"BLOCK": block, "P": min(32, size // block), "UNROLL": unroll}
@@ -175,7 +175,8 @@ def _bag_constants(tokens: int, V: int, values: Tensor) -> dict[str, int]:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of the card; of an H100 off a GPU."""
     if device.type != "cuda":
         return MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
