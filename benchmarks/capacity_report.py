@@ -165,7 +165,7 @@ def plot(results: Sequence[Result], dense: str, memory: str, path: Path) -> Path
     labels = [name.replace("bits per ", "per ").replace("second", "CPU second") for name in names]
     bars = right.bar(labels, means, yerr=spread, capsize=4, color="C1", alpha=0.8)
     right.bar_label(bars, [f"{mean:.2f}x" for mean in means], padding=4)
-    right.axhline(1, color="C0", ls="--", label=dense)
+    right.axhline(1, color="C0", ls="--", label=f"as much as {dense}")
     right.set_ylim(0, 1.2 * max(max(v) for v in values))
     right.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
     right.set(ylabel=f"bits stored, {memory} / {dense}")
