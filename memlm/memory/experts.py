@@ -6,7 +6,6 @@ He 2024, "Mixture of A Million Experts" (PEER), arXiv 2407.04153.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.cuda import gathered_dot
 from memlm.memory.value_table import ValueTable
 
 
@@ -27,11 +26,4 @@ class ExpertTable(nn.Module):
 
     def forward(self, indices: Tensor, weights: Tensor, x: Tensor) -> Tensor:
         """Weighted sums [tokens, size] of what experts `indices` [tokens, bag] make of x."""
-        return self.up(indices, weights * F.gelu(_dot(self.down, indices, x)))
-
-
-def _dot(table: ValueTable, indices: Tensor, x: Tensor) -> Tensor:
-    """x[t] . row indices[t, b] of the table, [tokens, bag]."""
-    if table.sharding is not None:
-        return table.sharding.dot(table, indices, x)
-    return gathered_dot(indices, x, table.weight, table.pending)
+        return self.up(indices, weights * F.gelu(self.down.dot(indices, x)))

@@ -9,11 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memlm.cuda import gathered_dot, weighted_bag
 from memlm.errors import UserError
-from memlm.memory.experts import ExpertTable
 from memlm.memory.value_table import ValueTable
 
 STAGED = 64 << 20  # bytes that are copied at a time
@@ -65,7 +63,6 @@ def offload_values(
         for name, table in tables.items()
     }
     _replace(model, ValueTable, made.__getitem__)
-    _replace(model, ExpertTable, OffloadedExperts)
     return {name: made[table] for name, table in tables.items()}
 
 
@@ -202,20 +199,6 @@ class OffloadedTable(ValueTable):
                 "call offload_values then"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class OffloadedExperts(ExpertTable):
-    """Experts whose two tables are offloaded."""
-
-    def __init__(self, experts: ExpertTable):
-        with torch.device("meta"):
-            super().__init__(*experts.up.weight.shape)
-        self.down, self.up = experts.down, experts.up
-        self.training = experts.training
-
-    def forward(self, indices: Tensor, weights: Tensor, x: Tensor) -> Tensor:
-        """As `ExpertTable.forward`."""
-        return self.up(indices, weights * F.gelu(self.down.dot(indices, x)))
 
 
 def _refuse_gradients(*tensors: Tensor | None) -> None:

@@ -2,12 +2,16 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memlm.cuda import PendingReads, weighted_bag
+from memlm.cuda import PendingReads, gathered_dot, weighted_bag
+
+if TYPE_CHECKING:
+    from memlm.memory.sharding import Sharding
 
 
 class ValueTable(nn.Module):
@@ -19,6 +23,8 @@ class ValueTable(nn.Module):
         weight: the values [slots, value_size].
         pending: where the backward pass leaves the table's gradient for an optimizer of rows;
             None leaves a gradient of the whole table in `weight.grad`.
+        sharding: how several processes hold the table together (see `shard_values`), or None;
+            `weight` is a DTensor then.
     """
 
     is_value_table = True  # training gives it its own learning rate and no weight decay
@@ -28,6 +34,7 @@ class ValueTable(nn.Module):
         self.weight = nn.Parameter(torch.empty(slots, value_size))
         self.zeroed = False
         self.pending: PendingReads | None = None
+        self.sharding: Sharding | None = None
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -36,8 +43,18 @@ class ValueTable(nn.Module):
     def forward(self, indices: Tensor, weights: Tensor, gate: Tensor | None = None) -> Tensor:
         """Weighted sums [tokens, value_size] of rows `indices` [tokens, bag], times silu(gate)."""
         if self.zeroed:
-            return self.weight.new_zeros(indices.shape[0], self.weight.shape[1])
+            return indices.new_zeros(len(indices), self.weight.shape[1], dtype=self.weight.dtype)
+        if self.sharding is not None:
+            return self.sharding.bag(self, indices, weights, gate)
         return weighted_bag(indices, weights, self.weight, gate, self.pending)
+
+    def dot(self, indices: Tensor, x: Tensor) -> Tensor:
+        """Products [tokens, bag] of x [tokens, value_size] with rows `indices` [tokens, bag]."""
+        if self.zeroed:
+            return x.new_zeros(indices.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+        if self.sharding is not None:
+            return self.sharding.dot(self, indices, x)
+        return gathered_dot(indices, x, self.weight, self.pending)
 
 
 @contextlib.contextmanager

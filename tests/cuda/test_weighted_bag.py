@@ -223,6 +223,16 @@ def test_threads_change_no_bit(monkeypatch, threads):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@kinds(torch.float32)
+def test_a_table_without_rows(monkeypatch, implementation, dtype):
+    monkeypatch.setenv(VARIABLE, implementation)
+    indices, weights, values, gate, dout = problem(0, 3, 1, 6, dtype)
+    found = outcome(weighted_bag, indices, weights, values[:0], gate, dout)
+    assert found["out"].shape == (0, 6) and found["values"].shape == (0, 6)
+    rows, gradient = row_gradients([Reads(indices, weights, dout)], 0)
+    assert rows.shape == (0,) and gradient.shape == (0, 6)
+
+
 def test_no_reads_change_nothing():
     values = torch.randn(4, 3)
     before, state = values.clone(), LazyAdam.init_state(values)

@@ -60,7 +60,8 @@ inline bool sorted_keys(const Rows& p, std::vector<uint64_t>& keys) {
   constexpr int BITS = 11;
   static thread_local std::vector<uint64_t> other;
   other.resize(count);
-  for (int shift = 32; (p.num_rows - 1) >> (shift - 32); shift += BITS) {
+  const uint64_t last = std::max<int64_t>(0, p.num_rows - 1);
+  for (int shift = 32; last >> (shift - 32); shift += BITS) {
     uint32_t places[1 << BITS] = {};
     for (const uint64_t key : keys) ++places[key >> shift & ((1 << BITS) - 1)];
     uint32_t before = 0;
