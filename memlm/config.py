@@ -67,6 +67,9 @@ class TrainConfig:
         value_optimizer: of the value tables. lazy_adam and rowwise_adagrad update only the rows
             that were read; adam is fused AdamW over whole tables; auto takes adam where a step
             reads most of a table's rows anyway, and else lazy_adam.
+        memory_parallel: processes that hold each value table together, a part each; 1 = every
+            process has whole tables.
+        memory_shard: what a part has: columns of all values, or rows.
         warmup_steps: linear warm-up.
         final_learning_rate: where the cosine ends, as a fraction of the learning rate.
         weight_decay: of everything but norms, biases, gates' rates and value tables.
@@ -99,6 +102,8 @@ class TrainConfig:
     muon_learning_rate: float = 5e-3
     value_learning_rate: float = 1e-3
     value_optimizer: Literal["auto", "adam", "lazy_adam", "rowwise_adagrad"] = "auto"
+    memory_parallel: int = 1
+    memory_shard: Literal["columns", "rows"] = "columns"
     warmup_steps: int = 100
     final_learning_rate: float = 0.1
     weight_decay: float = 0.1
@@ -145,6 +150,7 @@ _LEAST = {
     "steps": 1,
     "tokens_per_step": 1,
     "micro_batch_rows": 1,
+    "memory_parallel": 1,
     "warmup_steps": 0,
     "clip_norm": 0,
     "reinit_keys_after": 1,

@@ -27,7 +27,7 @@ def _evaluate(trainer: Trainer) -> None:
 
     folder = trainer.folder / "evaluation"
     model = trainer.model
-    if trainer.accelerator.is_fsdp2:
+    if trainer.accelerator.is_fsdp2 or trainer.options.memory_parallel > 1:
         # Its shards answer only when all processes call them; the saved model is whole.
         model = type(model).from_pretrained(trainer.folder).to(trainer.accelerator.device)
     evaluate(model, trainer.tokenizer, trainer.config.evaluate, folder, name=trainer.folder.name)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -18,12 +20,14 @@ from memlm.config import RunConfig, TrainConfig, save_config
 from memlm.data import PackedDataset
 from memlm.errors import UserError
 from memlm.memory.exchange import all_gather_reads
+from memlm.memory.sharding import MEMORY, shard_values
 from memlm.models import MemLMConfig, MemLMForCausalLM
 from memlm.training.checkpoint import check_architecture, find_checkpoint
 from memlm.training.logs import check_trackers
 from memlm.training.loss import RowLoss
 from memlm.training.row_optimizer import RowOptimizer
 
+REPLICATE = "replicate"  # the dimension of a mesh whose processes hold the same part of a table
 _CPU_HINT = "on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ..."
 
 
@@ -61,6 +65,11 @@ def check_processes(started: int, options: TrainConfig) -> None:
     launcher = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
     if started == 1 and launcher and "WORLD_SIZE" not in os.environ:
         raise UserError(f"asked for several processes but only one was started; {_CPU_HINT}")
+    if started % options.memory_parallel:
+        raise UserError(
+            f"train.memory_parallel: {started} processes cannot be divided into groups of "
+            f"{options.memory_parallel}"
+        )
     for stage in options.stages():
         rows = options.tokens_per_step // stage.length
         if rows % started:
@@ -165,6 +174,19 @@ def build_model(
     return model
 
 
+def share_tables(accelerator: Accelerator, model: PreTrainedModel, options: TrainConfig) -> None:
+    """Divide the value tables among groups of `memory_parallel` processes.
+
+    Raises:
+        UserError: for a model without tables, or tables that cannot be divided so.
+    """
+    if options.memory_parallel == 1:
+        return
+    shape = (accelerator.num_processes // options.memory_parallel, options.memory_parallel)
+    mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=(REPLICATE, MEMORY))
+    shard_values(model, mesh, options.memory_shard)
+
+
 def prepare(
     accelerator: Accelerator, row_loss: RowLoss, optimizers: list[torch.optim.Optimizer]
 ) -> list[Any]:
@@ -189,7 +211,7 @@ def _exchange_reads(
 ) -> None:
     """Keep tables that are updated by rows out of what the processes average and shard.
 
-    Every process has the whole table; the optimizer brings together what all of them read.
+    The optimizer brings together what all processes with the same rows and columns read.
     """
     if accelerator.num_processes == 1:
         return
@@ -200,5 +222,9 @@ def _exchange_reads(
     if accelerator.is_fsdp2 and tables:
         accelerator.state.fsdp_plugin.ignored_modules = tables
     for optimizer in optimizers:
-        optimizer.exchange = partial(all_gather_reads, group=dist.group.WORLD)
         optimizer.processes = accelerator.num_processes
+        weight, group = optimizer.tables[0].weight, dist.group.WORLD
+        if isinstance(weight, DTensor):
+            group = weight.device_mesh.get_group(REPLICATE)
+        if dist.get_world_size(group) > 1:
+            optimizer.exchange = partial(all_gather_reads, group=group)

@@ -39,6 +39,7 @@ from memlm.training.setup import (
     find_start,
     open_datasets,
     prepare,
+    share_tables,
 )
 from memlm.training.updates import UpdateLog
 from memlm.training.usage import USAGE_PLOT_FILE, UsageLog, held_out_usage
@@ -96,6 +97,7 @@ class Trainer:
             rows = self.options.micro_batch_rows or self._rows(self.stages[-1])
             self.held_out = HeldOut(held_out, self.options.evaluation_rows, rows, self.accelerator)
         model = build_model(config, self.tokenizer, source)
+        share_tables(self.accelerator, model, self.options)
         self.table_updates = table_updates(model, self.options)
         self.row_loss, *self.optimizers = prepare(
             self.accelerator, RowLoss(model), build_optimizers(model, self.options)

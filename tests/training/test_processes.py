@@ -95,6 +95,41 @@ def test_tables_updated_by_rows_in_two_processes_equal_those_of_one(make_config,
     assert losses(again.output_dir) == pytest.approx(losses(one.output_dir)[3:], abs=1e-5)
 
 
+@pytest.mark.parametrize("by", ["columns", pytest.param("rows", marks=pytest.mark.slow)])
+def test_tables_held_by_two_processes_equal_those_of_one(make_config, tmp_path, by):
+    ffn = {"type": "product_key", "num_keys": 16, "num_heads": 2, "top_k": 4, "share": "table"}
+    layer = {"repeat": 2, "mixer": {"type": "attention", "num_heads": 2}, "ffn": ffn}
+    options = {
+        "model": {"layers": [layer]},
+        "steps": 6,
+        "value_optimizer": "lazy_adam" if by == "columns" else "rowwise_adagrad",
+        "clip_norm": 0.5,
+        "save_every": 3,
+        "evaluation_rows": 4,
+    }
+    one = make_config("one", **options)
+    two = make_config("two", memory_parallel=2, memory_shard=by, **options)
+    trainer = Trainer(one)
+    trainer.run()
+    done = launch(
+        ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+        two,
+        tmp_path / "two.yaml",
+        ACCELERATE_USE_CPU="true",
+    )
+    assert done.returncode == 0, done.stderr
+    assert losses(two.output_dir) == pytest.approx(losses(one.output_dir), abs=1e-5)
+    # What they saved is whole: one process goes on with it.
+    loaded = AutoModelForCausalLM.from_pretrained(two.output_dir)
+    table = loaded.state_dict()["model.shared.table.weight"]
+    torch.testing.assert_close(
+        table, trainer.model.state_dict()["model.shared.table.weight"], rtol=0, atol=1e-4
+    )
+    again = make_config("again", **options)
+    Trainer(again, resume=two.output_dir / "checkpoints" / "step_000003").run()
+    assert losses(again.output_dir) == pytest.approx(losses(one.output_dir)[3:], abs=1e-5)
+
+
 def test_sharded_weights_train_save_and_resume_like_whole_ones(make_config, tmp_path):
     options = {"steps": 6, "model": {"layers": MEMORY}, "save_every": 3, "evaluation_rows": 4}
     names = ("plain", "whole", "again")
