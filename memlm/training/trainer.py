@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,10 +249,9 @@ class Trainer:
 
     def _seed(self) -> None:
         """Random numbers of a step depend on (seed, step, process), so none need saving."""
-        options = self.options
-        torch.manual_seed(
-            (options.seed * 2**40 + self.step * 2**12 + self.accelerator.process_index) % 2**63
-        )
+        name = f"{self.options.seed} {self.step} {self.accelerator.process_index}"
+        # Hashed: torch's generator on the CPU takes only the lower 32 bits of a seed.
+        torch.manual_seed(random.Random(name).getrandbits(63))
 
     def _update(self) -> float:
         """Clip, step the optimizers and clear the gradients; returns the gradient norm."""

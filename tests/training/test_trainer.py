@@ -277,6 +277,19 @@ def test_state_file_tells_the_next_row(make_config):
     assert state["data_index"] == 3 * 256 // 64
 
 
+def test_random_numbers_of_a_step_depend_on_seed_and_step(make_config):
+    drawn = set()
+    for seed in (0, 1):
+        trainer = Trainer(make_config(f"seed{seed}", seed=seed))
+        for step in (0, 1):
+            trainer.step = step
+            for _ in range(2):
+                trainer._seed()
+                drawn.add(torch.rand(()).item())
+        trainer.feed.close()
+    assert len(drawn) == 4
+
+
 TABLE = [
     {
         "mixer": {"type": "attention", "num_heads": 2},
