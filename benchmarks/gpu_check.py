@@ -55,16 +55,17 @@ def steps(output: Path) -> tuple[list[Step], list[Outcome]]:
         cannot.append(Outcome("tests", "not run: pytest is not installed"))
     else:
         options = ("-q", "-m", "gpu", "-p", "no:cacheprovider")
-        found.append(Step("gpu tests", "pytest", (*_configuration(), *options, "tests/cuda"), 180))
+        found.append(Step("gpu tests", "pytest", (*_configuration(), *options, "tests/cuda"), 165))
         if importlib.util.find_spec("hypothesis") is None:
             cannot.append(Outcome("other tests", "not run: hypothesis is not installed"))
         else:
             others = ("-q", "-m", "not gpu and not slow", "-p", "no:cacheprovider", *TESTS)
-            found.append(Step("other tests", "pytest", others, 90))
-    measured = ("--device", "cuda", "--seconds", "90", "--output", str(output.parent))
-    found.append(Step("gated_delta", "benchmarks.gated_delta", measured, 150))
+            found.append(Step("other tests", "pytest", others, 80))
+    measured = ("--device", "cuda", "--seconds", "75", "--output", str(output.parent))
+    found.append(Step("gated_delta", "benchmarks.gated_delta", measured, 125))
     options = ("--device", "cuda", "--output", str(output.parent))
-    found.append(Step("titans", "benchmarks.titans", options, 110))
+    found.append(Step("titans", "benchmarks.titans", options, 85))
+    found.append(Step("product_key", "benchmarks.product_key", options, 80))
     return found, cannot
 
 
