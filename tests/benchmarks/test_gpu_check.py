@@ -71,18 +71,19 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
         "other tests",
         "gated_delta",
         "titans",
+        "product_key",
     ]
     assert cannot == [] and sum(step.seconds for step in everything) < 9 * 60
     with monkeypatch.context() as patch:
         hide(patch, "hypothesis")
         found, (missing,) = gpu_check.steps(tmp_path)
-    assert [step.name for step in found] == ["gpu tests", "gated_delta", "titans"]
+    assert [step.name for step in found] == ["gpu tests", "gated_delta", "titans", "product_key"]
     assert found[0].arguments[:2] == ("--confcutdir", "tests/cuda")
     assert "hypothesis is not installed" in missing.verdict
     with monkeypatch.context() as patch:
         hide(patch, "pytest")
         found, (missing,) = gpu_check.steps(tmp_path)
-    assert [step.name for step in found] == ["gated_delta", "titans"]
+    assert [step.name for step in found] == ["gated_delta", "titans", "product_key"]
     assert "pytest is not installed" in missing.verdict
 
 
