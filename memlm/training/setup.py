@@ -12,7 +12,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -20,7 +19,7 @@ from memlm.config import RunConfig, TrainConfig, save_config
 from memlm.data import PackedDataset
 from memlm.errors import UserError
 from memlm.memory.exchange import all_gather_reads
-from memlm.memory.sharding import MEMORY, shard_values
+from memlm.memory.sharding import MEMORY, shard_values, tables_apart
 from memlm.models import MemLMConfig, MemLMForCausalLM
 from memlm.training.checkpoint import check_architecture, find_checkpoint
 from memlm.training.logs import check_trackers
@@ -192,37 +191,28 @@ def prepare(
 ) -> list[Any]:
     """The loss module, wrapped for the accelerator's processes, and the optimizers.
 
-    The optimizers come back without accelerate's wrapper, which is there to scale fp16 losses.
+    Tables that are updated by rows stay out of what DDP and FSDP2 average and shard; their
+    optimizers come last. The others come back without accelerate's wrapper, which is there to scale
+    fp16 losses.
     """
     rows = [one for one in optimizers if isinstance(one, RowOptimizer)]
-    _exchange_reads(accelerator, row_loss, rows)
+    others = [one for one in optimizers if not isinstance(one, RowOptimizer)]
     if accelerator.ddp_handler is not None:
         # A memory's parameters have no gradient in a step whose rows never reach them.
         accelerator.ddp_handler.find_unused_parameters = bool(row_loss.model.memories())
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tables_apart(row_loss, accelerator.device):
         # The name that replaces it in torch 2.13 does not exist in torch 2.11.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-        row_loss, *wrapped = accelerator.prepare(row_loss, *optimizers)
-    return [row_loss, *(optimizer.optimizer for optimizer in wrapped)]
+        row_loss, *wrapped = accelerator.prepare(row_loss, *others)
+    if accelerator.num_processes > 1:
+        _exchange_reads(rows, accelerator.num_processes)
+    return [row_loss, *(optimizer.optimizer for optimizer in wrapped), *rows]
 
 
-def _exchange_reads(
-    accelerator: Accelerator, row_loss: RowLoss, optimizers: list[RowOptimizer]
-) -> None:
-    """Keep tables that are updated by rows out of what the processes average and shard.
-
-    The optimizer brings together what all processes with the same rows and columns read.
-    """
-    if accelerator.num_processes == 1:
-        return
-    tables = [table for optimizer in optimizers for table in optimizer.tables]
-    weights = {id(table.weight) for table in tables}
-    names = [name for name, weight in row_loss.named_parameters() if id(weight) in weights]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(row_loss, names)
-    if accelerator.is_fsdp2 and tables:
-        accelerator.state.fsdp_plugin.ignored_modules = tables
+def _exchange_reads(optimizers: list[RowOptimizer], processes: int) -> None:
+    """Let optimizers of rows bring together the reads of all processes with the same part."""
     for optimizer in optimizers:
-        optimizer.processes = accelerator.num_processes
+        optimizer.processes = processes
         weight, group = optimizer.tables[0].weight, dist.group.WORLD
         if isinstance(weight, DTensor):
             group = weight.device_mesh.get_group(REPLICATE)
