@@ -13,6 +13,9 @@ the right class, 0 where it guesses. Data, head, optimizer, schedule, steps and 
 for both layers, and so are the multiply-adds, to half a percent. The SwiGLU counts at the best of
 four learning rates and of all numbers of facts, the product keys at one learning rate.
 
+Not counted are the head, which is the same, biases, norms and activations, and the comparisons by
+which product keys are chosen; the time of a step has them all.
+
 A residual around the layer suits the SwiGLU and not the product keys, so each has the form in
 which it stores more; both other forms are rows of the table, with one seed.
 

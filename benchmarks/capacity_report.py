@@ -1,7 +1,7 @@
 """Tables and plot of benchmarks.capacity, from its runs.
 
-A result holds the settings of a run (row, facts, learning_rate, seed) and what was measured (bits,
-accuracy, seconds, multiply_adds, parameters).
+A result holds the settings of a run (row, facts, learning_rate, seed, steps) and what was measured
+(bits, accuracy, seconds, multiply_adds, parameters).
 """
 
 import statistics
@@ -42,6 +42,12 @@ def ratios(results: Sequence[Result], dense: str, memory: str, measure: str) -> 
     return [value(high[seed]) / value(low[seed]) for seed in high if seed in low]
 
 
+def step_seconds(results: Sequence[Result], row: str) -> float:
+    """Processor time of a training step of a row, the median of its runs."""
+    found = (result for result in results if result["row"] == row)
+    return statistics.median(result["seconds"] / result["steps"] for result in found)
+
+
 def facts_table(results: Sequence[Result]) -> str:
     """A line per row and number of facts, each seed at its best learning rate."""
     lines = []
@@ -80,6 +86,7 @@ def comparison_table(results: Sequence[Result], dense: str, memory: str) -> str:
                 f"{best[0]['parameters']:,}",
                 _spread([result["bits"] / 1000 for result in best], 1),
                 *(_best(results, row, measure) for measure in list(MEASURES)[1:]),
+                f"{1000 * step_seconds(results, row):.2f}",
             ]
         )
     found = {row: best_by_seed(results, row) for row in (dense, memory)}
@@ -92,11 +99,13 @@ def comparison_table(results: Sequence[Result], dense: str, memory: str) -> str:
             f"{memory} / {dense}",
             *(f"{size:.3f}" for size in sizes),
             *(_spread(ratios(results, dense, memory, measure), 2) for measure in MEASURES),
+            f"{step_seconds(results, memory) / step_seconds(results, dense):.2f}",
         ]
     )
     header = (
         *("row", "multiply-adds", "parameters", "kbit stored"),
         *("bits per multiply-add", "bits per parameter", "bits per CPU second"),
+        "CPU ms per step",
     )
     return report.table(header, lines)
 
@@ -122,18 +131,12 @@ def _spread(values: Sequence[float], digits: int) -> str:
 def plot(results: Sequence[Result], dense: str, memory: str, path: Path) -> Path:
     """Bits over the number of facts, and the ratios per multiply-add, parameter and second."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter
 
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    counts = sorted({result["facts"] for result in results})
-    left.plot(
-        counts,
-        [8 * n / 1000 for n in counts],
-        color="grey",
-        ls="--",
-        label="all facts: 8 bits each",
-    )
+    most = max(result["facts"] for result in results)
+    left.plot([0, most], [0, 8 * most / 1000], "--", color="grey", label="all facts, 8 bits each")
     for index, row in enumerate(dict.fromkeys(result["row"] for result in results)):
         facts = _facts(results, row)
         bits = [
@@ -147,10 +150,8 @@ def plot(results: Sequence[Result], dense: str, memory: str, path: Path) -> Path
         left.fill_between(
             facts, [min(b) for b in bits], [max(b) for b in bits], color=f"C{index}", alpha=0.2
         )
-    left.set_xscale("log", base=2)
-    left.set_xticks(counts, [f"{n:,}" for n in counts], rotation=45, ha="right", fontsize=8)
-    left.xaxis.set_minor_locator(NullLocator())
-    left.set(xlabel="facts to learn", ylabel="stored (kbit)", ylim=(0, None))
+    left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    left.set(xlabel="facts to learn", ylabel="stored (kbit)", xlim=(0, None), ylim=(0, None))
     left.set_title("Bits stored at equal multiply-adds")
     left.grid(alpha=0.3)
     left.legend(fontsize=8)

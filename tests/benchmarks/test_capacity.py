@@ -101,6 +101,7 @@ def test_best_over_rates_and_facts_seed_by_seed():
     assert capacity_report.ratios(results, "a", "b", "bits") == [5, 3]
     assert capacity_report.ratios(results, "a", "b", "bits per parameter") == [0.5, 0.3]
     assert capacity_report.ratios(results, "a", "b", "bits per second") == [6, 3]
+    assert capacity_report.step_seconds([run | {"steps": 4} for run in results], "a") == 0.25
 
 
 @pytest.mark.slow
