@@ -3,12 +3,21 @@
 Lample et al. 2019, "Large Memory Layers with Product Keys".
 """
 
+import importlib
+
 import torch
 from torch import Tensor
 
-from memlm.cuda.dispatch import choose
-from memlm.cuda.product_key import eager, native, operator, reference
+from memlm.cuda.dispatch import choose_name
+from memlm.cuda.product_key import device, native, operator
 from memlm.errors import UserError
+
+MODULES = {
+    "reference": "memlm.cuda.product_key.reference",
+    "eager": "memlm.cuda.product_key.eager",
+    "native": "memlm.cuda.product_key.native",
+    "triton": "memlm.cuda.product_key.triton_select",
+}
 
 
 @torch.compiler.disable
@@ -37,10 +46,12 @@ def product_key_select(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor,
         raise UserError(f"product_key_select: k = {k} must lie in 1..{n}, the number of half keys")
     if n * n > 2**31:
         raise UserError(f"product_key_select: {n} half keys make more slots than int32 can name")
-    implementations = {
-        "reference": reference,
-        "eager": eager,
-        "native": native.refusal(query) or native,
+    refusals = {
+        "reference": None,
+        "eager": None,
+        "native": native.refusal(query),
+        "triton": device.triton_refusal(query, sub_keys, k),
     }
-    module = choose("product_key_select", implementations, query.device)
+    name = choose_name("product_key_select", refusals, query.device)
+    module = importlib.import_module(MODULES[name])
     return operator.ProductKeySelect.apply(query, sub_keys, k, module)
