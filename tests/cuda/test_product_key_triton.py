@@ -21,8 +21,8 @@ CASES = [
     (2, 1, 64, 20, 1),
     (2, 1, 100, 48, 64),
     (2, 1, 97, 100, 33),
-    (1, 2, 130, 9, 40),  # chunks, the last of which has fewer half keys than k
-    (2, 1, 300, 9, 6),
+    (1, 1, 130, 9, 40),  # chunks, the last of which has fewer half keys than k
+    (2, 1, 140, 9, 6),
 ]
 
 

@@ -140,9 +140,10 @@ def _tiles(device: torch.device, tokens: int, lists: int, n: int, kept: int, who
     Registers and widths are those with which nothing spills (`benchmarks.compile_all`).
     """
     if lists * triton.cdiv(tokens, 8 * ROWS_OF_A_WARP) >= ENOUGH_PROGRAMS:
-        # Other cards' matrix units take their tiles from registers, Hopper's from shared memory.
-        wide = 32 if capability(device) // 10 in (9, 10) else 16
-        return _Tiles(8, 1, 64 if whole else wide, 128 if kept <= 32 else 255)
+        if capability(device) // 10 in (9, 10):
+            return _Tiles(8, 1, 64 if whole else 32, 128 if kept <= 32 else 255)
+        # The matrix units of other cards take what they multiply from registers.
+        return _Tiles(4, 1, 32 if whole else 16, 168 if kept <= 32 else 255)
     few = lists * triton.cdiv(tokens, ROWS_OF_A_WARP) < ENOUGH_PROGRAMS // 2
     chunks = 1
     while few and chunks < 16 and n // (2 * chunks) >= 64:
