@@ -9,6 +9,7 @@ from typing import Literal
 
 INDEX = WEIGHT = GRADIENT = 4  # bytes of an int32 and of a float32
 COUNT = 8  # bytes of a number of tokens or rows that is told
+READS_HEADER = 6 * COUNT  # what copies of a part tell each other about one layer's reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +40,19 @@ class SharedTable:
         numbers = self.slots * self.width / self.processes
         return numbers * (self.value_bytes + 4 * self.moments)
 
-    def pending_bytes(self, tokens: int) -> float:
-        """Reads that wait for the optimizer on a process, of one layer, `tokens` per process."""
+    def pending_bytes(self, tokens: int, rows: float | None = None) -> float:
+        """Reads that wait for the optimizer on a process, of one layer, `tokens` per process.
+
+        Args:
+            tokens: of each process.
+            rows: by rows: those of the process that were read, once for every process that read
+                them; default as many as random reads touch.
+        """
         if self.by == "columns":
             all_tokens = tokens * self.processes
             per_token = self.bag * (INDEX + WEIGHT) + self.width / self.processes * self.value_bytes
             return all_tokens * per_token
-        rows = self.distinct_rows(tokens)
+        rows = self.distinct_rows(tokens) if rows is None else rows
         return rows * (INDEX + WEIGHT + self.width * GRADIENT)
 
     def distinct_rows(self, tokens: int) -> float:
@@ -76,6 +83,16 @@ class SharedTable:
             return gradients + others * tokens * self.bag * WEIGHT
         rows = self._foreign_rows(tokens) if rows is None else rows
         return rows * self.width * GRADIENT
+
+    def copies_bytes(self, tokens: int, copies: int, rows: float | None = None) -> float:
+        """Bytes that a process gets in a step from the others with the same part, for one layer.
+
+        Args:
+            tokens: of each process.
+            copies: processes that have the same part.
+            rows: see `pending_bytes`.
+        """
+        return (copies - 1) * (self.pending_bytes(tokens, rows) + READS_HEADER)
 
     def bytes_per_token(self, tokens: int) -> float:
         """Forward and backward bytes that a process gets per token of its own."""

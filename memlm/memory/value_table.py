@@ -11,7 +11,7 @@ from transformers import initialization as init
 from memlm.cuda import PendingReads, gathered_dot, weighted_bag
 
 if TYPE_CHECKING:
-    from memlm.memory.sharding import Sharding
+    from memlm.memory.sharded_reads import Sharding
 
 
 class ValueTable(nn.Module):

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
 from memlm.errors import UserError
+from memlm.memory.sharding import MEMORY, local_part, whole_table
 from memlm.training.row_optimizer import RowOptimizer
 
 STATE_FILE = "state.json"
@@ -153,7 +154,11 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The whole tensor on the CPU."""
+    if isinstance(tensor, DTensor):
+        of_table = MEMORY in (tensor.device_mesh.mesh_dim_names or ())
+        tensor = whole_table(tensor) if of_table else tensor.full_tensor()
+    return tensor.detach().cpu()
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
@@ -165,7 +170,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
     if not any(isinstance(tensor, DTensor) for tensor in sharded.values()):
         return None
     gathered = {id(tensor): tensor for tensor in sharded.values()}
-    gathered = {key: _whole(tensor).detach().cpu() for key, tensor in gathered.items()}
+    gathered = {key: _whole(tensor) for key, tensor in gathered.items()}
     return {name: gathered[id(tensor)] for name, tensor in sharded.items()}
 
 
@@ -181,7 +186,7 @@ def optimizer_tensors(
     for optimizer in optimizers:
         for parameter, entries in optimizer.state.items():
             for entry, value in entries.items():
-                tensors[f"{entry}/{names[parameter]}"] = _whole(value).detach().cpu().contiguous()
+                tensors[f"{entry}/{names[parameter]}"] = _whole(value).contiguous()
     return tensors
 
 
@@ -228,6 +233,5 @@ def _entry_of(optimizer: torch.optim.Optimizer) -> str:
 def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
     """An entry of the state on the device, and in the shards, of its parameter."""
     if tensor.ndim and isinstance(parameter, DTensor):
-        tensor = tensor.to(parameter.device_mesh.device_type)
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+        return local_part(tensor, parameter.device_mesh, parameter.placements)
     return tensor.to(parameter.device)

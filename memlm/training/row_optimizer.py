@@ -112,7 +112,8 @@ class RowOptimizer(torch.optim.Optimizer):
         for table in self.tables:
             reads = self._gathered(table)
             table.pending.take()
-            if reads:
+            # Parts of one table count steps together, also those of which nobody read a row.
+            if reads or isinstance(table.weight, DTensor):
                 self._update(table.weight, reads, options[id(table.weight)])
         self._factor = 1.0
         return loss

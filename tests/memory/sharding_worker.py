@@ -1,5 +1,10 @@
 """What every process does in test_sharding.py."""
 
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -9,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from memlm.cuda import PendingReads, Reads, row_gradients
 from memlm.memory import ValueTable
-from memlm.memory.sharding import shard_values
+from memlm.memory.exchange import all_gather_reads
+from memlm.memory.sharding import shard_values, whole_table
 from memlm.training.row_optimizer import RowOptimizer
 
 SLOTS, WIDTH, BAG = 30, 13, 5
@@ -80,39 +86,102 @@ def compare(by: str) -> dict[str, dict[str, Tensor]]:
     return results
 
 
-def count_bytes(by: str, count: int) -> dict[str, int]:
-    """Bytes that this process gets from others in a forward and a backward pass of `count`
-    tokens, and the rows of others that it reads."""
-    received = {"now": 0}
+@contextlib.contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Counts the bytes that this process gets from others, in "bytes"."""
+    received = {"bytes": 0}
     gather, exchange = dist.all_gather, dist.all_to_all_single
-    rank = dist.get_rank()
 
     def counted_gather(parts, mine, group=None):
-        received["now"] += sum(part.nbytes for r, part in enumerate(parts) if r != rank)
+        own = dist.get_rank(group)
+        received["bytes"] += sum(part.nbytes for r, part in enumerate(parts) if r != own)
         return gather(parts, mine, group=group)
 
     def counted_exchange(out, given, sizes, sent, group=None):
-        each = out[:1].nbytes if len(out) else 0
-        received["now"] += sum(size * each for r, size in enumerate(sizes) if r != rank)
+        own, each = dist.get_rank(group), out[:1].nbytes
+        received["bytes"] += sum(size * each for r, size in enumerate(sizes) if r != own)
         return exchange(out, given, sizes, sent, group=group)
 
+    dist.all_gather, dist.all_to_all_single = counted_gather, counted_exchange
+    try:
+        yield received
+    finally:
+        dist.all_gather, dist.all_to_all_single = gather, exchange
+
+
+def equal_reads(count: int) -> tuple[Tensor, Tensor]:
+    """Indices and weights of `count` tokens of this process."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    indices = torch.randint(SLOTS, (count, BAG), generator=generator, dtype=torch.int32)
+    return indices, torch.rand(count, BAG, generator=generator).requires_grad_()
+
+
+def count_bytes(by: str, count: int) -> dict[str, int]:
+    """Bytes that this process gets from others in a forward and a backward pass of `count`
+    tokens, and the rows of others that it reads."""
     model = table()
     shard_values(model, mesh(), by)
     model.pending = PendingReads(len(model.weight.to_local()))
-    generator = torch.Generator().manual_seed(rank)
-    indices = torch.randint(SLOTS, (count, BAG), generator=generator, dtype=torch.int32)
-    weights = torch.rand(count, BAG, generator=generator).requires_grad_()
-    dist.all_gather, dist.all_to_all_single = counted_gather, counted_exchange
-    try:
+    indices, weights = equal_reads(count)
+    with counted() as received:
         out = model(indices, weights)
-        forward = received["now"]
+        forward = received["bytes"]
         out.sum().backward()
-    finally:
-        dist.all_gather, dist.all_to_all_single = gather, exchange
+    rank = dist.get_rank()
     start, end = model.sharding.bounds[rank : rank + 2]
     foreign = indices.unique()
     foreign = int(((foreign < start) | (foreign >= end)).sum())
-    return {"forward": forward, "backward": received["now"] - forward, "foreign": foreign}
+    return {"forward": forward, "backward": received["bytes"] - forward, "foreign": foreign}
+
+
+def two_copies(by: str, count: int) -> dict[str, Any]:
+    """A step of four processes, of which two have the same part each."""
+    places = mesh(replicas=2)
+    gather = functools.partial(all_gather_reads, group=places.get_group("replicate"))
+    dense, model, data = table(), table(), tokens(dist.get_rank())
+    for one in (dense, model):
+        shard_values(one, places, by)
+    optimizer = RowOptimizer([model], exchange=gather, processes=4)
+    read(dense, data, gated=True)
+    read(model, data, gated=True)
+    norm = optimizer.squared_norm()
+    optimizer.step()
+    found = {"grad": dense.weight.grad.full_tensor(), "norm": norm}
+    found["weight"] = whole_table(model.weight)
+    assert torch.equal(found["weight"], model.weight.full_tensor())
+
+    indices, weights = equal_reads(count)
+    model(indices, weights).sum().backward()
+    found["waiting"] = [model.pending.nbytes, sum(p.indices.numel() for p in model.pending.reads)]
+    with counted() as received:
+        gather(model.pending.take())
+    return found | {"bytes": received["bytes"]}
+
+
+def read_first_part() -> dict[str, Tensor]:
+    """A step in which only rows of the first process are read."""
+    model = table()
+    shard_values(model, mesh(), "rows")
+    optimizer = RowOptimizer([model])
+    model(torch.zeros(2, BAG, dtype=torch.int32), torch.ones(2, BAG)).sum().backward()
+    optimizer.step()
+    return {k: whole_table(v) if v.ndim else v for k, v in optimizer.state[model.weight].items()}
+
+
+def reads_of(rank: int) -> list[Reads]:
+    """Reads as they may differ from process to process: numbers, lengths, precision."""
+    torch.manual_seed(rank)
+    if rank == 1:
+        return [Reads(torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, 1), torch.zeros(0, 3))]
+    few = Reads(torch.randint(9, (4, 2), dtype=torch.int32), torch.rand(4, 2), torch.randn(4, 3))
+    if rank == 0:
+        return [Reads(few.indices, few.weights, few.grad.bfloat16())]
+    return [few, Reads.of_rows(torch.arange(5), torch.randn(5, 3))]
+
+
+def gather_reads() -> list[tuple[Tensor, Tensor, Tensor]]:
+    found = all_gather_reads(reads_of(dist.get_rank()), dist.group.WORLD)
+    return [(part.indices, part.weights, part.grad) for part in found]
 
 
 def trained(by: str | None) -> tuple[ValueTable, dict[str, Tensor]]:
@@ -152,13 +221,17 @@ def whole(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: t.full_tensor() if isinstance(t, DTensor) else t.clone() for k, t in state.items()}
 
 
-def everything(folder: str, count: int) -> dict[str, dict]:
+def everything(folder: str, count: int) -> dict[str, Any]:
     """All that processes can be asked, in one start of them."""
     results = {by: compare(by) for by in ("columns", "rows")}
     for by in ("columns", "rows"):
         results[f"{by} bytes"] = count_bytes(by, count)
         results[f"{by} loaded"] = load(f"{folder}/one", by)
         save(f"{folder}/{by}_{dist.get_world_size()}", by)
+        if dist.get_world_size() == 4:
+            results[f"{by} copies"] = two_copies(by, count)
+    results["first part"] = read_first_part()
+    results["reads"] = gather_reads()
     return results
 
 
