@@ -143,7 +143,8 @@ def _tiles(device: torch.device, tokens: int, lists: int, n: int, kept: int, who
         if capability(device) // 10 in (9, 10):
             return _Tiles(8, 1, 64 if whole else 32, 128 if kept <= 32 else 255)
         # The matrix units of other cards take what they multiply from registers.
-        return _Tiles(4, 1, 32 if whole else 16, 168 if kept <= 32 else 255)
+        warps, registers = (4, 168) if kept <= 32 else (8, 255)
+        return _Tiles(warps, 1, 32 if whole else 16, registers)
     few = lists * triton.cdiv(tokens, ROWS_OF_A_WARP) < ENOUGH_PROGRAMS // 2
     chunks = 1
     while few and chunks < 16 and n // (2 * chunks) >= 64:
