@@ -36,6 +36,24 @@ def launch(options, config, path, **environment):
     )
 
 
+def launch_sharded(config, path, *checkpoint):
+    """Train under FSDP2 in two processes."""
+    save_config(config, path)
+    worker = Path(__file__).with_name("sharded_worker.py")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", str(worker), str(path), *checkpoint),
+        ],
+        timeout=300,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def losses(folder):
     return [r["loss"] for r in read_metrics(folder / METRICS_FILE) if not r.get("evaluation")]
 
@@ -140,27 +158,31 @@ def test_sharded_weights_train_save_and_resume_like_whole_ones(make_config, tmp_
         (whole, []),
         (again, [str(whole.output_dir / "checkpoints" / "step_000003")]),
     ):
-        path = tmp_path / f"{config.output_dir.name}.yaml"
-        save_config(config, path)
         # A launch each: the end of a run takes the process group down.
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc_per_node", "2", str(Path(__file__).with_name("sharded_worker.py"))),
-                *(str(path), *checkpoint),
-            ],
-            timeout=300,
-            capture_output=True,
-            text=True,
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-        )
-        assert done.returncode == 0, done.stderr
+        launch_sharded(config, tmp_path / f"{config.output_dir.name}.yaml", *checkpoint)
     assert losses(whole.output_dir) == pytest.approx(losses(plain.output_dir), abs=1e-5)
     assert losses(again.output_dir) == losses(whole.output_dir)[3:]
     loaded = AutoModelForCausalLM.from_pretrained(whole.output_dir)
     for name, tensor in trainer.model.state_dict().items():
         assert torch.allclose(tensor, loaded.state_dict()[name], atol=1e-3), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_parallel", [1, 2])
+def test_tables_stay_out_of_sharded_weights(make_config, tmp_path, memory_parallel):
+    ffn = {"type": "product_key", "num_keys": 16, "num_heads": 2, "top_k": 4}
+    layer = {"repeat": 2, "mixer": {"type": "attention", "num_heads": 2}, "ffn": ffn}
+    options = {"model": {"layers": [layer]}, "steps": 6, "value_optimizer": "lazy_adam"}
+    plain = make_config("plain", **options)
+    sharded = make_config("sharded", memory_parallel=memory_parallel, **options)
+    trainer = Trainer(plain)
+    trainer.run()
+    launch_sharded(sharded, tmp_path / "sharded.yaml")
+    assert losses(sharded.output_dir) == pytest.approx(losses(plain.output_dir), abs=1e-5)
+    loaded = AutoModelForCausalLM.from_pretrained(sharded.output_dir).state_dict()
+    name = "model.layers.0.ffn.module.values.weight"
+    expected = trainer.model.state_dict()[name]
+    torch.testing.assert_close(loaded[name], expected, rtol=0, atol=1e-4)
 
 
 def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(make_config, tmp_path):
