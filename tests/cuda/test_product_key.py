@@ -68,14 +68,11 @@ def assert_selects_as_brute_force(query, sub_keys, k, indices, weights):
     torch.testing.assert_close(weights.double(), best.softmax(-1), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["plain", "ties", "repeated"])
 @pytest.mark.parametrize("n, k", [(16, 1), (16, 16), (33, 7), (64, 32), (128, 32), (100, 64)])
 @pytest.mark.parametrize("implementation", ["eager", pytest.param("native", marks=NATIVE)])
-def test_ten_thousand_queries_select_what_brute_force_selects(
-    monkeypatch, implementation, n, k, kind
-):
+def test_ten_thousand_queries_select_what_brute_force_selects(monkeypatch, implementation, n, k):
     monkeypatch.setenv(VARIABLE, implementation)
-    for part in range(5):
+    for part, kind in enumerate(("plain", "plain", "plain", "ties", "repeated")):
         levels = 3 if kind == "ties" else 1024
         query, sub_keys = exact_problem(500, 4, n, 6, part, levels, kind == "repeated")
         indices, weights = product_key_select(query, sub_keys, k)
