@@ -126,13 +126,25 @@ class RowOptimizer(torch.optim.Optimizer):
             table.pending.take()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimizer; moments keep their precision, also those of tables in bfloat16."""
+        """As every optimizer; moments have at least float32, also those of tables in bfloat16.
+
+        Raises:
+            UserError: for the state of another method.
+        """
+        wanted = {"step", *_RULES[self.method].init_state(torch.empty(0, 1))}
+        for entries in state_dict["state"].values():
+            if entries and entries.keys() != wanted:
+                raise UserError(
+                    f"RowOptimizer: the state has {', '.join(sorted(entries))}, but {self.method} "
+                    f"has {', '.join(sorted(wanted))}"
+                )
         super().load_state_dict(state_dict)
         for key, entries in state_dict["state"].items():
             parameter = self._parameters()[key]
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
             for name, value in entries.items():
-                loaded = self.state[parameter][name]
-                self.state[parameter][name] = value.clone().to(loaded.device)
+                loaded, to = self.state[parameter][name], value.dtype if name == "step" else dtype
+                self.state[parameter][name] = value.clone().to(loaded.device, to)
 
     def _parameters(self) -> list[Tensor]:
         """In the order that `state_dict` numbers them."""

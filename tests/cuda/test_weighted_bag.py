@@ -248,3 +248,26 @@ def test_shapes_that_do_not_fit():
         weighted_bag(indices, weights, values, gate[:, :5])
     with pytest.raises(UserError, match="gathered_dot: indices"):
         gathered_dot(indices, gate[:, :5], values)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda v, g, s: (v.t().contiguous().t(), g, s), r"values \[7, 6\] must be contiguous"),
+        (lambda v, g, s: (v, g[:, :5], s), "the reads have 5 channels, the table 6"),
+        (lambda v, g, s: (v, g, s | {"exp_avg": s["exp_avg"].double()}), "in torch.float64, for"),
+        (
+            lambda v, g, s: (v, g, s | {"exp_avg_sq": s["exp_avg_sq"][:4]}),
+            r"exp_avg_sq is \[4, 6\]",
+        ),
+    ],
+)
+def test_updates_refuse_memory_that_does_not_fit(change, message):
+    indices = torch.tensor([[0, 6], [1, 1]])
+    values, grad = torch.randn(7, 6), torch.randn(2, 6)
+    values, grad, state = change(values, grad, LazyAdam.init_state(values))
+    before = values.clone()
+    with pytest.raises(UserError, match=message):
+        reads = [Reads(indices, torch.ones(2, 2), grad)]
+        update_rows(reads, values, state, LazyAdam(0.1, (0.9, 0.99), 1e-8, 1))
+    assert torch.equal(values, before)

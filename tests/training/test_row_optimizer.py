@@ -161,3 +161,29 @@ def test_several_layers_and_rates():
 def test_unknown_method():
     with pytest.raises(UserError, match="method is 'sgd', it must be one of"):
         RowOptimizer([table()], method="sgd")
+
+
+def test_state_of_another_method():
+    memory = table()
+    optimizer = RowOptimizer([memory], method="rowwise_adagrad")
+    loss(memory, *draw(0)).backward()
+    optimizer.step()
+    with pytest.raises(UserError, match="the state has square_sum, step, but lazy_adam has exp_av"):
+        RowOptimizer([table()]).load_state_dict(optimizer.state_dict())
+
+
+def test_state_of_a_table_in_another_precision():
+    memory = table().double()
+    optimizer = RowOptimizer([memory], lr=0.1)
+    indices, weights, target = draw(0)
+    loss(memory, indices, weights.double(), target.double()).backward()
+    optimizer.step()
+    single = table()
+    single.load_state_dict(memory.state_dict())
+    resumed = RowOptimizer([single], lr=0.1)
+    resumed.load_state_dict(optimizer.state_dict())
+    loss(memory, indices, weights.double(), target.double()).backward()
+    loss(single, indices, weights, target).backward()
+    optimizer.step()
+    resumed.step()
+    torch.testing.assert_close(single.weight, memory.weight.float(), rtol=1e-4, atol=1e-5)

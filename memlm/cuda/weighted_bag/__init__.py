@@ -128,8 +128,12 @@ def update_rows(
         values: [N, V], contiguous; changed in place.
         state: what `rule.init_state` made; changed in place.
         rule: `LazyAdam` or `RowwiseAdagrad`.
+
+    Raises:
+        UserError: for tensors that do not fit, or are not contiguous.
     """
     if reads:
+        _check_update(reads, values, state)
         implementation(values).update_rows(reads, values, state, rule)
 
 
@@ -157,3 +161,25 @@ def _check_bags(indices: Tensor, weights: Tensor, name: str) -> None:
             f"weighted_bag: indices {list(indices.shape)} and {name} {list(weights.shape)} must "
             "both be [T, bag]"
         )
+
+
+def _check_update(reads: Sequence[Reads], values: Tensor, state: dict[str, Tensor]) -> None:
+    """Kernels write where these tensors should be, in the types they should have."""
+    for part in reads:
+        if part.grad.shape[1] != values.shape[1]:
+            raise UserError(
+                f"update_rows: the reads have {part.grad.shape[1]} channels, the table "
+                f"{values.shape[1]}"
+            )
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    for name, tensor in {"values": values, **state}.items():
+        if not tensor.is_contiguous():
+            raise UserError(f"update_rows: {name} {list(tensor.shape)} must be contiguous")
+        if name != "values" and (
+            tensor.shape != values.shape[: tensor.ndim] or tensor.dtype != dtype
+        ):
+            raise UserError(
+                f"update_rows: {name} is {list(tensor.shape)} in {tensor.dtype}, for a table "
+                f"{list(values.shape)} in {values.dtype} it must be as init_state makes it, in "
+                f"{dtype}"
+            )
