@@ -72,7 +72,15 @@ def test_accumulates_and_clips_as_one_gradient(method):
     scaled = dense.weight.grad / 8
     expected = 0.1 * scaled if method == "lazy_adam" else scaled.square().mean(-1)
     torch.testing.assert_close(one.state[whole.weight][rule], expected)
-    # The factor was for that step only.
+    # The factors were for that step only, those of forgotten reads for none.
+    loss(whole, *batch).backward()
+    one.scale_gradients(0.5)
+    one.zero_grad()
+    for memory, optimizer in ((whole, one), (parts, several)):
+        loss(memory, *batch).backward()
+        optimizer.step()
+    torch.testing.assert_close(whole.weight, parts.weight)
+    # Without its reads a step changes nothing.
     loss(whole, *batch).backward()
     before = whole.weight.detach().clone()
     one.zero_grad()
