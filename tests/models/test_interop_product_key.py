@@ -143,6 +143,16 @@ def test_outputs_are_those_of_the_other_code(case):
         torch.testing.assert_close(output(memories[""], shared, x), theirs(x), rtol=1e-5, atol=1e-5)
 
 
+def test_one_list_of_keys_becomes_one_of_every_head_that_trains():
+    theirs = Xlm(one_list=True)
+    memory = load_product_key(theirs.state_dict(), TOP_K).modules()[0][""]
+    optimizer = torch.optim.SGD([memory.keys], lr=0.1)
+    output(memory, {}, torch.randn(7, WIDTH)).square().sum().backward()
+    optimizer.step()
+    lists = memory.keys.detach().flatten(0, 1)
+    assert not any(torch.equal(lists[0], other) for other in lists[1:])
+
+
 def test_outputs_are_those_of_the_package():
     package = pytest.importorskip("product_key_memory")
     theirs = package.PKM(WIDTH, heads=HEADS, num_keys=KEYS, topk=TOP_K, dim_head=3).eval()

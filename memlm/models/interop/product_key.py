@@ -313,7 +313,7 @@ def _convert_query_mlp(part: _Part, table: StateDict, n: int, value_size: int) -
     tensors = {
         "query_proj.weight": query,
         "query_proj.bias": part.take(bias, width) if bias in part else query.new_zeros(width),
-        "keys": keys.reshape(heads, 2, n, half),
+        "keys": keys.reshape(heads, 2, n, half).contiguous(),
     }
     sizes = _sizes(n, heads, 2 * half, value_size)
     sizes["query_norm"] = "none"
