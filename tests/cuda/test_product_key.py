@@ -163,6 +163,21 @@ def test_no_tokens(monkeypatch, implementation):
     assert indices.shape == weights.shape == (0, 3, 4)
 
 
+@pytest.mark.parametrize(
+    "query, sub_keys",
+    [
+        ((3, 2, 2, 8), (2, 2, 5, 4)),
+        ((3, 2, 2, 4), (2, 2, 5, 8)),
+        ((3, 4, 2, 4), (2, 2, 5, 4)),
+        ((3, 2, 3, 4), (2, 3, 5, 4)),
+        ((3, 2, 4), (2, 2, 5, 4)),
+    ],
+)
+def test_shapes_that_do_not_fit(query, sub_keys):
+    with pytest.raises(UserError, match="do not fit; they must be"):
+        product_key_select(torch.randn(query), torch.randn(sub_keys), 2)
+
+
 def test_impossible_sizes():
     query, sub_keys = problem(n=9)
     for k in (0, 10):

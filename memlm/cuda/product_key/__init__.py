@@ -39,8 +39,14 @@ def product_key_select(query: Tensor, sub_keys: Tensor, k: int) -> tuple[Tensor,
             inputs), differentiable with respect to query and sub_keys.
 
     Raises:
-        UserError: k is not in 1..n, or n * n does not fit into int32.
+        UserError: the shapes do not fit, k is not in 1..n, or n * n does not fit into int32.
     """
+    fit = query.ndim == sub_keys.ndim == 4 and query.shape[2] == 2
+    if not fit or query.shape[1:] != (*sub_keys.shape[:2], sub_keys.shape[3]):
+        raise UserError(
+            f"product_key_select: query {list(query.shape)} and sub_keys {list(sub_keys.shape)} do "
+            "not fit; they must be [T, H, 2, D / 2] and [H, 2, n, D / 2]"
+        )
     n = sub_keys.shape[2]
     if not 1 <= k <= n:
         raise UserError(f"product_key_select: k = {k} must lie in 1..{n}, the number of half keys")
