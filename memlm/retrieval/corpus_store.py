@@ -1,0 +1,298 @@
+"""A large store on disk that many processes search: memory-mapped shards and a tail in memory."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Self
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from memlm.cuda import topk_search
+from memlm.cuda.ordered_topk import ordered_topk
+from memlm.errors import UserError, nearest
+from memlm.retrieval.corpus_layout import Columns, CorpusLayout, KeyType, Part, Tail, column_of
+from memlm.retrieval.manifest import (
+    MANIFEST_FILE,
+    Content,
+    Shard,
+    as_content,
+    commit,
+    load_current,
+    lock_for_writing,
+    read_manifest,
+    read_shard,
+    shards_of,
+    write_shard,
+)
+from memlm.retrieval.store_files import check_owner
+from memlm.retrieval.vector_store import ValueSpec
+
+_KIND = "CorpusStore"
+_DEVICE_BLOCK = 1 << 26  # bytes of keys sent to another device at a time
+
+
+class CorpusStore:
+    """Entries of a key and named values, with exact search over all of them.
+
+    Ids count entries from 0 in the order of adding. They stay what they are until `compact` drops
+    the removed entries and numbers the others anew.
+
+    What was added is found at once, but lies in memory until `commit` writes it. A folder has one
+    writer at a time. Readers see what was committed when they opened it, and go on seeing that
+    whatever a writer does.
+
+    Attributes:
+        folder: where it lies.
+        layout: what an entry consists of, and for which metric and projection.
+        progress: the note of the last commit.
+    """
+
+    def __init__(self, folder: Path, content: Content, lock: FileLock | None, verify: bool):
+        """Use `open` or `create`."""
+        self.folder = folder
+        self.layout = CorpusLayout.from_content(content)
+        self.progress: Content = content["progress"]
+        self._lock = lock
+        self._next_shard: int = content["next_shard"]
+        self._shards = shards_of(content)
+        self._base: list[Part] = []
+        entries = 0
+        for shard in self._shards:
+            tensors = read_shard(folder, shard, verify)
+            self._base.append(Part(entries, tensors))
+            entries += shard.entries
+        self._tail = Tail(self.layout, entries)
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        *,
+        key_size: int,
+        metric: str,
+        projection: str,
+        values: Mapping[str, ValueSpec],
+        key_type: KeyType = "float16",
+        max_bytes: int | None = None,
+        source: Content | None = None,
+    ) -> Self:
+        """A new store without entries, open for writing; arguments as in `CorpusLayout`.
+
+        Raises:
+            UserError: when the folder holds a store, or for an unknown metric or key type.
+        """
+        layout = CorpusLayout(
+            key_size, key_type, metric, projection, values, max_bytes, source or {}
+        )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_for_writing(folder)
+        if (folder / MANIFEST_FILE).exists():
+            lock.release()
+            raise UserError(f"{folder}: there is a {MANIFEST_FILE} already; open or remove it")
+        content = {**layout.to_content(), "progress": {}, "next_shard": 0}
+        content["shards"] = []
+        commit(folder, _KIND, content)
+        return cls(folder, content, lock, verify=False)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        read_only: bool = True,
+        projection: str | None = None,
+        metric: str | None = None,
+        verify: bool = False,
+    ) -> Self:
+        """The store of a folder.
+
+        Args:
+            folder: where it lies.
+            read_only: False = to write into it.
+            projection: the fingerprint of the weights that make the queries; None = any.
+            metric: what it will be searched with; None = any.
+            verify: read every byte now and compare SHA-256. Else sizes and headers are looked at,
+                which takes no time that grows with the store.
+
+        Raises:
+            UserError: when this is no such store, a file is missing, truncated or altered, or
+                another writer has it open.
+        """
+        folder = Path(folder)
+        lock = None
+        if not read_only:
+            read_manifest(folder, _KIND)
+            lock = lock_for_writing(folder)
+
+        def load(content: Content) -> Self:
+            check_owner(folder, content, projection, metric)
+            return cls(folder, content, lock, verify)
+
+        try:
+            return load_current(folder, _KIND, load)
+        except UserError:
+            if lock is not None:
+                lock.release()
+            raise
+
+    def close(self) -> None:
+        """Give up the right to write; what was not committed stays in memory alone."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Entries, removed ones included: every id is below it."""
+        return self._tail.part.ids.stop
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it refuses to be written."""
+        return self._lock is None
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The values of all entries by name, each [entries, ...].
+
+        A view of the file where one shard holds them all, else a copy; `take` copies nothing else
+        than what it returns.
+        """
+        parts = list(self._parts())
+        names = {name: column_of(name) for name in self.layout.values}
+        if len(parts) == 1:
+            return {name: parts[0].columns[column] for name, column in names.items()}
+        parts = parts or [self._tail.part]
+        return {
+            name: torch.cat([part.columns[column] for part in parts])
+            for name, column in names.items()
+        }
+
+    def take(self, name: str, ids: Tensor) -> Tensor:
+        """The value `name` of the entries `ids` (int64, any shape; -1 reads as zeros).
+
+        Returns:
+            [*ids.shape, ...] on the device of `ids`.
+        """
+        if name not in self.layout.values:
+            known = self.layout.values
+            raise UserError(f"{self.folder}: has no value {name!r}{nearest(name, known)}")
+        spec = self.layout.values[name]
+        flat = ids.cpu().flatten()
+        taken = torch.zeros(len(flat), *spec.shape, dtype=spec.dtype)
+        for part in self._parts():
+            here = ((flat >= part.first) & (flat < part.ids.stop)).nonzero()[:, 0]
+            taken[here] = part.columns[column_of(name)][flat[here] - part.first]
+        return taken.view(*ids.shape, *spec.shape).to(ids.device)
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k best entries of every query, exactly.
+
+        Keys are read part by part, so no memory of the size of the store is taken; they are sent to
+        the device of the queries in blocks.
+
+        Args:
+            queries: [N, key_size].
+            k: results per query.
+
+        Returns:
+            scores [N, k] float32, best first, equal scores lowest id first, and ids int64 [N, k];
+            -inf and -1 where there are fewer.
+        """
+        if queries.ndim != 2 or queries.shape[1] != self.layout.key_size:
+            raise UserError(
+                f"{self.folder}: queries must be [N, {self.layout.key_size}], not "
+                f"{list(queries.shape)}"
+            )
+        best = topk_search(queries[None], queries.new_zeros(1, 0, queries.shape[1]), k)
+        for part in self._blocks(queries.device):
+            keys = part.columns["keys"].to(queries.device)
+            scores, index = topk_search(queries[None], keys[None], k, self.layout.metric)
+            ids = torch.where(index >= 0, index + part.first, -1)
+            # Earlier parts stand first: among equal scores the lowest id wins.
+            scores, order = ordered_topk(torch.cat((best[0], scores), -1), k)
+            best = scores, torch.cat((best[1], ids), -1).gather(-1, order)
+        return best[0][0], best[1][0]
+
+    def add(self, keys: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """New entries: found from now on, written by the next `commit`.
+
+        Args:
+            keys: [N, key_size] floating point.
+            values: by name, each [N, ...].
+
+        Returns:
+            their ids, int64 [N].
+
+        Raises:
+            UserError: for a read-only store, tensors that do not fit, or when all entries together
+                would exceed max_bytes; nothing is added then.
+        """
+        self._require_writer("add")
+        try:
+            columns = self.layout.encode(keys, values)
+        except UserError as error:
+            raise UserError(f"{self.folder}: {error}") from error
+        first, total = len(self), len(self) + len(keys)
+        each, limit = self.layout.bytes_per_entry, self.layout.max_bytes
+        if limit is not None and total * each > limit:
+            raise UserError(
+                f"{self.folder}: {total} entries of {each} bytes exceed max_bytes = {limit}, which "
+                f"holds {limit // each}"
+            )
+        self._tail.append(columns)
+        return torch.arange(first, total)
+
+    def commit(self, progress: Content | None = None) -> None:
+        """Write what was added. A process that dies meanwhile leaves the store before.
+
+        Args:
+            progress: a note for whoever goes on, any JSON; None = the last one stays.
+        """
+        self._require_writer("commit")
+        shards = [*self._shards]
+        if len(self._tail):
+            shards += self._write([self._tail.part.columns])
+        self._publish(shards, self.progress if progress is None else progress)
+
+    def _write(self, chunks: list[Columns]) -> list[Shard]:
+        shards = []
+        for columns in chunks:
+            count = len(columns["keys"])
+            shards.append(write_shard(self.folder, self._next_shard, columns, count))
+            self._next_shard += 1
+        return shards
+
+    def _publish(self, shards: list[Shard], progress: Content) -> None:
+        """Make `shards` what the store is."""
+        content = {**self.layout.to_content(), "progress": progress}
+        content |= {"next_shard": self._next_shard, "shards": as_content(shards)}
+        commit(self.folder, _KIND, content)
+        self.__init__(self.folder, content, self._lock, verify=False)
+
+    def _require_writer(self, action: str) -> None:
+        if self.read_only:
+            raise UserError(f"{self.folder}: opened read-only, so it cannot {action}")
+
+    def _parts(self) -> Iterator[Part]:
+        """All entries, in the order of their ids."""
+        yield from self._base
+        if len(self._tail):
+            yield self._tail.part
+
+    def _blocks(self, device: torch.device) -> Iterator[Part]:
+        """The parts, cut where they have to be sent to `device`."""
+        for part in self._parts():
+            size = len(part)
+            if device.type != "cpu":
+                size = max(_DEVICE_BLOCK // part.columns["keys"][0].nbytes, 1)
+            for start in range(0, len(part), size):
+                rows = slice(start, start + size)
+                yield Part(part.first + start, {n: c[rows] for n, c in part.columns.items()})

@@ -1,0 +1,205 @@
+"""Folders of tensors whose changes take effect at once: shards and a manifest that names them.
+
+A shard is written under a name that no manifest has named before, and is on disk before a manifest
+names it. The manifest is replaced by a rename: that is the moment of the change. Shards that are no
+longer named are removed after it. So whenever a writer dies, what the folder holds is what the
+latest manifest names, complete.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from memlm.errors import UserError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = "memlm store"
+SCHEMA = 1
+SHARD_BYTES = 1 << 30  # the usual size of a shard
+
+_SHARD_FILE = re.compile(r"shard-\d{6,}\.safetensors(\.partial)?")
+_LOCK_FILE = ".lock"
+Content = dict[str, Any]
+Loaded = TypeVar("Loaded")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of a store: its name, bytes and SHA-256, and how many entries it holds."""
+
+    file: str
+    bytes: int
+    sha256: str
+    entries: int
+
+
+def read_manifest(folder: Path, kind: str) -> Content:
+    """What the manifest of a store of class `kind` says.
+
+    Raises:
+        UserError: for a folder that is no store, or one of another class or schema, or whose
+            manifest was altered.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such store")
+    path = folder / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: not a store (it has no {MANIFEST_FILE})") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or not the manifest of a store") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not the manifest of a store")
+    if content.get("schema") != SCHEMA:
+        raise UserError(
+            f"{folder}: written with schema {content.get('schema')!r}; this version of memlm reads "
+            f"schema {SCHEMA}"
+        )
+    if content.pop("sha256", None) != _checksum(content):
+        raise UserError(f"{path}: altered since it was written (its SHA-256 differs)")
+    if content["class"] != kind:
+        raise UserError(f"{folder}: holds a {content['class']}, not a {kind}")
+    return content
+
+
+def previous_content(folder: Path, kind: str) -> Content | None:
+    """What a store that is about to be replaced says; None where there is none.
+
+    Raises:
+        UserError: for a manifest that is not that of a store of class `kind`: it is kept.
+    """
+    return read_manifest(folder, kind) if (folder / MANIFEST_FILE).exists() else None
+
+
+def commit(folder: Path, kind: str, content: Content) -> None:
+    """Make `content` what the store is, and remove the shards that it does not name.
+
+    Args:
+        folder: of the store.
+        kind: class of the store.
+        content: of the manifest, with `shards`: each a Shard as a dictionary.
+    """
+    content = {"format": FORMAT, "schema": SCHEMA, "class": kind, **content}
+    text = json.dumps({**content, "sha256": _checksum(content)}, indent=1)
+    temporary = folder / f"{MANIFEST_FILE}.partial"
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(folder / MANIFEST_FILE)
+    _sync(folder)
+    named = {shard["file"] for shard in content["shards"]}
+    for path in sorted(folder.iterdir()):
+        if _SHARD_FILE.fullmatch(path.name) and path.name not in named:
+            path.unlink(missing_ok=True)
+
+
+def write_shard(folder: Path, number: int, tensors: dict[str, Tensor], entries: int) -> Shard:
+    """Write shard `number` of a store; nothing names it yet.
+
+    Args:
+        folder: of the store.
+        number: one that no manifest of this folder has named.
+        tensors: contiguous, on the CPU.
+        entries: how many the shard holds.
+    """
+    path = folder / f"shard-{number:06d}.safetensors"
+    temporary = path.with_name(f"{path.name}.partial")
+    save_file(tensors, temporary)
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(folder)
+    return Shard(path.name, path.stat().st_size, _file_hash(path), entries)
+
+
+def read_shard(folder: Path, shard: Shard, verify: bool) -> dict[str, Tensor]:
+    """The tensors of a shard, memory-mapped: their pages are read when they are used.
+
+    Processes that map the same shard share its pages. Writing to such a tensor changes a private
+    copy of the page, never the file.
+
+    Args:
+        folder: of the store.
+        shard: as the manifest names it.
+        verify: read the whole file now and compare its SHA-256.
+
+    Raises:
+        UserError: for a file that is missing, of another size, or altered.
+    """
+    path = folder / shard.file
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: missing, though the manifest names it") from error
+    if size != shard.bytes:
+        raise UserError(f"{path}: {size} bytes long instead of {shard.bytes}; truncated or altered")
+    if verify and _file_hash(path) != shard.sha256:
+        raise UserError(f"{path}: altered since it was written (its SHA-256 differs)")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: altered since it was written (no safetensors file)") from error
+
+
+def shards_of(content: Content) -> list[Shard]:
+    """The shards that a manifest names, in order."""
+    return [Shard(**shard) for shard in content["shards"]]
+
+
+def as_content(shards: list[Shard]) -> list[Content]:
+    """Shards as a manifest names them."""
+    return [asdict(shard) for shard in shards]
+
+
+def load_current(folder: Path, kind: str, load: Callable[[Content], Loaded]) -> Loaded:
+    """`load(content)` of the manifest as it stands, whatever a writer does meanwhile."""
+    while True:
+        content = read_manifest(folder, kind)
+        try:
+            return load(content)
+        except UserError:
+            # A writer may have removed shards between the manifest and their reading.
+            if read_manifest(folder, kind) == content:
+                raise
+
+
+def lock_for_writing(folder: Path) -> FileLock:
+    """The right to write into a store, until it is released or the process ends in whatever way.
+
+    Raises:
+        UserError: while another writer holds it.
+    """
+    lock = FileLock(folder / _LOCK_FILE, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(f"{folder}: another writer has this store open") from error
+    return lock
+
+
+def _checksum(content: Content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
