@@ -100,7 +100,7 @@ class MemoryState(ABC):
             items = []
             while f"{field.name}.{len(items)}" in tensors:
                 items.append(tensors[f"{field.name}.{len(items)}"])
-            if not items:
+            if not items and field.default != ():
                 raise KeyError(f"{cls.__name__}: the saved state has no {field.name!r}")
             values[field.name] = tuple(items)
         return cls(**values)

@@ -12,13 +12,14 @@ from memlm.memory.base import (
     register,
 )
 from memlm.memory.gated_delta import GatedDelta, GatedDeltaConfig
-from memlm.memory.knn_cache import KnnCache, KnnCacheConfig, KnnCacheState
+from memlm.memory.knn_cache import KnnCache, KnnCacheConfig
 from memlm.memory.lact import LaCT, LaCTConfig
 from memlm.memory.linear_attention import LinearAttention, LinearAttentionConfig
 from memlm.memory.min_gru import MinGRU, MinGRUConfig
 from memlm.memory.min_lstm import MinLSTM, MinLSTMConfig
 from memlm.memory.product_key import ProductKey, ProductKeyConfig
 from memlm.memory.retention import Retention, RetentionConfig
+from memlm.memory.segment_store import SegmentStore
 from memlm.memory.titans import Titans, TitansConfig
 from memlm.memory.usage import SlotUsage, UsageStatistics, record_usage
 from memlm.memory.value_table import ValueTable, zeroed_values
@@ -29,7 +30,6 @@ __all__ = [
     "GatedDeltaConfig",
     "KnnCache",
     "KnnCacheConfig",
-    "KnnCacheState",
     "LaCT",
     "LaCTConfig",
     "LinearAttention",
@@ -45,6 +45,7 @@ __all__ = [
     "ProductKeyConfig",
     "Retention",
     "RetentionConfig",
+    "SegmentStore",
     "SequenceLayout",
     "SlotUsage",
     "Titans",

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from memlm.cuda import topk_search
 from memlm.errors import UserError
 from memlm.memory.base import CallContext, MemoryConfig, MemoryModule, register
-from memlm.memory.knn_store import KnnCacheState, read_store, take_rows
+from memlm.memory.segment_store import SegmentStore, read_store
+from memlm.retrieval.vector_store import take_rows
 
 # Steps per unit of a state in the search: products up to 16 units stay below 2^24, where float32
 # counts exactly. Finer than bfloat16 at the size of a typical channel.
@@ -167,13 +167,13 @@ class KnnCache(MemoryModule):
         init.constant_(self.sink, 0.5 * self.config.temperature)
         init.zeros_(self.place_bias)
 
-    def init_state(self, batch_size: int, device=None, dtype=None) -> KnnCacheState:
+    def init_state(self, batch_size: int, device=None, dtype=None) -> SegmentStore:
         slots = (0, 0) if self.follows else (self.config.capacity, self.config.segment)
-        return KnnCacheState.empty(batch_size, *slots, self.key_size, device, dtype)
+        return SegmentStore.empty_segments(batch_size, *slots, self.key_size, device, dtype)
 
     def forward(
-        self, hidden: Tensor, state: KnnCacheState, context: CallContext
-    ) -> tuple[Tensor, KnnCacheState]:
+        self, hidden: Tensor, state: SegmentStore, context: CallContext
+    ) -> tuple[Tensor, SegmentStore]:
         if hidden.shape[1] == 0:
             return torch.zeros_like(hidden), state
         if self.config.share is None:
@@ -190,16 +190,15 @@ class KnnCache(MemoryModule):
         return self._attend(hidden, retrieval), state
 
     def _retrieve(
-        self, compressor: Compressor, hidden: Tensor, state: KnnCacheState, context: CallContext
-    ) -> tuple[Retrieval, KnnCacheState]:
+        self, compressor: Compressor, hidden: Tensor, state: SegmentStore, context: CallContext
+    ) -> tuple[Retrieval, SegmentStore]:
         config = self.config
         z = compressor(hidden).to(state.keys.dtype)
         store, new_state = read_store(state, z, context, config.segment)
         first, last = store.visible(config.capacity, config.segment)
         metric = "dot" if config.metric == "cosine" else config.metric
         queries, keys = self._on_grid(z), self._on_grid(store.keys)
-        positions = (store.places, first, last)
-        _, hits = topk_search(queries, keys, config.top_k, metric, positions=positions)
+        _, hits = store.search(queries, keys, config.top_k, metric, first, last)
         index, found = store.neighbors(hits, first, last, config.neighborhood)
         entries = take_rows(store.keys, index)  # [B, T, top_k, neighborhood, r]
         at_hit = entries[:, :, :, (config.neighborhood - 1) // 2]

@@ -1,0 +1,1 @@
+"""Stores of vectors and engines that search them."""
