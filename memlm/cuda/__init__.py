@@ -6,7 +6,7 @@ from memlm.cuda.linear_recurrence import linear_recurrence, linear_recurrence_st
 from memlm.cuda.neural_memory import NeuralMemoryState, neural_memory
 from memlm.cuda.product_key import product_key_select
 from memlm.cuda.short_convolution import short_convolution
-from memlm.cuda.topk_search import topk_search
+from memlm.cuda.topk_search import quantize_keys, topk_search
 from memlm.cuda.weighted_bag import (
     LazyAdam,
     PendingReads,
@@ -32,6 +32,7 @@ __all__ = [
     "linear_recurrence_step",
     "neural_memory",
     "product_key_select",
+    "quantize_keys",
     "row_gradients",
     "short_convolution",
     "topk_search",

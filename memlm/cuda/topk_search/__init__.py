@@ -1,54 +1,69 @@
 """Exact nearest neighbours in one store per row."""
 
+import importlib
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from memlm.cuda.dispatch import choose
-from memlm.cuda.topk_search import eager, reference
-from memlm.errors import UserError, nearest
+from memlm.cuda.dispatch import choose_name
+from memlm.cuda.topk_search import native
+from memlm.cuda.topk_search.inputs import METRICS, Positions, check
+from memlm.cuda.topk_search.quantization import quantize_keys
+
+__all__ = ["METRICS", "Metric", "quantize_keys", "topk_search"]
 
 Metric = Literal["dot", "cosine", "l2"]
-METRICS = ("dot", "cosine", "l2")
+MODULES = {
+    "reference": "memlm.cuda.topk_search.reference",
+    "eager": "memlm.cuda.topk_search.eager",
+    "native": "memlm.cuda.topk_search.native",
+}
 
 
+@torch.compiler.disable
+@torch.no_grad()
 def topk_search(
     queries: Tensor,
     keys: Tensor,
     k: int,
     metric: Metric = "dot",
     valid: Tensor | None = None,
-    positions: tuple[Tensor, Tensor, Tensor] | None = None,
+    positions: Positions | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k best visible keys of every query, each row searching its own store.
 
-    Exact, without gradient (recompute the scores of what was retrieved where one is needed).
-    Best score first, equal scores by lowest index.
+    Exact, without gradient (recompute the scores of what was retrieved where one is needed). Scores
+    are float32 whatever the precision of the keys. Best score first, equal scores (and so 0 and
+    -0) by lowest index. A score that is NaN or -infinity is never found.
+
+    Memory beside the arguments and the results does not grow with the number of keys, except for
+    the reference.
 
     Args:
-        queries: [B, T, D].
-        keys: [B, M, D].
+        queries: [B, T, D] float32, float16, bfloat16 or float64.
+        keys: [B, M, D] of one of these types, or int8 with `scales`. The last dimension should lie
+            side by side; every row of a store may lie anywhere.
         k: results per query, at least 1; may exceed M.
         metric: score of a pair: "dot" = q.k; "cosine" = q.k / (|q| |k|); "l2" = 2 q.k - |k|^2,
             which is -|q - k|^2 up to a constant of the query.
         valid: bool [B, M], keys that may be found.
-        positions: (key_positions [B, M], first [B, T], last [B, T]): a query sees only the keys
-            with first <= key position < last.
+        positions: (key_positions [B, M], first [B, T], last [B, T]), int64: a query sees only the
+            keys with first <= key position < last.
+        scales: float32 [B, M]: key m of row b is scales[b, m] * keys[b, m]; see `quantize_keys`.
 
     Returns:
-        scores: [B, T, k] float32 (float64 for float64 inputs), -inf where fewer than k keys are
-            visible.
+        scores: [B, T, k] float32 (float64 where queries or keys are float64), -inf where fewer
+            than k keys are visible.
         indices: int64 [B, T, k] into the M keys of the row, -1 where fewer than k are visible.
 
     Raises:
-        UserError: unknown metric or k < 1.
+        UserError: unknown metric, k < 1, or shapes, types or devices that do not fit.
     """
-    if metric not in METRICS:
-        raise UserError(
-            f"topk_search: metric {metric!r} is not one of {', '.join(METRICS)}"
-            f"{nearest(metric, METRICS)}"
-        )
-    if k < 1:
-        raise UserError(f"topk_search: k = {k} must be at least 1")
-    search = choose("topk_search", {"reference": reference.topk_search, "eager": eager.topk_search})
-    return search(queries, keys, k, metric, valid, positions)
+    check(queries, keys, k, metric, valid, positions, scales)
+    refusals = {"reference": None, "eager": None, "native": native.refusal(queries, keys)}
+    name = choose_name("topk_search", refusals, queries.device)
+    search = importlib.import_module(MODULES[name]).topk_search
+    with torch.autocast(queries.device.type, enabled=False):
+        return search(queries, keys, k, metric, valid, positions, scales)

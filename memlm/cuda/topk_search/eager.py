@@ -5,42 +5,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.cuda.ordered_topk import ordered_topk
+from memlm.cuda.topk_search.inputs import Positions, result_type
 
 QUERY_BLOCK = 256
-KEY_BLOCK = 4096
+KEY_BLOCK = 4096  # of all rows together, but at least an eighth of it in each
 
 
-@torch.no_grad()
 def topk_search(
     queries: Tensor,
     keys: Tensor,
     k: int,
     metric: str,
     valid: Tensor | None,
-    positions: tuple[Tensor, Tensor, Tensor] | None,
+    positions: Positions | None,
+    scales: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `memlm.cuda.topk_search`; temporary memory is O(B * QUERY_BLOCK * KEY_BLOCK)."""
-    dtype = torch.promote_types(queries.dtype, torch.float32)
+    """See `memlm.cuda.topk_search`; beside the queries as float32 or float64 and the results,
+    memory is O(KEY_BLOCK * (QUERY_BLOCK + D))."""
+    dtype = result_type(queries, keys)
     batch, tokens, _ = queries.shape
     queries = queries.to(dtype)
     if metric == "cosine":
         queries = F.normalize(queries, dim=-1)
-    scores = queries.new_full((batch, tokens, k), -torch.inf)
+    best = queries.new_full((batch, tokens, k), -torch.inf)
     indices = torch.full((batch, tokens, k), -1, device=queries.device)
 
-    for start in range(0, keys.shape[1], KEY_BLOCK):
-        block = slice(start, start + KEY_BLOCK)
-        block_keys, offset = _prepare(keys[:, block].to(dtype), metric)
+    size = max(KEY_BLOCK // min(max(batch, 1), 8), 1)
+    for start in range(0, keys.shape[1], size):
+        block = slice(start, start + size)
+        block_keys = keys[:, block].to(dtype)
+        if scales is not None:
+            block_keys = block_keys * scales[:, block, None].to(dtype)
+        block_keys, offset = _prepare(block_keys, metric)
         for first_query in range(0, tokens, QUERY_BLOCK):
             rows = slice(first_query, first_query + QUERY_BLOCK)
             reach, visible = _visible(valid, positions, block, rows)
             found = _search_block(queries[:, rows], block_keys, offset, reach, visible, k)
             # Keys of earlier blocks stand first: among equal scores the lowest index wins.
-            merged = torch.cat((scores[:, rows], found[0]), -1)
+            merged = torch.cat((best[:, rows], found[0]), -1)
             merged_indices = torch.cat((indices[:, rows], found[1] + start), -1)
-            scores[:, rows], best = ordered_topk(merged, k)
-            indices[:, rows] = merged_indices.gather(-1, best)
-    return scores, indices.masked_fill_(scores == -torch.inf, -1)
+            best[:, rows], order = ordered_topk(merged, k)
+            indices[:, rows] = merged_indices.gather(-1, order)
+    return best, indices.masked_fill_(best == -torch.inf, -1)
 
 
 def _prepare(keys: Tensor, metric: str) -> tuple[Tensor, Tensor | None]:
@@ -54,7 +60,7 @@ def _prepare(keys: Tensor, metric: str) -> tuple[Tensor, Tensor | None]:
 
 def _visible(
     valid: Tensor | None,
-    positions: tuple[Tensor, Tensor, Tensor] | None,
+    positions: Positions | None,
     block: slice,
     rows: slice,
 ) -> tuple[slice, Tensor | None]:
@@ -96,6 +102,7 @@ def _search_block(
     scores = queries @ keys[..., reach]
     if offset is not None:
         scores += offset[..., reach]
+    scores.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
     if visible is not None:
         scores.masked_fill_(~visible, -torch.inf)
     scores, indices = ordered_topk(scores, min(k, scores.shape[-1]))
