@@ -17,6 +17,8 @@ from memlm.memory.lact import LaCT, LaCTConfig
 from memlm.memory.linear_attention import LinearAttention, LinearAttentionConfig
 from memlm.memory.min_gru import MinGRU, MinGRUConfig
 from memlm.memory.min_lstm import MinLSTM, MinLSTMConfig
+from memlm.memory.neural_cache import NeuralCache, NeuralCacheConfig
+from memlm.memory.output_memory import OutputMemory, OutputMemoryConfig, output_memory_names
 from memlm.memory.product_key import ProductKey, ProductKeyConfig
 from memlm.memory.retention import Retention, RetentionConfig
 from memlm.memory.segment_store import SegmentStore
@@ -41,6 +43,10 @@ __all__ = [
     "MinGRUConfig",
     "MinLSTM",
     "MinLSTMConfig",
+    "NeuralCache",
+    "NeuralCacheConfig",
+    "OutputMemory",
+    "OutputMemoryConfig",
     "ProductKey",
     "ProductKeyConfig",
     "Retention",
@@ -55,6 +61,7 @@ __all__ = [
     "memory_class",
     "memory_config",
     "memory_names",
+    "output_memory_names",
     "record_usage",
     "register",
     "zeroed_values",

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from memlm.errors import UserError, nearest, require_known
 from memlm.layers.attention import AttentionConfig, SlidingAttentionConfig
 from memlm.memory import memory_config, memory_names
+from memlm.memory.output_memory import OUTPUT, OutputMemoryConfig, output_memory_config
 from memlm.specification import build_config
 
 MIXERS = {
@@ -53,6 +54,7 @@ class MemLMConfig(PreTrainedConfig):
             or `{type: NAME, ...}` or null. mixer: attention, sliding_attention or a memory;
             memory (optional): a memory; ffn: swiglu, or a memory such as product_key.
             norm: pre (default), post or sandwich.
+        output: an output memory behind the head, a name or `{type: NAME, ...}`; None = none.
         max_position_embeddings: longest context the model may be given; None = unlimited.
         rms_norm_eps: epsilon of every RMSNorm of the backbone.
         initializer_range: standard deviation of new linear and embedding weights.
@@ -66,6 +68,7 @@ class MemLMConfig(PreTrainedConfig):
     hidden_size: int = 128
     intermediate_size: int | None = None
     layers: list | None = None
+    output: dict | str | None = None
     max_position_embeddings: int | None = None
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -86,6 +89,9 @@ class MemLMConfig(PreTrainedConfig):
             dict(pattern) if isinstance(pattern, Mapping) else pattern for pattern in self.layers
         ]
         self.plan()
+        if isinstance(self.output, Mapping):
+            self.output = dict(self.output)
+        self.output_plan()
         super().__post_init__(**kwargs)
 
     @property
@@ -121,6 +127,14 @@ class MemLMConfig(PreTrainedConfig):
             self._validate_sizes(sites, where)
             plans += [LayerPlan(norm=norm, **sites)] * repeat
         return plans
+
+    def output_plan(self) -> tuple[str, OutputMemoryConfig] | None:
+        """`(name, config)` of the output memory, None without one.
+
+        Raises:
+            UserError: for an unknown name or key, or a wrong value.
+        """
+        return None if self.output is None else output_memory_config(self.output, OUTPUT)
 
     def _validate_sizes(self, sites: dict[str, tuple[str, Any] | None], where: str) -> None:
         for site, entry in sites.items():

@@ -11,10 +11,18 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlm.errors import UserError
+from memlm.fingerprint import fingerprint
 from memlm.layers.attention import Attention
 from memlm.layers.context import CallContext, SequenceLayout
 from memlm.layers.state import MemoryState
 from memlm.memory import MemoryModule, memory_class
+from memlm.memory.output_memory import (
+    OUTPUT,
+    WEIGHTS,
+    OutputMemory,
+    apply_output_memory,
+    build_output_memory,
+)
 from memlm.memory.titans_memory import TitansMemory
 from memlm.models.block import Block
 from memlm.models.cache import MemLMCache
@@ -212,26 +220,48 @@ class MemLMModel(MemLMPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch_size, length = hidden.shape[:2]
-        fresh = memory_states is None
-        states = self.init_states(batch_size) if fresh else memory_states
-        next_position = states["position"].next_position
-        valid = _valid_tokens(attention_mask, segment_ids, batch_size, length, hidden.device)
-        starts, position_ids = _documents(valid, segment_ids, position_ids, next_position, fresh)
+        batch_size = hidden.shape[0]
+        states = self.init_states(batch_size) if memory_states is None else memory_states
+        masks = (attention_mask, segment_ids, position_ids)
+        context = self.call_context(hidden, *masks, memory_states, input_ids, write_memory)
+        valid, position_ids = context.layout.valid, context.position_ids
         self._check_length(position_ids, valid)
-        context = CallContext(
-            SequenceLayout.build(position_ids, valid, starts),
-            position_ids,
-            write=write_memory,
-            shared=dict(self.shared.items()),
-            input_ids=input_ids,
-        )
         new_states: States = {"position": _advance(states["position"], position_ids, valid)}
         for block in self.layers:
             own = {name: states[name] for name in block.state_names() if name in states}
             hidden, block_states = block(hidden, own, context, use_memory)
             new_states.update(block_states)
         return self.norm(hidden), new_states
+
+    def call_context(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        position_ids: Tensor | None,
+        memory_states: States | None,
+        input_ids: Tensor | None,
+        write_memory: bool,
+    ) -> CallContext:
+        """What every layer is told of a call; `hidden` [B, T, ...] gives its shape and device.
+
+        Other arguments as in `MemLMForCausalLM.forward`.
+        """
+        batch_size, length = hidden.shape[:2]
+        fresh = memory_states is None
+        if fresh:
+            next_position = torch.zeros(batch_size, dtype=torch.int64, device=hidden.device)
+        else:
+            next_position = memory_states["position"].next_position
+        valid = _valid_tokens(attention_mask, segment_ids, batch_size, length, hidden.device)
+        starts, position_ids = _documents(valid, segment_ids, position_ids, next_position, fresh)
+        return CallContext(
+            SequenceLayout.build(position_ids, valid, starts),
+            position_ids,
+            write=write_memory,
+            shared=dict(self.shared.items()),
+            input_ids=input_ids,
+        )
 
     def _check_length(self, position_ids: Tensor, valid: Tensor) -> None:
         limit = self.max_context
@@ -317,6 +347,7 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MemLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.output_memory = build_output_memory(config.output, config.hidden_size)
         self.post_init()
 
     def forward(
@@ -368,22 +399,30 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
             use_cache = self.config.use_cache and not self.training and not wants_states
         if use_cache and past_key_values is None and memory_states is None:
             past_key_values = MemLMCache()
-        states = past_key_values.states if past_key_values is not None else memory_states
+        given = past_key_values.states if past_key_values is not None else memory_states
 
         hidden, states = self.model(
             input_ids,
             attention_mask=attention_mask,
             segment_ids=segment_ids,
             position_ids=position_ids,
-            memory_states=states,
+            memory_states=given,
             inputs_embeds=inputs_embeds,
             use_memory=use_memory,
             write_memory=write_memory,
         )
-        if past_key_values is not None:
-            past_key_values.store(states, hidden.shape[1])
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
+        if self.output_memory is not None:
+            masks = (attention_mask, segment_ids, position_ids)
+            context = self.model.call_context(hidden, *masks, given, input_ids, write_memory)
+            context.shared[WEIGHTS] = self.weights_fingerprint
+            logits, output_states = apply_output_memory(
+                self.output_memory, hidden, logits, given, context, use_memory, logits_to_keep
+            )
+            states.update(output_states)
+        if past_key_values is not None:
+            past_key_values.store(states, hidden.shape[1])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
@@ -412,17 +451,45 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
             )
         model_kwargs["past_key_values"] = MemLMCache()
 
+    def set_output_memory(self, output: str | dict[str, Any] | None) -> None:
+        """Put another output memory behind the head, or none; `config.output` says so then.
+
+        Args:
+            output: as in `MemLMConfig`.
+
+        Raises:
+            UserError: for an unknown name or key, or a wrong value.
+        """
+        self.output_memory = build_output_memory(output, self.config.hidden_size)
+        self.config.output = output
+
+    def weights_fingerprint(self) -> str:
+        """The fingerprint of all weights: stores of hidden states belong to one set of them."""
+        return fingerprint(self.state_dict())
+
     def init_states(self, batch_size: int) -> States:
         """The states of `batch_size` rows before their first token."""
-        return self.model.init_states(batch_size)
+        states = self.model.init_states(batch_size)
+        if self.output_memory is not None:
+            weight = self.lm_head.weight
+            state = self.output_memory.init_state(batch_size, weight.device, weight.dtype)
+            if state is not None:
+                states[OUTPUT] = state
+        return states
 
     def memory_state_names(self) -> list[str]:
         """The names in `memory_states` that belong to memories."""
-        return self.model.memory_state_names()
+        names = self.model.memory_state_names()
+        if self.output_memory is not None and self.output_memory.init_state(1) is not None:
+            names.append(OUTPUT)
+        return names
 
-    def memories(self) -> dict[str, MemoryModule]:
+    def memories(self) -> dict[str, MemoryModule | OutputMemory]:
         """All memory modules by the name of their site."""
-        return self.model.memories()
+        memories = self.model.memories()
+        if self.output_memory is not None:
+            memories[OUTPUT] = self.output_memory
+        return memories
 
     @property
     def max_context(self) -> int | None:
@@ -435,4 +502,5 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
 
     def flops(self, tokens: int) -> int:
         """Floating point operations of a forward pass over one row of `tokens` tokens."""
-        return self.model.flops(tokens) + 2 * tokens * self.lm_head.weight.numel()
+        flops = self.model.flops(tokens) + 2 * tokens * self.lm_head.weight.numel()
+        return flops + (self.output_memory.flops(tokens) if self.output_memory is not None else 0)
