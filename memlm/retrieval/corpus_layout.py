@@ -1,7 +1,7 @@
 """What an entry of a corpus store consists of, and how many of them lie in memory."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -82,6 +82,13 @@ class CorpusLayout:
         """Bytes of an entry, in memory as on disk."""
         return sum(spec.nbytes for spec in self.columns.values())
 
+    def fits(self, columns: Columns, entries: int) -> bool:
+        """Whether these are so many entries of this kind."""
+        found = {name: (tuple(c.shape), c.dtype) for name, c in columns.items()}
+        return found == {
+            name: ((entries, *spec.shape), spec.dtype) for name, spec in self.columns.items()
+        }
+
     def encode(self, keys: Tensor, values: Mapping[str, Tensor]) -> Columns:
         """Entries as they are kept, on the CPU.
 
@@ -109,7 +116,10 @@ class CorpusLayout:
                     f"value {name!r} must be {shape} of {spec.dtype}, not {list(value.shape)} of "
                     f"{value.dtype}"
                 )
-        columns = {"keys": keys.detach().to(getattr(torch, self.key_type))}
+        kept = keys.detach().to(getattr(torch, self.key_type))
+        if not bool(kept.isfinite().all()):
+            raise UserError(f"a key has numbers that are not finite as {self.key_type}")
+        columns = {"keys": kept}
         columns |= {column_of(name): values[name] for name in self.values}
         return {name: column.cpu() for name, column in columns.items()}
 
@@ -135,12 +145,19 @@ class Part:
         return slice(self.first, self.first + len(self))
 
 
+def cut(part: Part, size: int) -> Iterator[Part]:
+    """A part in pieces of at most `size` entries."""
+    for start in range(0, len(part), size):
+        rows = slice(start, start + size)
+        yield Part(part.first + start, {name: c[rows] for name, c in part.columns.items()})
+
+
 class Tail:
     """Entries in memory, whose room doubles when it is full."""
 
-    def __init__(self, layout: CorpusLayout, first: int):
+    def __init__(self, layout: CorpusLayout, first: int, room: int = 0):
         self._buffers = {
-            name: torch.empty(0, *spec.shape, dtype=spec.dtype)
+            name: torch.empty(room, *spec.shape, dtype=spec.dtype)
             for name, spec in layout.columns.items()
         }
         self._first = first

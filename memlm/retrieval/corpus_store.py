@@ -1,6 +1,6 @@
 """A large store on disk that many processes search: memory-mapped shards and a tail in memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -11,9 +11,10 @@ from torch import Tensor
 from memlm.cuda import topk_search
 from memlm.cuda.ordered_topk import ordered_topk
 from memlm.errors import UserError, nearest
-from memlm.retrieval.corpus_layout import Columns, CorpusLayout, KeyType, Part, Tail, column_of
+from memlm.retrieval.corpus_layout import CorpusLayout, KeyType, Part, Tail, column_of, cut
 from memlm.retrieval.manifest import (
     MANIFEST_FILE,
+    SHARD_BYTES,
     Content,
     Shard,
     as_content,
@@ -52,17 +53,29 @@ class CorpusStore:
         """Use `open` or `create`."""
         self.folder = folder
         self.layout = CorpusLayout.from_content(content)
-        self.progress: Content = content["progress"]
         self._lock = lock
+        self._take_up(content, verify)
+
+    def _take_up(self, content: Content, verify: bool) -> None:
+        """Be what the manifest says."""
+        self.progress: Content = content["progress"]
         self._next_shard: int = content["next_shard"]
-        self._shards = shards_of(content)
+        shards = {shard.file: shard for shard in shards_of(content)}
+        self._removal = shards.pop(content["removal"], None)
+        self._shards = list(shards.values())
         self._base: list[Part] = []
         entries = 0
         for shard in self._shards:
-            tensors = read_shard(folder, shard, verify)
-            self._base.append(Part(entries, tensors))
+            columns = read_shard(self.folder, shard, verify)
+            if not self.layout.fits(columns, shard.entries):
+                raise UserError(f"{self.folder / shard.file}: altered since it was written")
+            self._base.append(Part(entries, columns))
             entries += shard.entries
         self._tail = Tail(self.layout, entries)
+        self._hidden: Tensor | None = None  # bool [entries], once an entry was removed
+        if self._removal is not None:
+            self._hide(read_shard(self.folder, self._removal, verify=True)["ids"])
+        self._removal_written = True
 
     @classmethod
     def create(
@@ -92,7 +105,7 @@ class CorpusStore:
             lock.release()
             raise UserError(f"{folder}: there is a {MANIFEST_FILE} already; open or remove it")
         content = {**layout.to_content(), "progress": {}, "next_shard": 0}
-        content["shards"] = []
+        content |= {"removal": None, "shards": []}
         commit(folder, _KIND, content)
         return cls(folder, content, lock, verify=False)
 
@@ -212,12 +225,18 @@ class CorpusStore:
                 f"{list(queries.shape)}"
             )
         best = topk_search(queries[None], queries.new_zeros(1, 0, queries.shape[1]), k)
-        for part in self._blocks(queries.device):
-            keys = part.columns["keys"].to(queries.device)
-            scores, index = topk_search(queries[None], keys[None], k, self.layout.metric)
-            ids = torch.where(index >= 0, index + part.first, -1)
-            # Earlier parts stand first: among equal scores the lowest id wins.
-            scores, order = ordered_topk(torch.cat((best[0], scores), -1), k)
+        size = len(self)
+        if queries.device.type != "cpu":
+            size = _DEVICE_BLOCK // self.layout.columns["keys"].nbytes
+        for block in (piece for part in self._parts() for piece in cut(part, max(size, 1))):
+            keys = block.columns["keys"].to(queries.device)
+            valid = None
+            if self._hidden is not None:
+                valid = ~self._hidden[None, block.ids].to(queries.device)
+            found = topk_search(queries[None], keys[None], k, self.layout.metric, valid)
+            ids = torch.where(found[1] >= 0, found[1] + block.first, -1)
+            # Earlier entries stand first: among equal scores the lowest id wins.
+            scores, order = ordered_topk(torch.cat((best[0], found[0]), -1), k)
             best = scores, torch.cat((best[1], ids), -1).gather(-1, order)
         return best[0][0], best[1][0]
 
@@ -248,34 +267,100 @@ class CorpusStore:
                 f"holds {limit // each}"
             )
         self._tail.append(columns)
+        if self._hidden is not None:
+            self._hidden = torch.cat((self._hidden, torch.zeros(len(keys), dtype=torch.bool)))
         return torch.arange(first, total)
 
+    def remove(self, ids: Tensor) -> None:
+        """Let `search` not find the entries `ids` (int64 [N]) any more; written by `commit`.
+
+        `compact` gives their room back.
+
+        Raises:
+            UserError: for a read-only store, or an id that no entry has.
+        """
+        self._require_writer("remove")
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self):
+            raise UserError(f"{self.folder}: ids to remove must be in 0 .. {len(self) - 1}")
+        if len(ids):
+            self._hide(ids)
+            self._removal_written = False
+
     def commit(self, progress: Content | None = None) -> None:
-        """Write what was added. A process that dies meanwhile leaves the store before.
+        """Write what was added and removed. A process that dies meanwhile leaves the store before.
 
         Args:
             progress: a note for whoever goes on, any JSON; None = the last one stays.
         """
         self._require_writer("commit")
-        shards = [*self._shards]
-        if len(self._tail):
-            shards += self._write([self._tail.part.columns])
-        self._publish(shards, self.progress if progress is None else progress)
-
-    def _write(self, chunks: list[Columns]) -> list[Shard]:
-        shards = []
-        for columns in chunks:
-            count = len(columns["keys"])
-            shards.append(write_shard(self.folder, self._next_shard, columns, count))
+        shards = self._shards + self._write(cut(self._tail.part, self._shard_entries))
+        removal = self._removal
+        if not self._removal_written:
+            ids = self._hidden.nonzero()[:, 0]
+            removal = write_shard(self.folder, self._next_shard, {"ids": ids}, len(ids))
             self._next_shard += 1
+        self._publish(shards, removal, self.progress if progress is None else progress)
+
+    def compact(self, progress: Content | None = None) -> None:
+        """Write everything but the removed entries into few shards; ids count anew.
+
+        The SHA-256 of what is read is verified. Until it is done, both forms take disk space; a
+        process that dies meanwhile leaves the store before.
+
+        Args:
+            progress: as in `commit`.
+
+        Raises:
+            UserError: for a read-only store, or a shard that was altered.
+        """
+        self._require_writer("compact")
+        for shard in self._shards:
+            read_shard(self.folder, shard, verify=True)
+        shards = self._write(self._remaining())
+        self._publish(shards, None, self.progress if progress is None else progress)
+
+    @property
+    def _shard_entries(self) -> int:
+        """Entries of a full shard."""
+        return max(SHARD_BYTES // self.layout.bytes_per_entry, 1)
+
+    def _remaining(self) -> Iterator[Part]:
+        """The entries that were not removed, a shard at a time."""
+        size = self._shard_entries
+        full = Tail(self.layout, 0, room=size)
+        for part in self._parts():
+            for block in cut(part, size):
+                rows = torch.arange(len(block))
+                if self._hidden is not None:
+                    rows = rows[~self._hidden[block.ids]]
+                while len(rows):
+                    fitting, rows = rows.tensor_split([size - len(full)])
+                    full.append({name: column[fitting] for name, column in block.columns.items()})
+                    if len(full) == size:
+                        yield full.part
+                        full = Tail(self.layout, 0, room=size)
+        yield full.part
+
+    def _write(self, parts: Iterable[Part]) -> list[Shard]:
+        """Shards of parts; no manifest names them yet."""
+        shards = []
+        for part in parts:
+            if len(part):
+                columns = {name: column.contiguous() for name, column in part.columns.items()}
+                shards.append(write_shard(self.folder, self._next_shard, columns, len(part)))
+                self._next_shard += 1
         return shards
 
-    def _publish(self, shards: list[Shard], progress: Content) -> None:
-        """Make `shards` what the store is."""
+    def _publish(self, shards: list[Shard], removal: Shard | None, progress: Content) -> None:
+        """Make these shards what the store is."""
         content = {**self.layout.to_content(), "progress": progress}
-        content |= {"next_shard": self._next_shard, "shards": as_content(shards)}
+        content |= {
+            "next_shard": self._next_shard,
+            "removal": removal.file if removal else None,
+            "shards": as_content([*shards, *([removal] if removal else [])]),
+        }
         commit(self.folder, _KIND, content)
-        self.__init__(self.folder, content, self._lock, verify=False)
+        self._take_up(content, verify=False)
 
     def _require_writer(self, action: str) -> None:
         if self.read_only:
@@ -287,12 +372,7 @@ class CorpusStore:
         if len(self._tail):
             yield self._tail.part
 
-    def _blocks(self, device: torch.device) -> Iterator[Part]:
-        """The parts, cut where they have to be sent to `device`."""
-        for part in self._parts():
-            size = len(part)
-            if device.type != "cpu":
-                size = max(_DEVICE_BLOCK // part.columns["keys"][0].nbytes, 1)
-            for start in range(0, len(part), size):
-                rows = slice(start, start + size)
-                yield Part(part.first + start, {n: c[rows] for n, c in part.columns.items()})
+    def _hide(self, ids: Tensor) -> None:
+        if self._hidden is None:
+            self._hidden = torch.zeros(len(self), dtype=torch.bool)
+        self._hidden[ids.cpu()] = True
