@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -27,20 +26,9 @@ from memlm.memory.titans_memory import TitansMemory
 from memlm.models.block import Block
 from memlm.models.cache import MemLMCache
 from memlm.models.configuration import MemLMConfig
+from memlm.models.documents import PositionState, advance, find_documents, valid_tokens
 
 States = dict[str, MemoryState]
-
-
-@dataclasses.dataclass
-class PositionState(MemoryState):
-    """next_position: int64 [B], position in its document of the next token of each row."""
-
-    next_position: Tensor
-
-    def reset(self, rows: Tensor | None = None) -> "PositionState":
-        if rows is None:
-            return PositionState(torch.zeros_like(self.next_position))
-        return PositionState(self.next_position.masked_fill(rows, 0))
 
 
 @dataclasses.dataclass
@@ -226,7 +214,7 @@ class MemLMModel(MemLMPreTrainedModel):
         context = self.call_context(hidden, *masks, memory_states, input_ids, write_memory)
         valid, position_ids = context.layout.valid, context.position_ids
         self._check_length(position_ids, valid)
-        new_states: States = {"position": _advance(states["position"], position_ids, valid)}
+        new_states: States = {"position": advance(states["position"], position_ids, valid)}
         for block in self.layers:
             own = {name: states[name] for name in block.state_names() if name in states}
             hidden, block_states = block(hidden, own, context, use_memory)
@@ -253,8 +241,10 @@ class MemLMModel(MemLMPreTrainedModel):
             next_position = torch.zeros(batch_size, dtype=torch.int64, device=hidden.device)
         else:
             next_position = memory_states["position"].next_position
-        valid = _valid_tokens(attention_mask, segment_ids, batch_size, length, hidden.device)
-        starts, position_ids = _documents(valid, segment_ids, position_ids, next_position, fresh)
+        valid = valid_tokens(attention_mask, segment_ids, batch_size, length, hidden.device)
+        starts, position_ids = find_documents(
+            valid, segment_ids, position_ids, next_position, fresh
+        )
         return CallContext(
             SequenceLayout.build(position_ids, valid, starts),
             position_ids,
@@ -270,72 +260,6 @@ class MemLMModel(MemLMPreTrainedModel):
                 f"the context has {int((position_ids * valid).max()) + 1} tokens, but this model's "
                 f"full attention allows {limit} (max_position_embeddings)"
             )
-
-
-def _valid_tokens(
-    attention_mask: Tensor | None,
-    segment_ids: Tensor | None,
-    batch_size: int,
-    length: int,
-    device: torch.device,
-) -> Tensor:
-    """bool [B, T]: which tokens are not padding."""
-    valid = torch.ones(batch_size, length, dtype=torch.bool, device=device)
-    if attention_mask is not None:
-        if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
-            raise ValueError(
-                "attention_mask must be [B, T] (or [B, past + T]) of 0 and 1; documents packed in "
-                "a row are told apart by segment_ids"
-            )
-        valid &= attention_mask[:, attention_mask.shape[1] - length :].bool()
-    if segment_ids is not None:
-        valid &= segment_ids != 0
-    return valid
-
-
-def _documents(
-    valid: Tensor,
-    segment_ids: Tensor | None,
-    position_ids: Tensor | None,
-    next_position: Tensor,
-    fresh: bool,
-) -> tuple[Tensor, Tensor]:
-    """Where documents start, bool [B, T], and the position of each token within its document.
-
-    A document starts where segment_ids change between two tokens of a row and where a given
-    position is 0. The first token of a row otherwise continues the carried document.
-    """
-    starts = torch.zeros_like(valid)
-    if segment_ids is not None:
-        # Compare with the last token that was not padding.
-        labels = torch.where(valid, segment_ids, 0)
-        columns = torch.arange(valid.shape[1], device=valid.device)
-        last = torch.where(valid, columns, -1).cummax(1).values
-        previous = F.pad(last, (1, 0), value=-1)[:, :-1]
-        before = labels.gather(1, previous.clamp(min=0))
-        starts = valid & (previous >= 0) & (before != labels)
-    if position_ids is not None:
-        position_ids = position_ids.expand(valid.shape)
-        starts = starts | (valid & (position_ids == 0))
-    if fresh:
-        # A row's first token finds the initial state anyway.
-        starts = starts & (valid.cumsum(1) > 1)
-    if position_ids is None:
-        count = valid.cumsum(1) - 1
-        base = torch.where(starts, count, 0).cummax(1).values
-        continues = starts.cumsum(1) == 0
-        position_ids = torch.where(continues, count + next_position[:, None], count - base)
-        position_ids = position_ids.clamp(min=0)
-    return starts, position_ids
-
-
-def _advance(state: PositionState, position_ids: Tensor, valid: Tensor) -> PositionState:
-    if valid.shape[1] == 0:
-        return state
-    columns = torch.arange(valid.shape[1], device=valid.device)
-    last = torch.where(valid, columns, -1).amax(1)
-    following = position_ids.gather(1, last.clamp(min=0)[:, None]).squeeze(1) + 1
-    return PositionState(torch.where(last >= 0, following, state.next_position))
 
 
 class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):

@@ -1,0 +1,88 @@
+"""Where the documents of a call lie, and how far each row of a batch has come."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memlm.layers.state import MemoryState
+
+
+@dataclasses.dataclass
+class PositionState(MemoryState):
+    """next_position: int64 [B], position in its document of the next token of each row."""
+
+    next_position: Tensor
+
+    def reset(self, rows: Tensor | None = None) -> "PositionState":
+        if rows is None:
+            return PositionState(torch.zeros_like(self.next_position))
+        return PositionState(self.next_position.masked_fill(rows, 0))
+
+
+def valid_tokens(
+    attention_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    batch_size: int,
+    length: int,
+    device: torch.device,
+) -> Tensor:
+    """bool [B, T]: which tokens are not padding."""
+    valid = torch.ones(batch_size, length, dtype=torch.bool, device=device)
+    if attention_mask is not None:
+        if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+            raise ValueError(
+                "attention_mask must be [B, T] (or [B, past + T]) of 0 and 1; documents packed in "
+                "a row are told apart by segment_ids"
+            )
+        valid &= attention_mask[:, attention_mask.shape[1] - length :].bool()
+    if segment_ids is not None:
+        valid &= segment_ids != 0
+    return valid
+
+
+def find_documents(
+    valid: Tensor,
+    segment_ids: Tensor | None,
+    position_ids: Tensor | None,
+    next_position: Tensor,
+    fresh: bool,
+) -> tuple[Tensor, Tensor]:
+    """Where documents start, bool [B, T], and the position of each token within its document.
+
+    A document starts where segment_ids change between two tokens of a row and where a given
+    position is 0. The first token of a row otherwise continues the carried document.
+    """
+    starts = torch.zeros_like(valid)
+    if segment_ids is not None:
+        # Compare with the last token that was not padding.
+        labels = torch.where(valid, segment_ids, 0)
+        columns = torch.arange(valid.shape[1], device=valid.device)
+        last = torch.where(valid, columns, -1).cummax(1).values
+        previous = F.pad(last, (1, 0), value=-1)[:, :-1]
+        before = labels.gather(1, previous.clamp(min=0))
+        starts = valid & (previous >= 0) & (before != labels)
+    if position_ids is not None:
+        position_ids = position_ids.expand(valid.shape)
+        starts = starts | (valid & (position_ids == 0))
+    if fresh:
+        # A row's first token finds the initial state anyway.
+        starts = starts & (valid.cumsum(1) > 1)
+    if position_ids is None:
+        count = valid.cumsum(1) - 1
+        base = torch.where(starts, count, 0).cummax(1).values
+        continues = starts.cumsum(1) == 0
+        position_ids = torch.where(continues, count + next_position[:, None], count - base)
+        position_ids = position_ids.clamp(min=0)
+    return starts, position_ids
+
+
+def advance(state: PositionState, position_ids: Tensor, valid: Tensor) -> PositionState:
+    """The state after a call: rows without a token stay where they are."""
+    if valid.shape[1] == 0:
+        return state
+    columns = torch.arange(valid.shape[1], device=valid.device)
+    last = torch.where(valid, columns, -1).amax(1)
+    following = position_ids.gather(1, last.clamp(min=0)[:, None]).squeeze(1) + 1
+    return PositionState(torch.where(last >= 0, following, state.next_position))
