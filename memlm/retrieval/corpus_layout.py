@@ -8,13 +8,14 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from memlm.cuda.topk_search import quantize_keys
 from memlm.errors import UserError, nearest
 from memlm.retrieval.manifest import Content
 from memlm.retrieval.store_files import check_metric
 from memlm.retrieval.vector_store import ValueSpec
 
-KeyType = Literal["float32", "float16"]
-Columns = dict[str, Tensor]  # "keys" and "values.NAME", each [N, ...]
+KeyType = Literal["float32", "float16", "int8"]
+Columns = dict[str, Tensor]  # "keys", "scales" of int8 keys, and "values.NAME", each [N, ...]
 
 _VALUE = "values."
 
@@ -25,7 +26,7 @@ class CorpusLayout:
 
     Attributes:
         key_size: numbers per key.
-        key_type: how keys are kept.
+        key_type: how keys are kept; int8 with a scale each, see `memlm.cuda.topk_search`.
         metric: what they are searched with, see `memlm.cuda.topk_search`.
         projection: fingerprint of the weights that made them.
         values: name, shape and type of what is kept beside each key.
@@ -74,8 +75,10 @@ class CorpusLayout:
     @property
     def columns(self) -> dict[str, ValueSpec]:
         """What is written per entry, by the name of its tensor."""
-        keys = ValueSpec((self.key_size,), getattr(torch, self.key_type))
-        return {"keys": keys} | {column_of(name): spec for name, spec in self.values.items()}
+        columns = {"keys": ValueSpec((self.key_size,), getattr(torch, self.key_type))}
+        if self.key_type == "int8":
+            columns["scales"] = ValueSpec((), torch.float32)
+        return columns | {column_of(name): spec for name, spec in self.values.items()}
 
     @property
     def bytes_per_entry(self) -> int:
@@ -116,10 +119,15 @@ class CorpusLayout:
                     f"value {name!r} must be {shape} of {spec.dtype}, not {list(value.shape)} of "
                     f"{value.dtype}"
                 )
-        kept = keys.detach().to(getattr(torch, self.key_type))
-        if not bool(kept.isfinite().all()):
+        if self.key_type == "int8":
+            kept, scales = quantize_keys(keys)
+            columns = {"keys": kept, "scales": scales}
+            finite = scales.isfinite()
+        else:
+            columns = {"keys": keys.detach().to(getattr(torch, self.key_type))}
+            finite = columns["keys"].isfinite()
+        if not bool(finite.all()):
             raise UserError(f"a key has numbers that are not finite as {self.key_type}")
-        columns = {"keys": kept}
         columns |= {column_of(name): values[name] for name in self.values}
         return {name: column.cpu() for name, column in columns.items()}
 

@@ -229,11 +229,13 @@ class CorpusStore:
         if queries.device.type != "cpu":
             size = _DEVICE_BLOCK // self.layout.columns["keys"].nbytes
         for block in (piece for part in self._parts() for piece in cut(part, max(size, 1))):
-            keys = block.columns["keys"].to(queries.device)
-            valid = None
+            keys = block.columns["keys"][None].to(queries.device)
+            options = {}
+            if "scales" in block.columns:
+                options["scales"] = block.columns["scales"][None].to(queries.device)
             if self._hidden is not None:
-                valid = ~self._hidden[None, block.ids].to(queries.device)
-            found = topk_search(queries[None], keys[None], k, self.layout.metric, valid)
+                options["valid"] = ~self._hidden[None, block.ids].to(queries.device)
+            found = topk_search(queries[None], keys, k, self.layout.metric, **options)
             ids = torch.where(found[1] >= 0, found[1] + block.first, -1)
             # Earlier entries stand first: among equal scores the lowest id wins.
             scores, order = ordered_topk(torch.cat((best[0], found[0]), -1), k)

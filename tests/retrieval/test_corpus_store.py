@@ -1,0 +1,469 @@
+import itertools
+import json
+import multiprocessing
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from memlm.cuda.topk_search import quantize_keys, topk_search
+from memlm.errors import UserError
+from memlm.fingerprint import fingerprint
+from memlm.retrieval import corpus_store, manifest
+from memlm.retrieval.corpus_store import CorpusStore
+from memlm.retrieval.vector_store import ValueSpec
+from tests.retrieval.killed import killed_after, killed_at
+
+PROJECTION = "0123456789abcdef" * 4
+VALUES = {"next_token": ValueSpec((), torch.int32), "pair": ValueSpec((2,), torch.float32)}
+SIZE = 6
+
+
+def create(folder: Path, metric: str = "l2", **options) -> CorpusStore:
+    options = {"values": VALUES, "key_type": "float32", **options}
+    return CorpusStore.create(
+        folder, key_size=SIZE, metric=metric, projection=PROJECTION, **options
+    )
+
+
+def entries(count: int, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randint(-3, 4, (count, SIZE), generator=generator).float()  # with many ties
+    values = {
+        "next_token": torch.arange(count, dtype=torch.int32),
+        "pair": torch.randn(count, 2, generator=generator),
+    }
+    return keys, values
+
+
+def slices(values: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    return {name: value[rows] for name, value in values.items()}
+
+
+def fill(store: CorpusStore, count: int, commits: tuple[int, ...], seed: int = 0) -> None:
+    """Add entries, committing after each of `commits`."""
+    keys, values = entries(count, seed)
+    for start, stop in itertools.pairwise((0, *commits, count)):
+        store.add(keys[start:stop], slices(values, slice(start, stop)))
+        if stop in commits:
+            store.commit()
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("shard-*"))
+
+
+def named_files(folder: Path) -> list[str]:
+    content = json.loads((folder / manifest.MANIFEST_FILE).read_text())
+    return sorted(shard["file"] for shard in content["shards"])
+
+
+def contents(store: CorpusStore) -> str:
+    """A fingerprint of what a store gives back."""
+    ids = store.search(torch.eye(SIZE), len(store))[1]
+    return fingerprint({"ids": ids, **store.values})
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(corpus_store, "SHARD_BYTES", 1000)
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine", "l2"])
+@pytest.mark.parametrize("key_type", ["float32", "float16", "int8"])
+def test_searches_base_and_tail_as_one_store(tmp_path, metric, key_type):
+    store = create(tmp_path, metric, key_type=key_type)
+    fill(store, 200, (70, 71, 150))
+    assert len(store) == 200 and len(files_of(tmp_path)) == 3
+    keys, values = entries(200)
+    queries = torch.randn(30, SIZE, generator=torch.Generator().manual_seed(1))
+    scales = None
+    if key_type == "int8":
+        keys, scales = (part[None] for part in quantize_keys(keys))
+    else:
+        keys = keys.to(getattr(torch, key_type))[None]
+    expected = topk_search(queries[None], keys, 9, metric, scales=scales)
+    scores, ids = store.search(queries, 9)
+    assert torch.equal(scores, expected[0][0])
+    assert torch.equal(ids, expected[1][0])
+    assert torch.equal(store.take("next_token", ids).long(), ids)
+    assert torch.equal(store.take("pair", ids), values["pair"][ids])
+    assert torch.equal(store.values["pair"], values["pair"])
+
+
+def test_fewer_entries_than_asked_for(tmp_path):
+    store = create(tmp_path)
+    scores, ids = store.search(torch.zeros(2, SIZE), 3)
+    assert (scores == -torch.inf).all() and (ids == -1).all() and scores.shape == (2, 3)
+    assert store.values["pair"].shape == (0, 2)
+    fill(store, 2, (1,))
+    scores, ids = store.search(torch.zeros(2, SIZE), 3)
+    assert (ids >= 0).tolist() == [[True, True, False]] * 2
+    assert store.take("next_token", ids)[0, 2] == 0
+    assert store.search(torch.zeros(0, SIZE), 3)[1].shape == (0, 3)
+
+
+def test_comes_back(tmp_path):
+    with create(tmp_path, source={"text": "a"}) as store:
+        fill(store, 90, (40,))
+        store.commit({"documents": 3})
+        expected = contents(store)
+    loaded = CorpusStore.open(tmp_path, projection=PROJECTION, metric="l2", verify=True)
+    assert contents(loaded) == expected
+    assert loaded.progress == {"documents": 3}
+    assert loaded.layout.source == {"text": "a"}
+    with CorpusStore.open(tmp_path, read_only=False) as again:
+        assert contents(again) == expected
+        again.commit()
+        assert again.progress == {"documents": 3}
+
+
+def test_what_was_not_committed_is_not_written(tmp_path):
+    with create(tmp_path) as store:
+        fill(store, 90, (40,))
+    assert len(store) == 90
+    assert len(CorpusStore.open(tmp_path)) == 40
+
+
+def test_a_key_that_was_added_is_found_at_once(tmp_path):
+    store = create(tmp_path)
+    for number in range(20):
+        (added,) = store.add(
+            torch.full((1, SIZE), float(number)), slices(entries(20)[1], slice(number, number + 1))
+        )
+        assert store.search(torch.full((1, SIZE), float(number)), 1)[1].item() == added == number
+        if number % 7 == 3:
+            store.commit()
+
+
+def test_read_only_refuses_to_write(tmp_path):
+    with create(tmp_path) as store:
+        fill(store, 10, (10,))
+    reader = CorpusStore.open(tmp_path)
+    before = files_of(tmp_path)
+    keys, values = entries(1)
+    for action, name in (
+        (lambda: reader.add(keys, values), "add"),
+        (lambda: reader.remove(torch.tensor([0])), "remove"),
+        (reader.commit, "commit"),
+        (reader.compact, "compact"),
+    ):
+        with pytest.raises(UserError, match=f"opened read-only, so it cannot {name}$"):
+            action()
+    assert files_of(tmp_path) == before and len(reader) == 10
+
+
+def test_one_writer_at_a_time(tmp_path):
+    store = create(tmp_path)
+    with pytest.raises(UserError, match="another writer has this store open"):
+        CorpusStore.open(tmp_path, read_only=False)
+    CorpusStore.open(tmp_path)
+    store.close()
+    CorpusStore.open(tmp_path, read_only=False).close()
+    with pytest.raises(UserError, match="there is a manifest.json already"):
+        create(tmp_path)
+    CorpusStore.open(tmp_path, read_only=False).close()  # the refusals left no lock behind
+
+
+@pytest.mark.parametrize("key_type, entry", [("float32", 36), ("float16", 24), ("int8", 22)])
+def test_budget(tmp_path, key_type, entry):
+    store = create(tmp_path, key_type=key_type, max_bytes=10 * entry + entry - 1)
+    assert store.layout.bytes_per_entry == entry
+    fill(store, 9, (5,))
+    keys, values = entries(2)
+    with pytest.raises(UserError, match=f"11 entries of {entry} bytes exceed max_bytes = .* 10$"):
+        store.add(keys, values)
+    assert len(store) == 9
+    store.add(keys[:1], slices(values, slice(1)))
+    store.commit()
+    shards = manifest.shards_of(json.loads((tmp_path / manifest.MANIFEST_FILE).read_text()))
+    data = [manifest.read_shard(tmp_path, shard, verify=True) for shard in shards]
+    assert sum(column.nbytes for part in data for column in part.values()) == 10 * entry
+    # Removed entries count until their room is given back.
+    store.remove(torch.arange(5))
+    with pytest.raises(UserError, match="exceed max_bytes"):
+        store.add(keys, values)
+    store.compact()
+    store.add(keys, values)
+    store.close()
+    with CorpusStore.open(tmp_path, read_only=False) as store, pytest.raises(UserError, match="10"):
+        store.add(*entries(9))
+
+
+def test_refuses_entries_that_do_not_fit(tmp_path):
+    store = create(tmp_path, key_type="float16")
+    keys, values = entries(3)
+    for bad_keys, bad_values, message in (
+        (keys[:, 1:], values, r"keys must be floating point \[N, 6\], not \[3, 5\]"),
+        (keys.long(), values, "not .* of torch.int64"),
+        (keys * 1e5, values, "not finite as float16"),
+        (keys, {"pair": values["pair"]}, "an entry has the values next_token, pair, not pair"),
+        (keys, {**values, "pair": values["pair"][:2]}, r"'pair' must be \[3, 2\]"),
+        (keys, {**values, "next_token": values["next_token"].long()}, "of torch.int32, not"),
+    ):
+        with pytest.raises(UserError, match=message) as refused:
+            store.add(bad_keys, bad_values)
+        assert str(tmp_path) in str(refused.value)
+    assert len(store) == 0
+    with pytest.raises(UserError, match=r"queries must be \[N, 6\], not \[3, 5\]"):
+        store.search(keys[:, 1:], 1)
+    with pytest.raises(UserError, match="no value 'next_tokn'; did you mean 'next_token'"):
+        store.take("next_tokn", torch.tensor([0]))
+    with pytest.raises(UserError, match="did you mean 'float16'"):
+        create(tmp_path / "other", key_type="flat16")
+    assert not (tmp_path / "other").exists()
+
+
+def test_removed_entries_are_never_found(tmp_path):
+    store = create(tmp_path)
+    fill(store, 60, (20, 45))
+    gone = torch.tensor([0, 19, 20, 44, 45, 59, 7, 7])
+    store.remove(gone)
+    for moment in ("added", "committed", "opened"):
+        if moment == "committed":
+            store.commit()
+        if moment == "opened":
+            store.close()
+            store = CorpusStore.open(tmp_path, read_only=False)
+        found = store.search(torch.eye(SIZE), 60)[1]
+        assert set(found[0].tolist()) == set(range(60)) - set(gone.tolist()) | {-1}, moment
+    store.add(*entries(3))
+    store.remove(torch.tensor([60]))
+    store.commit()
+    left = set(CorpusStore.open(tmp_path).search(torch.eye(SIZE), 63)[1][0].tolist())
+    assert left == set(range(63)) - set(gone.tolist()) - {60} | {-1}
+    assert files_of(tmp_path) == named_files(tmp_path)
+    with pytest.raises(UserError, match=r"ids to remove must be in 0 .. 62"):
+        store.remove(torch.tensor([63]))
+
+
+def test_compaction(tmp_path, small_shards):
+    store = create(tmp_path)
+    fill(store, 130, (10, 12, 50, 90))
+    keys, values = entries(130)
+    gone = torch.arange(0, 130, 3)
+    kept = torch.tensor([index for index in range(130) if index % 3])
+    store.remove(gone)
+    store.commit()
+    reader = CorpusStore.open(tmp_path)
+    before = contents(reader)
+    store.compact({"done": True})
+    assert len(store) == len(kept) == 86
+    assert len(files_of(tmp_path)) == 4  # 27 entries of 36 bytes in each
+    assert files_of(tmp_path) == named_files(tmp_path)
+    assert torch.equal(store.values["pair"], values["pair"][kept])
+    expected = topk_search(torch.eye(SIZE)[None], keys[kept][None], 20, "l2")
+    for opened in (store, CorpusStore.open(tmp_path, verify=True)):
+        scores, ids = opened.search(torch.eye(SIZE), 20)
+        assert torch.equal(scores, expected[0][0]) and torch.equal(ids, expected[1][0])
+        assert opened.progress == {"done": True}
+    assert contents(reader) == before  # its files are gone, its pages are not
+
+
+def test_compaction_of_everything(tmp_path):
+    store = create(tmp_path)
+    fill(store, 5, (5,))
+    store.remove(torch.arange(5))
+    store.compact()
+    assert len(store) == 0 and files_of(tmp_path) == []
+    assert (store.search(torch.eye(SIZE), 2)[1] == -1).all()
+
+
+def test_large_commits_are_cut_into_shards(tmp_path, small_shards):
+    store = create(tmp_path)
+    fill(store, 100, (100,))
+    assert len(files_of(tmp_path)) == 4
+    assert torch.equal(store.values["pair"], entries(100)[1]["pair"])
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    with create(tmp_path / "store") as store:
+        fill(store, 90, (30, 60))
+        store.remove(torch.tensor([3]))
+        store.commit()
+    return tmp_path / "store"
+
+
+def test_refuses_another_projection_and_metric(saved):
+    with pytest.raises(UserError, match="its keys were made by other weights"):
+        CorpusStore.open(saved, projection="f" * 64)
+    with pytest.raises(UserError, match="made for the metric 'l2', not for 'dot'"):
+        CorpusStore.open(saved, metric="dot")
+    with pytest.raises(UserError, match="there is no such store"):
+        CorpusStore.open(saved / "nothing", read_only=False)
+    # A refused writer leaves no lock behind.
+    with pytest.raises(UserError, match="its keys were made by other weights"):
+        CorpusStore.open(saved, projection="f" * 64, read_only=False)
+    CorpusStore.open(saved, read_only=False).close()
+
+
+def test_refuses_missing_and_truncated_files(saved):
+    for name in files_of(saved):
+        data = (saved / name).read_bytes()
+        (saved / name).write_bytes(data[:-1])
+        with pytest.raises(UserError, match=f"{name}: .* bytes long instead of"):
+            CorpusStore.open(saved)
+        (saved / name).unlink()
+        with pytest.raises(UserError, match=f"{name}: missing, though the manifest names it"):
+            CorpusStore.open(saved)
+        (saved / name).write_bytes(data)
+    CorpusStore.open(saved)
+
+
+def test_refuses_flipped_bytes(saved):
+    for name in files_of(saved):
+        data = (saved / name).read_bytes()
+        for index in [*range(0, len(data), 61), len(data) - 1]:
+            (saved / name).write_bytes(data[:index] + bytes([data[index] ^ 4]) + data[index + 1 :])
+            with pytest.raises(UserError, match=f"{name}: altered since it was written"):
+                CorpusStore.open(saved, verify=True)
+        (saved / name).write_bytes(data)
+
+
+def test_compaction_refuses_flipped_bytes(saved):
+    store = CorpusStore.open(saved, read_only=False)
+    path = saved / files_of(saved)[1]
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 4]))
+    with pytest.raises(UserError, match=f"{path.name}: altered since it was written"):
+        store.compact()
+    path.write_bytes(data)
+    store.compact()
+
+
+def test_refuses_a_header_of_other_types_unverified(saved):
+    """A header that is well-formed, but not what was written."""
+    path = saved / files_of(saved)[0]
+    data = path.read_bytes()
+    for old, new in ((b'"F32"', b'"I32"'), (b"next_token", b"next_tokem"), (b"[30,6]", b"[6,30]")):
+        assert old in data
+        path.write_bytes(data.replace(old, new))
+        with pytest.raises(UserError, match="altered since it was written"):
+            CorpusStore.open(saved)
+
+
+def mapping_of(address: int) -> str:
+    """The line of /proc/self/maps that holds an address."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(number, 16) for number in line.split()[0].split("-"))
+        if first <= address < last:
+            return line
+    return ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_base_is_the_file_itself(saved):
+    """No copy: processes that map the same file share its pages."""
+    store = CorpusStore.open(saved)
+    names = files_of(saved)
+    for part, name in zip(store._base, names, strict=False):
+        for column in part.columns.values():
+            line = mapping_of(column.data_ptr())
+            assert line.endswith(str(saved / name)) and "p " in line  # private: never written
+    with CorpusStore.open(saved, read_only=False) as store:
+        store.compact()
+        value = store.values["pair"]
+        assert mapping_of(value.data_ptr()).endswith(files_of(saved)[0])
+
+
+def resident_after_search(folder: Path, results) -> None:
+    def anonymous() -> int:
+        text = Path("/proc/self/status").read_text()
+        return int(re.search(r"RssAnon:\s+(\d+) kB", text)[1]) << 10
+
+    torch.set_num_threads(1)
+    store = CorpusStore.open(folder)
+    queries = torch.ones(4, store.layout.key_size)
+    topk_search(queries[None], queries[None], 3)
+    before = anonymous()
+    found = store.search(queries, 3)
+    results.put((anonymous() - before, found[1].tolist()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_searching_takes_no_memory_of_the_size_of_the_store(tmp_path):
+    with CorpusStore.create(
+        tmp_path, key_size=256, metric="dot", projection=PROJECTION, values={}, key_type="float16"
+    ) as store:
+        for seed in range(4):
+            store.add(torch.randn(40_000, 256, generator=torch.Generator().manual_seed(seed)), {})
+            store.commit()
+        expected = store.search(torch.ones(4, 256), 3)[1].tolist()
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=resident_after_search, args=(tmp_path, results))
+    process.start()
+    grown, found = results.get(timeout=120)
+    process.join()
+    assert found == expected
+    assert grown < 20 << 20  # of 82 MB
+
+
+def change(folder: Path, action: str) -> None:
+    with CorpusStore.open(folder, read_only=False) as store:
+        if action == "compact":
+            corpus_store.SHARD_BYTES = 1000
+            store.compact({"step": 2})
+        else:
+            store.add(*entries(25, seed=5))
+            store.remove(torch.tensor([1, 70]))
+            store.commit({"step": 2})
+
+
+@pytest.mark.parametrize("action", ["commit", "compact"])
+def test_killed_at_every_step(saved, tmp_path, action):
+    shutil.copytree(saved, tmp_path / "new")
+    store = CorpusStore.open(saved)
+    old = (contents(store), store.progress)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_store, "SHARD_BYTES", corpus_store.SHARD_BYTES)  # `change` sets it
+        change(tmp_path / "new", action)
+    store = CorpusStore.open(tmp_path / "new")
+    new = (contents(store), store.progress)
+    assert old != new
+    found = []
+    for moment in itertools.count():
+        folder = tmp_path / f"{moment}"
+        shutil.copytree(saved, folder)
+        killed = killed_at(moment, folder, change, folder, action)
+        store = CorpusStore.open(folder, verify=True)
+        found.append([old, new].index((contents(store), store.progress)))
+        if not killed:
+            break
+        with CorpusStore.open(folder, read_only=False) as store:
+            store.commit()
+        assert files_of(folder) == named_files(folder)
+        assert not list(folder.glob("*.partial"))
+    assert found == sorted(found) and set(found) == {0, 1} and len(found) > 10
+
+
+def grow_forever(folder: Path, ready: Path) -> None:
+    with CorpusStore.open(folder, read_only=False) as store:
+        while True:
+            count = store.progress.get("entries", 0)
+            numbers = torch.arange(count, count + 500)
+            store.add(numbers.float()[:, None].expand(-1, SIZE), {"number": numbers})
+            store.commit({"entries": count + 500})
+            if store.progress["entries"] % 2000 == 0:
+                store.compact()
+            ready.touch()
+
+
+def test_killed_at_random_moments(tmp_path):
+    folder = tmp_path / "store"
+    create(folder, values={"number": ValueSpec((), torch.int64)}).close()
+    random.seed(0)
+    reached = 0
+    for number in range(8):
+        ready = tmp_path / f"ready {number}"
+        killed_after(random.uniform(0, 0.1), ready, grow_forever, folder, ready)
+        store = CorpusStore.open(folder, verify=True)
+        assert len(store) == store.progress["entries"] > reached
+        reached = len(store)
+        assert torch.equal(store.values["number"], torch.arange(reached))
+        assert torch.equal(store._base[-1].columns["keys"][-1], torch.full((SIZE,), reached - 1.0))
