@@ -157,7 +157,7 @@ class Keys {
         stride_ = p_.key_row;
         if (count % R) widen_rows<float>(begin);
     }
-    if (!plain_) weigh(begin);
+    weigh(begin);
     return true;
   }
 
@@ -208,6 +208,10 @@ class Keys {
   }
 
   void weigh(int64_t begin) {
+    if (plain_) {
+      std::fill(factors_, factors_ + BLOCK, 1.0f);
+      return;
+    }
     const float* scales = p_.scales ? p_.scales + store_ * p_.scale_batch + begin : nullptr;
     for (int64_t i = 0; i < round_up(count_, R); ++i) {
       const float scale = scales && i < count_ ? scales[i] : 1;
