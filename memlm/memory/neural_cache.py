@@ -124,7 +124,6 @@ class NeuralCache(OutputMemory):
         state: NeuralCacheState,
         context: CallContext,
         columns: Tensor,
-        vocab_size: int,
     ) -> tuple[Iterator[Evidence], NeuralCacheState]:
         """See `OutputMemory.read`.
 
@@ -135,7 +134,7 @@ class NeuralCache(OutputMemory):
         stored = torch.where(state.valid, state.positions, -1)
         span = torch.stack([part.max() for part in (positions, stored, state.pending_position)])
         base = layout.document.clamp(min=0) * (span.max() + 2)  # places of position 0
-        longest = int(state.count.max())
+        longest = max(int(state.count.max()), 1)  # a free slot, which nothing sees, is no bother
         parts = [(state.keys[:, :longest], state.values[0][:, :longest], stored[:, :longest])]
         after = state
         if context.write:
@@ -149,7 +148,7 @@ class NeuralCache(OutputMemory):
         if self.config.top_k is not None:
             order = ring_order(state.start, state.capacity)[:, :longest]
             searched = _oldest_first(searched, order)
-        return self._search(hidden[:, columns].to(keys.dtype), searched, vocab_size), after
+        return self._search(hidden[:, columns].to(keys.dtype), searched), after
 
     def _entries(
         self, hidden: Tensor, state: NeuralCacheState, context: CallContext, base: Tensor
@@ -194,15 +193,16 @@ class NeuralCache(OutputMemory):
         )
         return (keys, tokens, torch.where(complete, places, -1)), after
 
-    def _search(self, queries: Tensor, searched: _Searched, vocab_size: int) -> Iterator[Evidence]:
+    def _search(self, queries: Tensor, searched: _Searched) -> Iterator[Evidence]:
         """Blocks of the evidence of queries [B, N, hidden_size]."""
         wide = torch.promote_types(queries.dtype, torch.float32)
         keys = searched.keys.to(wide)
         cosine = self.config.metric == "cosine"
         if cosine:
             keys = F.normalize(keys, dim=-1)
-        width = max(min(keys.shape[1], 2 * self.config.capacity), vocab_size)
-        step = max(1, BLOCK // (len(queries) * width))
+        # A block of as many tokens as the capacity looks back on twice as many entries.
+        width = min(keys.shape[1], 2 * self.config.capacity)
+        step = max(1, min(self.config.capacity, BLOCK // (len(queries) * width)))
         for start in range(0, queries.shape[1], step):
             part = slice(start, start + step)
             block = queries[:, part].to(wide)

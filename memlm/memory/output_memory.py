@@ -66,6 +66,11 @@ class Evidence:
         """bool [B, t], tokens with at least one entry."""
         return (self.scores > -torch.inf).any(-1)
 
+    def split(self, size: int) -> Iterator["Evidence"]:
+        """The same of at most `size` tokens at a time."""
+        parts = (part.split(size, 1) for part in (self.scores, self.tokens))
+        return (Evidence(*part) for part in zip(*parts, strict=True))
+
     def shares(self, temperature: float) -> Tensor:
         """[B, t, K], the softmax over the entries; 1 / K each where there is none."""
         scores = self.scores.masked_fill(~self.found.unsqueeze(-1), 0)
@@ -103,7 +108,6 @@ class OutputMemory(nn.Module, ABC):
         state: MemoryState | None,
         context: CallContext,
         columns: Tensor,
-        vocab_size: int,
     ) -> tuple[Iterator[Evidence], MemoryState | None]:
         """Search and write.
 
@@ -113,8 +117,6 @@ class OutputMemory(nn.Module, ABC):
             context: the documents and tokens of the call; with `context.write` False the same
                 state object comes back.
             columns: int64 [N], the tokens of the call whose next token is predicted.
-            vocab_size: tokens that the model knows; blocks of evidence are made small enough for
-                as many probabilities per token.
 
         Returns:
             The evidence of `columns`, in that order, in blocks of them; and the new state.
@@ -151,12 +153,13 @@ class OutputMemory(nn.Module, ABC):
             columns = torch.arange(hidden.shape[1], device=hidden.device)
         # Scores and probabilities need float32 where autocast would choose less.
         with torch.autocast(hidden.device.type, enabled=False):
-            blocks, state = self.read(hidden, state, context, columns, logits.shape[-1])
+            blocks, state = self.read(hidden, state, context, columns)
             mixed, start = [], 0
             for evidence in blocks:
-                end = start + evidence.tokens.shape[1]
-                mixed.append(interpolate(logits[:, start:end], evidence, self.config))
-                start = end
+                for part in evidence.split(max(1, BLOCK // logits[:, 0].numel())):
+                    end = start + part.tokens.shape[1]
+                    mixed.append(interpolate(logits[:, start:end], part, self.config))
+                    start = end
         return torch.cat(mixed, 1) if mixed else logits, state
 
 

@@ -21,6 +21,7 @@ PRODUCT_KEY = {"num_keys": 6, "num_heads": 2, "top_k": 3}
 PLAIN_VALUES = {"variant": "plain", "value_size": 12, "query_norm": "batch", "gated": True}
 LACT = {"num_heads": 2, "head_dim": 4, "chunk_size": 5, "orthogonalise": True}
 KNN_CACHE = {"capacity": 12, "segment": 4, "key_size": 8, "top_k": 3, "num_heads": 2}
+MEMORIZING = {"window": 5, "segment": 4, "capacity": 8, "top_k": 3, "num_heads": 4}
 # The only thing a new memory adds here.
 SPECS: dict[str, list[Spec]] = {
     "gated_delta": [
@@ -39,6 +40,10 @@ SPECS: dict[str, list[Spec]] = {
             {"num_heads": 2, "feature_map": "identity", "normalizer": False},
             "unnormalized",
         ),
+    ],
+    "memorizing_attention": [
+        Spec(("mixer",), {**MEMORIZING, "num_key_value_heads": 2}),
+        Spec(("mixer",), {**MEMORIZING, "head_gate": "tanh", "rope": False}, "tanh", examples=2),
     ],
     "min_gru": [
         Spec(EVERYWHERE),
@@ -69,14 +74,23 @@ SPECS: dict[str, list[Spec]] = {
         ),
     ],
 }
+# A store belongs to one set of weights: knn_lm has a test of its own (test_knn_lm.py).
+OUTPUT_SPECS: dict[str, list[Spec]] = {
+    "neural_cache": [
+        Spec(("output",), {"capacity": 12, "weight": 0.4}),
+        Spec(("output",), {"capacity": 15, "weight": 0.4, "top_k": 3}, "nearest"),
+        Spec(("output",), {"capacity": 40, "metric": "dot", "temperature": 10.0}, "dot"),
+    ],
+}
 
 
 def cases() -> list[Case]:
     """Every registered memory at each of its sites."""
+    specs = SPECS | OUTPUT_SPECS
     return [
         Case(name, site, spec)
-        for name in memory_names()
-        for spec in SPECS.get(name, ())
+        for name in [*memory_names(), *OUTPUT_SPECS]
+        for spec in specs.get(name, ())
         for site in spec.sites
     ]
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memlm import MemLMConfig, MemLMForCausalLM
+from memlm.memory.output_memory import OUTPUT
 from memlm.models.block import Branch
 
 VOCABULARY = 40
@@ -24,8 +25,9 @@ class Spec:
     """One way to configure a memory for the laws.
 
     Attributes:
-        sites: where it is tried: mixer, memory, parallel (the memory site beside the mixer), ffn.
-        options: its entry in `layers`, without the type.
+        sites: where it is tried: mixer, memory, parallel (the memory site beside the mixer), ffn,
+            output.
+        options: its entry in `layers` (or `output`), without the type.
         label: tells several specs of one memory apart.
         without_gradient: fields of its state that take no gradient by design (stores).
         stable: further options in float32, for a memory that is chaotic with its usual ones.
@@ -66,13 +68,34 @@ class Case:
     def layers(self, with_memory: bool = True, **options: Any) -> list[dict[str, Any]]:
         """Two layers with the memory at its site, or with nothing there (the base model)."""
         pattern: dict[str, Any] = {"repeat": 2, "mixer": ATTENTION, "ffn": "swiglu"}
-        site = "memory" if self.site == "parallel" else self.site
-        pattern[site] = self.entry(**options) if with_memory else None
+        if self.site != OUTPUT:
+            site = "memory" if self.site == "parallel" else self.site
+            pattern[site] = self.entry(**options) if with_memory else None
         return [pattern]
+
+    def build(
+        self,
+        dtype: torch.dtype = torch.float64,
+        with_memory: bool = True,
+        repeat: int = 2,
+        **options: Any,
+    ) -> MemLMForCausalLM:
+        """A model of `repeat` layers with the memory at its site, or without (the base model)."""
+        layers = [{**self.layers(with_memory, **options)[0], "repeat": repeat}]
+        output = self.entry(**options) if self.site == OUTPUT and with_memory else None
+        return build_model(layers, dtype, output=output)
+
+    @property
+    def closed(self) -> dict[str, float]:
+        """Options with which the memory gives nothing."""
+        return {"weight": 0.0} if self.site == OUTPUT else {"gate": 0.0}
 
 
 def build_model(
-    layers: list[dict[str, Any]], dtype: torch.dtype = torch.float64, seed: int = 0
+    layers: list[dict[str, Any]],
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    output: dict[str, Any] | None = None,
 ) -> MemLMForCausalLM:
     """A tiny model whose every weight is far from its start value and from symmetry.
 
@@ -86,6 +109,7 @@ def build_model(
         hidden_size=32,
         intermediate_size=32,
         layers=layers,
+        output=output,
         initializer_range=2 * spread,
         pad_token_id=0,
     )
@@ -101,7 +125,7 @@ def build_model(
 @functools.lru_cache(maxsize=4)
 def model_of(case: Case, dtype: torch.dtype = torch.float64) -> MemLMForCausalLM:
     """The model of a case; laws that change it take a copy."""
-    return build_model(case.layers(**(case.spec.stable if dtype == torch.float32 else {})), dtype)
+    return case.build(dtype, **(case.spec.stable if dtype == torch.float32 else {}))
 
 
 def memory_states(model: MemLMForCausalLM, states: dict) -> dict:

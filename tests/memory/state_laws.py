@@ -18,7 +18,6 @@ from tests.memory.law_tools import (
     Case,
     assert_close,
     assert_same_bits,
-    build_model,
     draw_cuts,
     draw_ids,
     model_of,
@@ -109,8 +108,8 @@ def off(case: Case, data) -> None:
     """
     ids = draw_ids(data, 2)
     cut = data.draw(st.integers(1, LENGTH - 1), label="cut")
-    gated = build_model(case.layers(gate=0.0))
-    base = build_model(case.layers(with_memory=False))
+    gated = case.build(**case.closed)
+    base = case.build(with_memory=False)
     assert not base.load_state_dict(gated.state_dict(), strict=False).missing_keys
     expected, _ = run(base, ids)
     expected_rest, _ = run(base, ids[:, cut:], run(base, ids[:, :cut])[1])
@@ -166,7 +165,7 @@ def acts(case: Case, data) -> None:
     assert (logits - run(model, ids, use_memory=False)[0]).abs().amax() > 1e-3
     if not model.memory_state_names():
         return
-    alone = build_model([{**case.layers()[0], "repeat": 1}])
+    alone = case.build(repeat=1)
     changed = ids.clone()
     changed[0, :4] = 1 + ids[0, :4] % (VOCABULARY - 1)
     far = slice(4 + WINDOW + 2, None)  # past the window and the convolution of the one attention

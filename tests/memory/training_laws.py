@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memlm import MemLMForCausalLM
+from memlm.layers.context import CallContext
+from memlm.memory.output_memory import OUTPUT
 from tests.memory.law_tools import (
     LENGTH,
+    VOCABULARY,
     Case,
     assert_close,
     assert_same_bits,
@@ -51,6 +54,9 @@ def parameters(model: MemLMForCausalLM) -> dict[str, Tensor]:
 
 def gradient(case: Case, data) -> None:
     """Gradients of input, parameters and incoming state are those of finite differences."""
+    if case.site == OUTPUT:
+        _output_gradient(case, data)
+        return
     site = "memory" if case.site == "parallel" else case.site
     model = build_model([{site: case.entry()}])
     # Vectors of their own: equal tokens would tie in a search, and a tie has no gradient.
@@ -84,6 +90,31 @@ def gradient(case: Case, data) -> None:
         *(parameters_of_interest(model)[name] for name in names),
         *(states[name].tensors()[key] for name, key in carried),
     ]
+    inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(forward, inputs, fast_mode=True, eps=1e-6, atol=1e-6)
+
+
+def _output_gradient(case: Case, data) -> None:
+    memory = model_of(case).output_memory
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), label="vectors"))
+    ids = draw_ids(data, 2, 11)
+    cut = data.draw(st.integers(1, 6), label="cut")
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    before = CallContext.plain(2, cut, input_ids=ids[:, :cut])
+    context = CallContext.plain(2, 11 - cut, cut, input_ids=ids[:, cut:])
+    state = memory.init_state(2, dtype=torch.float64)
+    _, state = memory(draw(2, cut, 32), draw(2, cut, VOCABULARY), state, before)
+    carried = {key: value for key, value in state.tensors().items() if value.is_floating_point()}
+
+    def forward(hidden: Tensor, logits: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = state.tensors() | dict(zip(carried, tensors, strict=True))
+        mixed, after = memory(hidden, logits, type(state).from_state_dict(given), context)
+        return (mixed, *(after.tensors()[key] for key in carried))
+
+    inputs = [draw(2, 11 - cut, 32), draw(2, 11 - cut, VOCABULARY), *carried.values()]
     inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(forward, inputs, fast_mode=True, eps=1e-6, atol=1e-6)
 
