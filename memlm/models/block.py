@@ -1,5 +1,6 @@
 """One layer of the model: a mixer, an optional memory and a feed-forward site."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from memlm.errors import UserError
 from memlm.layers.attention import Attention
 from memlm.layers.context import CallContext
 from memlm.layers.mlp import SwiGLU
@@ -100,6 +102,39 @@ class Branch(nn.Module):
 def attention_state_name(name: str) -> str:
     """The name of the state of the attention inside the memory called `name`."""
     return f"{name}.attention"
+
+
+def build_shared(branches: Iterable[Branch], hidden_size: int) -> nn.ModuleDict:
+    """The modules that memories with the same `share` use; later ones are told that they follow.
+
+    Raises:
+        UserError: for a name that cannot be one, or memories that share it and differ.
+    """
+    shared = nn.ModuleDict()
+    owners: dict[str, Any] = {}
+    for branch in branches:
+        name = getattr(getattr(branch.module, "config", None), "share", None)
+        if not branch.is_memory or name is None:
+            continue
+        if hasattr(nn.ModuleDict(), name) or "." in name:
+            raise UserError(
+                f"layers: {name!r} cannot be a name of share; choose one without dots that "
+                "is no method of a dictionary, such as 'table'"
+            )
+        spec = (branch.module.name, branch.module.config)
+        if name in owners and owners[name] != spec:
+            raise UserError(
+                f"layers: the memories that share {name!r} differ; layers with the same "
+                "share need the same type and sizes"
+            )
+        if name in owners:
+            branch.module.follows = True
+            continue
+        owners[name] = spec
+        module = memory_class(spec[0]).build_shared(spec[1], hidden_size)
+        if module is not None:
+            shared[name] = module
+    return shared
 
 
 class Block(GradientCheckpointingLayer):

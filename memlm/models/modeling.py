@@ -14,7 +14,7 @@ from memlm.fingerprint import fingerprint
 from memlm.layers.attention import Attention
 from memlm.layers.context import CallContext, SequenceLayout
 from memlm.layers.state import MemoryState
-from memlm.memory import MemoryModule, memory_class
+from memlm.memory import MemoryModule
 from memlm.memory.output_memory import (
     OUTPUT,
     WEIGHTS,
@@ -23,7 +23,7 @@ from memlm.memory.output_memory import (
     build_output_memory,
 )
 from memlm.memory.titans_memory import TitansMemory
-from memlm.models.block import Block
+from memlm.models.block import Block, build_shared
 from memlm.models.cache import MemLMCache
 from memlm.models.configuration import MemLMConfig
 from memlm.models.documents import PositionState, advance, find_documents, valid_tokens
@@ -88,36 +88,10 @@ class MemLMModel(MemLMPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, plan, index) for index, plan in enumerate(plans))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.shared = nn.ModuleDict()
-        self._build_shared()
+        branches = [branch for block in self.layers for branch in block.branches().values()]
+        self.shared = build_shared(branches, config.hidden_size)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def _build_shared(self) -> None:
-        owners: dict[str, Any] = {}
-        for block in self.layers:
-            for branch in block.branches().values():
-                name = getattr(getattr(branch.module, "config", None), "share", None)
-                if not branch.is_memory or name is None:
-                    continue
-                if hasattr(nn.ModuleDict(), name) or "." in name:
-                    raise UserError(
-                        f"layers: {name!r} cannot be a name of share; choose one without dots that "
-                        "is no method of a dictionary, such as 'table'"
-                    )
-                spec = (branch.module.name, branch.module.config)
-                if name in owners and owners[name] != spec:
-                    raise UserError(
-                        f"layers: the memories that share {name!r} differ; layers with the same "
-                        "share need the same type and sizes"
-                    )
-                if name in owners:
-                    branch.module.follows = True
-                    continue
-                owners[name] = spec
-                module = memory_class(spec[0]).build_shared(spec[1], self.config.hidden_size)
-                if module is not None:
-                    self.shared[name] = module
 
     def init_states(self, batch_size: int) -> States:
         """The states of `batch_size` rows before their first token."""
