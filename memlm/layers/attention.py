@@ -175,12 +175,27 @@ class Attention(nn.Module):
         Returns:
             [B, T, hidden_size] and the new state.
         """
-        layout = context.layout
-        tail = state.tail
         if self.convolution is not None:
-            hidden, tail = self.convolve(hidden, state, layout)
-        batch_size, length, _ = hidden.shape
-        query, key, value = self._project(hidden, context.position_ids)
+            hidden, tail = self.convolve(hidden, state, context.layout)
+            state = dataclasses.replace(state, tail=tail)
+        projected = self._project(hidden, context.position_ids)
+        output, state = self.over_documents(*projected, state, context)
+        return self.o_proj(output), state
+
+    def over_documents(
+        self, query: Tensor, key: Tensor, value: Tensor, state: AttentionState, context: CallContext
+    ) -> tuple[Tensor, AttentionState]:
+        """Attend to the keys of the call and of the carried document.
+
+        Args:
+            query, key, value: [B, T, heads, head_dim] of this call.
+            state: what the B rows carry; its `tail` is passed on.
+            context: positions and documents.
+
+        Returns:
+            The heads side by side, [B, T, num_heads * head_dim], and the new state.
+        """
+        layout = context.layout
         keys = torch.cat([state.keys.to(key.dtype), key], dim=1)
         values = torch.cat([state.values.to(value.dtype), value], dim=1)
         positions = torch.cat([state.positions, context.position_ids], dim=1)
@@ -190,12 +205,12 @@ class Attention(nn.Module):
 
         if "flash" in (self.config._attn_implementation or ""):
             output = self._packed(query, keys, values, documents, layout)
-        elif self.window is not None and length > self.window and bool(layout.valid.all()):
+        elif self.window is not None and query.shape[1] > self.window and bool(layout.valid.all()):
             output = self._banded(query, keys, values, positions, documents)
         else:
             output = self._masked(query, keys, values, positions, documents, layout)
-        new_state = self._next_state(state, keys, values, positions, documents, tail, layout)
-        return self.o_proj(output.reshape(batch_size, length, -1)), new_state
+        state = self._next_state(state, keys, values, positions, documents, layout)
+        return output.flatten(2), state
 
     def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value [..., heads, head_dim] of [..., hidden_size], without positions."""
@@ -354,7 +369,6 @@ class Attention(nn.Module):
         values: Tensor,
         positions: Tensor,
         documents: Tensor,
-        tail: Tensor,
         layout: SequenceLayout,
     ) -> AttentionState:
         """Keep the last document of each row, and of it what the window can still reach."""
@@ -363,7 +377,7 @@ class Attention(nn.Module):
         keep = torch.where(last < 0, untouched, documents == last)
         positions = torch.where(keep, positions, -1)
         if self.window is None:
-            return AttentionState(keys, values, positions, tail)
+            return AttentionState(keys, values, positions, state.tail)
         if not layout.uniform:
             # Padding may lie between kept tokens: move them to the right end, in order.
             order = keep.to(torch.int8).sort(dim=1, stable=True).indices
@@ -373,7 +387,7 @@ class Attention(nn.Module):
         start = max(0, keys.shape[1] - (self.window - 1))
         # Copies: views would keep the keys and values of the whole call alive.
         kept = [tensor[:, start:].clone() for tensor in (keys, values, positions)]
-        return AttentionState(*kept, tail)
+        return AttentionState(*kept, state.tail)
 
     def flops(self, tokens: int) -> int:
         """Floating point operations of one forward pass over one row of `tokens` tokens."""

@@ -3,13 +3,14 @@
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from memlm.errors import UserError, nearest
+from memlm.layers.attention_weights import AttentionWeights
 from memlm.layers.context import CallContext, SequenceLayout
 from memlm.layers.state import MemoryState
 from memlm.specification import build_config
@@ -55,6 +56,10 @@ class MemoryConfig:
 
     def check_sizes(self, hidden_size: int) -> None:
         """Raise UserError for sizes that cannot work in a model of width `hidden_size`."""
+
+    def for_attention(self, weights: AttentionWeights) -> Self:
+        """This config beside an attention with those weights: sizes left open become its own."""
+        return self
 
 
 class MemoryModule(nn.Module, ABC):
@@ -117,6 +122,14 @@ class MemoryModule(nn.Module, ABC):
         """Set every own parameter with functions of `transformers.initialization`.
 
         Those leave loaded weights alone; linear layers and norms are set before this is called.
+        """
+
+    def init_from_attention(self, weights: AttentionWeights) -> None:
+        """Start from the weights of the attention beside it, where this memory has use for them.
+
+        Raises:
+            UserError: for weights of other sizes; `MemoryConfig.for_attention` gives those that
+                fit.
         """
 
     @abstractmethod
