@@ -13,8 +13,10 @@ from memlm.memory.base import (
 )
 from memlm.memory.gated_delta import GatedDelta, GatedDeltaConfig
 from memlm.memory.knn_cache import KnnCache, KnnCacheConfig
+from memlm.memory.knn_lm import KnnLM, KnnLMConfig
 from memlm.memory.lact import LaCT, LaCTConfig
 from memlm.memory.linear_attention import LinearAttention, LinearAttentionConfig
+from memlm.memory.memorizing_attention import MemorizingAttention, MemorizingAttentionConfig
 from memlm.memory.min_gru import MinGRU, MinGRUConfig
 from memlm.memory.min_lstm import MinLSTM, MinLSTMConfig
 from memlm.memory.neural_cache import NeuralCache, NeuralCacheConfig
@@ -32,10 +34,14 @@ __all__ = [
     "GatedDeltaConfig",
     "KnnCache",
     "KnnCacheConfig",
+    "KnnLM",
+    "KnnLMConfig",
     "LaCT",
     "LaCTConfig",
     "LinearAttention",
     "LinearAttentionConfig",
+    "MemorizingAttention",
+    "MemorizingAttentionConfig",
     "MemoryConfig",
     "MemoryModule",
     "MemoryState",

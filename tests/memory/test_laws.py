@@ -4,8 +4,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from memlm.memory import memory_names
-from tests.memory.contract import LAWS, SPECS, cases
+from memlm.memory import memory_names, output_memory_names
+from tests.memory.contract import LAWS, OUTPUT_SPECS, SPECS, cases
 
 deterministic = settings(
     derandomize=True,
@@ -18,6 +18,7 @@ deterministic = settings(
 
 def test_every_memory_is_under_the_law():
     assert sorted(SPECS) == memory_names(), "a memory needs a line in tests/memory/contract.py"
+    assert sorted([*OUTPUT_SPECS, "knn_lm"]) == output_memory_names()
 
 
 CASES = [
