@@ -21,7 +21,7 @@ PRODUCT_KEY = {"num_keys": 6, "num_heads": 2, "top_k": 3}
 PLAIN_VALUES = {"variant": "plain", "value_size": 12, "query_norm": "batch", "gated": True}
 LACT = {"num_heads": 2, "head_dim": 4, "chunk_size": 5, "orthogonalise": True}
 KNN_CACHE = {"capacity": 12, "segment": 4, "key_size": 8, "top_k": 3, "num_heads": 2}
-MEMORIZING = {"window": 5, "segment": 4, "capacity": 8, "top_k": 3, "num_heads": 4}
+MEMORIZING = {"window": 5, "segment": 4, "capacity": 12, "top_k": 3, "num_heads": 4}
 # The only thing a new memory adds here.
 SPECS: dict[str, list[Spec]] = {
     "gated_delta": [
