@@ -47,6 +47,7 @@ class CorpusStore:
         folder: where it lies.
         layout: what an entry consists of, and for which metric and projection.
         progress: the note of the last commit.
+        progress_tensors: the tensors of that note, by name.
     """
 
     def __init__(self, folder: Path, content: Content, lock: FileLock | None, verify: bool):
@@ -62,6 +63,8 @@ class CorpusStore:
         self._next_shard: int = content["next_shard"]
         shards = {shard.file: shard for shard in shards_of(content)}
         self._removal = shards.pop(content["removal"], None)
+        note = shards.pop(content["progress_tensors"], None)
+        self.progress_tensors = {} if note is None else read_shard(self.folder, note, verify=True)
         self._shards = list(shards.values())
         self._base: list[Part] = []
         entries = 0
@@ -105,7 +108,7 @@ class CorpusStore:
             lock.release()
             raise UserError(f"{folder}: there is a {MANIFEST_FILE} already; open or remove it")
         content = {**layout.to_content(), "progress": {}, "next_shard": 0}
-        content |= {"removal": None, "shards": []}
+        content |= {"removal": None, "progress_tensors": None, "shards": []}
         commit(folder, _KIND, content)
         return cls(folder, content, lock, verify=False)
 
@@ -288,29 +291,28 @@ class CorpusStore:
             self._hide(ids)
             self._removal_written = False
 
-    def commit(self, progress: Content | None = None) -> None:
+    def commit(
+        self, progress: Content | None = None, tensors: dict[str, Tensor] | None = None
+    ) -> None:
         """Write what was added and removed. A process that dies meanwhile leaves the store before.
 
         Args:
-            progress: a note for whoever goes on, any JSON; None = the last one stays.
+            progress: a note for whoever goes on, any JSON; None = the last one stays, without
+                tensors.
+            tensors: contiguous tensors on the CPU that belong to the note.
         """
         self._require_writer("commit")
         shards = self._shards + self._write(cut(self._tail.part, self._shard_entries))
         removal = self._removal
         if not self._removal_written:
-            ids = self._hidden.nonzero()[:, 0]
-            removal = write_shard(self.folder, self._next_shard, {"ids": ids}, len(ids))
-            self._next_shard += 1
-        self._publish(shards, removal, self.progress if progress is None else progress)
+            removal = self._write_shard({"ids": self._hidden.nonzero()[:, 0]}, 0)
+        self._publish(shards, removal, progress, tensors)
 
-    def compact(self, progress: Content | None = None) -> None:
+    def compact(self) -> None:
         """Write everything but the removed entries into few shards; ids count anew.
 
         The SHA-256 of what is read is verified. Until it is done, both forms take disk space; a
         process that dies meanwhile leaves the store before.
-
-        Args:
-            progress: as in `commit`.
 
         Raises:
             UserError: for a read-only store, or a shard that was altered.
@@ -318,8 +320,7 @@ class CorpusStore:
         self._require_writer("compact")
         for shard in self._shards:
             read_shard(self.folder, shard, verify=True)
-        shards = self._write(self._remaining())
-        self._publish(shards, None, self.progress if progress is None else progress)
+        self._publish(self._write(self._remaining()), None)
 
     @property
     def _shard_entries(self) -> int:
@@ -345,21 +346,30 @@ class CorpusStore:
 
     def _write(self, parts: Iterable[Part]) -> list[Shard]:
         """Shards of parts; no manifest names them yet."""
-        shards = []
-        for part in parts:
-            if len(part):
-                columns = {name: column.contiguous() for name, column in part.columns.items()}
-                shards.append(write_shard(self.folder, self._next_shard, columns, len(part)))
-                self._next_shard += 1
-        return shards
+        return [self._write_shard(part.columns, len(part)) for part in parts if len(part)]
 
-    def _publish(self, shards: list[Shard], removal: Shard | None, progress: Content) -> None:
+    def _write_shard(self, tensors: dict[str, Tensor], entries: int) -> Shard:
+        shard = write_shard(self.folder, self._next_shard, tensors, entries)
+        self._next_shard += 1
+        return shard
+
+    def _publish(
+        self,
+        shards: list[Shard],
+        removal: Shard | None,
+        progress: Content | None = None,
+        tensors: dict[str, Tensor] | None = None,
+    ) -> None:
         """Make these shards what the store is."""
-        content = {**self.layout.to_content(), "progress": progress}
-        content |= {
+        note = self._write_shard(tensors, 0) if tensors else None
+        others = [shard for shard in (removal, note) if shard is not None]
+        content = {
+            **self.layout.to_content(),
+            "progress": self.progress if progress is None else progress,
             "next_shard": self._next_shard,
             "removal": removal.file if removal else None,
-            "shards": as_content([*shards, *([removal] if removal else [])]),
+            "progress_tensors": note.file if note else None,
+            "shards": as_content([*shards, *others]),
         }
         commit(self.folder, _KIND, content)
         self._take_up(content, verify=False)

@@ -110,16 +110,18 @@ def test_fewer_entries_than_asked_for(tmp_path):
 def test_comes_back(tmp_path):
     with create(tmp_path, source={"text": "a"}) as store:
         fill(store, 90, (40,))
-        store.commit({"documents": 3})
+        store.commit({"documents": 3}, {"state": torch.tensor([1.5])})
         expected = contents(store)
     loaded = CorpusStore.open(tmp_path, projection=PROJECTION, metric="l2", verify=True)
     assert contents(loaded) == expected
     assert loaded.progress == {"documents": 3}
+    assert loaded.progress_tensors["state"].tolist() == [1.5]
     assert loaded.layout.source == {"text": "a"}
     with CorpusStore.open(tmp_path, read_only=False) as again:
         assert contents(again) == expected
         again.commit()
-        assert again.progress == {"documents": 3}
+        assert again.progress == {"documents": 3} and again.progress_tensors == {}
+    assert files_of(tmp_path) == named_files(tmp_path)
 
 
 def test_what_was_not_committed_is_not_written(tmp_path):
@@ -251,7 +253,7 @@ def test_compaction(tmp_path, small_shards):
     store.commit()
     reader = CorpusStore.open(tmp_path)
     before = contents(reader)
-    store.compact({"done": True})
+    store.compact()
     assert len(store) == len(kept) == 86
     assert len(files_of(tmp_path)) == 4  # 27 entries of 36 bytes in each
     assert files_of(tmp_path) == named_files(tmp_path)
@@ -260,7 +262,6 @@ def test_compaction(tmp_path, small_shards):
     for opened in (store, CorpusStore.open(tmp_path, verify=True)):
         scores, ids = opened.search(torch.eye(SIZE), 20)
         assert torch.equal(scores, expected[0][0]) and torch.equal(ids, expected[1][0])
-        assert opened.progress == {"done": True}
     assert contents(reader) == before  # its files are gone, its pages are not
 
 
@@ -408,23 +409,23 @@ def change(folder: Path, action: str) -> None:
     with CorpusStore.open(folder, read_only=False) as store:
         if action == "compact":
             corpus_store.SHARD_BYTES = 1000
-            store.compact({"step": 2})
+            store.compact()
         else:
             store.add(*entries(25, seed=5))
             store.remove(torch.tensor([1, 70]))
-            store.commit({"step": 2})
+            store.commit({"step": 2}, {"step": torch.tensor(2)})
 
 
 @pytest.mark.parametrize("action", ["commit", "compact"])
 def test_killed_at_every_step(saved, tmp_path, action):
     shutil.copytree(saved, tmp_path / "new")
     store = CorpusStore.open(saved)
-    old = (contents(store), store.progress)
+    old = (contents(store), fingerprint(store.progress_tensors))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus_store, "SHARD_BYTES", corpus_store.SHARD_BYTES)  # `change` sets it
         change(tmp_path / "new", action)
     store = CorpusStore.open(tmp_path / "new")
-    new = (contents(store), store.progress)
+    new = (contents(store), fingerprint(store.progress_tensors))
     assert old != new
     found = []
     for moment in itertools.count():
@@ -432,7 +433,8 @@ def test_killed_at_every_step(saved, tmp_path, action):
         shutil.copytree(saved, folder)
         killed = killed_at(moment, folder, change, folder, action)
         store = CorpusStore.open(folder, verify=True)
-        found.append([old, new].index((contents(store), store.progress)))
+        state = (contents(store), fingerprint(store.progress_tensors))
+        found.append([old, new].index(state))
         if not killed:
             break
         with CorpusStore.open(folder, read_only=False) as store:
