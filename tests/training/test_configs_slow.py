@@ -28,6 +28,7 @@ ABLATION = {
     "titans_mal": "off",
     "product_key": "zeroed",
     "knn_cache": "off",
+    "memorizing_attention": "off",
     "hybrid": "off",
 }
 
