@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from memlm.data.tokenizers import register_tokenizers
 from memlm.errors import UserError
-from memlm.models import MemLMCache, MemLMConfig, MemLMForCausalLM, MemLMModel
+from memlm.models import MemLMCache, MemLMConfig, MemLMForCausalLM, MemLMModel, attach_memory
 
 __version__ = "0.1.0"
 
@@ -13,4 +13,11 @@ AutoModel.register(MemLMConfig, MemLMModel, exist_ok=True)
 AutoModelForCausalLM.register(MemLMConfig, MemLMForCausalLM, exist_ok=True)
 register_tokenizers(MemLMConfig)
 
-__all__ = ["MemLMCache", "MemLMConfig", "MemLMForCausalLM", "MemLMModel", "UserError"]
+__all__ = [
+    "MemLMCache",
+    "MemLMConfig",
+    "MemLMForCausalLM",
+    "MemLMModel",
+    "UserError",
+    "attach_memory",
+]

@@ -1,7 +1,17 @@
 """The model, its configuration, and the cache that carries its states in generation."""
 
+from memlm.models.attach import attach_memory
+from memlm.models.attach_config import AttachConfig
 from memlm.models.cache import MemLMCache
 from memlm.models.configuration import MemLMConfig
 from memlm.models.modeling import MemLMForCausalLM, MemLMModel, MemLMOutput
 
-__all__ = ["MemLMCache", "MemLMConfig", "MemLMForCausalLM", "MemLMModel", "MemLMOutput"]
+__all__ = [
+    "AttachConfig",
+    "MemLMCache",
+    "MemLMConfig",
+    "MemLMForCausalLM",
+    "MemLMModel",
+    "MemLMOutput",
+    "attach_memory",
+]

@@ -1,0 +1,122 @@
+"""A memory for a model that is already trained."""
+
+import types
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from memlm.errors import UserError
+from memlm.memory.base import AttendingMemory
+from memlm.models.attach_config import AttachConfig
+from memlm.models.attached import AttachedMemory, AttachedMixin, Attachment
+from memlm.models.attached_call import AttentionHook, CallCheckpoint
+from memlm.models.block import Branch, build_shared
+from memlm.models.decoder_layers import (
+    DecoderLayer,
+    attention_weights,
+    decoder_layers,
+    position_limit,
+)
+from memlm.models.modeling import init_module
+
+
+def attach_memory(
+    model: PreTrainedModel, config: AttachConfig | Mapping[str, Any]
+) -> PreTrainedModel:
+    """Give a causal language model of transformers a memory, in place.
+
+    On the chosen layers a branch reads what the attention reads and adds to what it gives. The
+    model keeps its modules and the names of its weights, which no longer ask for gradients; what is
+    new lies in `model.memory`. Its class becomes a subclass whose `forward` and `generate` carry
+    states as those of `MemLMForCausalLM` do. See docs/attach.md.
+
+    Args:
+        model: for example a Llama, Mistral, Qwen, Gemma, GPT-2 or OPT model.
+        config: `{"memory": {"type": NAME, ...}, "layers": [...], "window": ...}`, see
+            `AttachConfig`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UserError: for a config that does not fit the model, or a model without standard decoder
+            layers. The model is as it was then.
+    """
+    if isinstance(model, AttachedMixin):
+        raise UserError("the model has a memory already; detach_memory() first")
+    if not isinstance(config, AttachConfig):
+        config = AttachConfig.from_mapping(config)
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        raise UserError(
+            f"a {type(model).__name__} is no causal language model of transformers; load it with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    layers = decoder_layers(model)
+    if hasattr(model, "memory"):
+        raise UserError(f"{type(model).__name__} has an attribute `memory` of its own")
+    memory = _build_memory(model, config, layers)
+    base_class = type(model)
+    attachment = Attachment(
+        config=config,
+        layers=layers,
+        position_limit=position_limit(model),
+        window=config.window,
+        base_class=base_class,
+        handles=[],
+        requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
+    )
+    model.requires_grad_(False)
+    model.memory = memory
+    model.attachment = attachment
+    model.__class__ = types.new_class(
+        f"{base_class.__name__}WithMemory", (AttachedMixin, base_class)
+    )
+    try:
+        model.check_windows()
+    except UserError:
+        model.detach_memory()
+        raise
+    for index, layer in enumerate(layers):
+        hook, attention = AttentionHook(index), layer.attention(model)
+        attachment.handles.append(
+            attention.register_forward_pre_hook(hook.before, with_kwargs=True)
+        )
+        if str(index) in memory.layers:
+            attachment.handles.append(attention.register_forward_hook(hook.after, with_kwargs=True))
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = CallCheckpoint(
+                module._gradient_checkpointing_func
+            )
+    return model
+
+
+def _build_memory(
+    model: PreTrainedModel, config: AttachConfig, layers: list[DecoderLayer]
+) -> AttachedMemory:
+    text_config = model.config.get_text_config(decoder=True)
+    sizes = types.SimpleNamespace(hidden_size=text_config.hidden_size, rms_norm_eps=1e-6)
+    name, branches = config.memory["type"], nn.ModuleDict()
+    for index in config.chosen_layers(len(layers)):
+        weights = attention_weights(model, layers[index])
+        spec = config.build_memory()
+        if weights is not None:
+            spec = spec.for_attention(weights)
+        branch = Branch("memory", (name, spec), "none", sizes)
+        if isinstance(branch.module, AttendingMemory):
+            raise UserError(
+                f"attach.memory: {name} with these options has an attention of its own, which "
+                "would stand beside the model's; choose a memory without one"
+            )
+        branches[str(index)] = branch
+    memory = AttachedMemory(branches, build_shared(branches.values(), sizes.hidden_size))
+    std = getattr(text_config, "initializer_range", None) or 0.02
+    memory.apply(lambda module: init_module(module, std))
+    memory.to(device=model.device, dtype=model.dtype)
+    for index, branch in branches.items():
+        weights = attention_weights(model, layers[int(index)])
+        if weights is not None:
+            branch.module.init_from_attention(weights)
+    return memory.train(model.training)

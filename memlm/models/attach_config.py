@@ -1,0 +1,77 @@
+"""What `attach_memory` can be told."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+
+from memlm.errors import UserError
+from memlm.memory import MemoryConfig, memory_config
+from memlm.specification import build_config
+
+
+@strict
+@dataclasses.dataclass(kw_only=True)
+class AttachConfig:
+    """A memory for a pretrained model.
+
+    Attributes:
+        memory: `{type: NAME, ...}` as in `layers` of a MemLMConfig. Its `gate` is 0.0 unless given,
+            so that the model's outputs are exactly kept until the memory is trained.
+        layers: decoder layers that get one, from 0; None = the upper quarter, at least one.
+        window: tokens that attention sees, itself included, in every layer; None = as in the model.
+            With a window text may be longer than the model's positions, where these are rotary.
+    """
+
+    memory: dict[str, Any]
+    layers: list[int] | None = None
+    window: int | None = None
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str = "attach") -> "AttachConfig":
+        """A config from plain values, checked strictly.
+
+        Raises:
+            UserError: for an unknown key (with the nearest name) or a wrong value.
+        """
+        values = dict(values)
+        memory = values.get("memory")
+        if isinstance(memory, str):
+            values["memory"] = {"type": memory}
+        elif not isinstance(memory, Mapping) or not isinstance(memory.get("type"), str):
+            raise UserError(
+                f"{where}.memory: expected a name or a mapping with `type: NAME`, got {memory!r}"
+            )
+        else:
+            values["memory"] = dict(memory)
+        config = build_config(cls, values, where)
+        config.build_memory(where)
+        if config.window is not None and config.window < 1:
+            raise UserError(f"{where}.window is {config.window}, it must be at least 1")
+        return config
+
+    def build_memory(self, where: str = "attach") -> MemoryConfig:
+        """The memory's own config."""
+        return memory_config({"gate": 0.0, **self.memory}, f"{where}.memory")
+
+    def chosen_layers(self, count: int, where: str = "attach") -> list[int]:
+        """The layers that get a memory in a model of `count` layers, from bottom to top.
+
+        Raises:
+            UserError: for a layer that does not exist or is named twice, or none at all.
+        """
+        if self.layers is None:
+            return list(range(count - max(1, count // 4), count))
+        for index in self.layers:
+            if not 0 <= index < count:
+                raise UserError(
+                    f"{where}.layers: there is no layer {index}; the model has 0 to {count - 1}"
+                )
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise UserError(f"{where}.layers: name at least one layer, and each of them once")
+        return sorted(self.layers)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values that `from_mapping` accepts."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,307 @@
+"""What `attach_memory` adds to the class of a model: states, memories and generation with them."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from memlm.errors import UserError
+from memlm.layers.context import CallContext, SequenceLayout
+from memlm.layers.state import MemoryState
+from memlm.memory import MemoryModule
+from memlm.models.attach_config import AttachConfig
+from memlm.models.attached_call import AttachedCall, CallCheckpoint, state_name
+from memlm.models.cache import MemLMCache
+from memlm.models.decoder_layers import DecoderLayer, attention_sizes
+from memlm.models.documents import PositionState, advance, find_documents, valid_tokens
+from memlm.models.key_values import KeyValues, KeyValueState
+from memlm.models.modeling import MemLMForCausalLM, MemLMOutput
+
+States = dict[str, MemoryState]
+
+
+class AttachedMemory(nn.Module):
+    """The memories of a model.
+
+    Attributes:
+        layers: the branch of every decoder layer that has one, by its number.
+        shared: modules that memories with the same `share` use.
+    """
+
+    def __init__(self, layers: nn.ModuleDict, shared: nn.ModuleDict):
+        super().__init__()
+        self.layers = layers
+        self.shared = shared
+
+
+@dataclasses.dataclass
+class Attachment:
+    """What has to be known to use a memory, and to take it off again.
+
+    Attributes:
+        config: what the memory was made from.
+        layers: the decoder layers of the model.
+        position_limit: positions that the model has, and whether a window lifts the limit.
+        window: the cap on what attention sees; None = as in the model.
+        base_class: the model's class without the memory.
+        handles: the hooks on its attention layers.
+        requires_grad: of the model's own parameters before, by name.
+    """
+
+    config: AttachConfig
+    layers: list[DecoderLayer]
+    position_limit: tuple[int | None, bool]
+    window: int | None
+    base_class: type
+    handles: list[Any]
+    requires_grad: dict[str, bool]
+
+
+class AttachedMixin:
+    """Comes before the model's own class; see `attach_memory`."""
+
+    _is_stateful = True
+    memory: AttachedMemory
+    attachment: Attachment
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        memory_states: States | None = None,
+        past_key_values: MemLMCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        use_memory: bool = True,
+        write_memory: bool = True,
+        logits_to_keep: int | Tensor = 0,
+        return_memory_states: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> MemLMOutput | tuple:
+        """Predict the next token.
+
+        Arguments and output as in `MemLMForCausalLM.forward`; `kwargs` go to the model itself. The
+        states hold the keys and values of the model's attention under the name `base`.
+
+        Raises:
+            UserError: when the model does not allow so long a context, or for a Cache that cannot
+                hold memories.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if past_key_values is not None and not isinstance(past_key_values, MemLMCache):
+            raise UserError(
+                f"past_key_values is a {type(past_key_values).__name__}, which cannot hold "
+                "memories; pass a memlm.models.MemLMCache, or nothing"
+            )
+        if past_key_values is not None and memory_states is not None:
+            raise ValueError("give memory_states or past_key_values, not both")
+        wants_states = return_memory_states or memory_states is not None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not wants_states
+        if use_cache and past_key_values is None and memory_states is None:
+            past_key_values = MemLMCache()
+        given = past_key_values.states if past_key_values is not None else memory_states
+
+        tokens = inputs_embeds if input_ids is None else input_ids
+        states = self.init_states(tokens.shape[0]) if given is None else given
+        masks = (attention_mask, segment_ids, position_ids)
+        context = self._call_context(tokens, *masks, given, input_ids, write_memory)
+        attachment, layout = self.attachment, context.layout
+        key_values = KeyValues(
+            states["base"],
+            context,
+            [layer.window for layer in attachment.layers],
+            attachment.window,
+            self.config._attn_implementation,
+        )
+        carries = wants_states or past_key_values is not None
+        memory_states = {name: states[name] for name in self.memory_state_names()}
+        call = AttachedCall(
+            self.memory.layers, memory_states, context, key_values, carries, use_memory
+        )
+        plain = given is None and layout.uniform and position_ids is None
+        with call.active():
+            output = super().forward(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                # Without a mask or positions the model takes its own fast paths.
+                attention_mask=None if layout.uniform else layout.valid.long(),
+                position_ids=None if plain else context.position_ids,
+                labels=labels,
+                use_cache=False,
+                logits_to_keep=logits_to_keep,
+                return_dict=True,
+                **kwargs,
+            )
+        new_states = call.finish()
+        if carries:
+            new_states["base"] = key_values.finish()
+            new_states["position"] = advance(states["position"], context.position_ids, layout.valid)
+        if past_key_values is not None:
+            past_key_values.store(new_states, tokens.shape[1])
+        output = MemLMOutput(
+            loss=output.loss,
+            logits=output.logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            memory_states=new_states if wants_states else None,
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    def _call_context(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        position_ids: Tensor | None,
+        given: States | None,
+        input_ids: Tensor | None,
+        write_memory: bool,
+    ) -> CallContext:
+        batch_size, length = tokens.shape[:2]
+        if given is None:
+            next_position = torch.zeros(batch_size, dtype=torch.int64, device=tokens.device)
+        else:
+            next_position = given["position"].next_position
+        valid = valid_tokens(attention_mask, segment_ids, batch_size, length, tokens.device)
+        starts, position_ids = find_documents(
+            valid, segment_ids, position_ids, next_position, given is None
+        )
+        limit = self.max_context
+        if limit is not None and valid.numel():
+            longest = int((position_ids * valid).max()) + 1
+            if longest > limit:
+                raise UserError(
+                    f"the context has {longest} tokens, but {type(self).__name__} allows {limit}"
+                    + self._longer_context()
+                )
+        return CallContext(
+            SequenceLayout.build(position_ids, valid, starts),
+            position_ids,
+            write=write_memory,
+            shared=dict(self.memory.shared.items()),
+            input_ids=input_ids,
+        )
+
+    def _longer_context(self) -> str:
+        """What would allow a longer context, to end a sentence with."""
+        if self.attachment.position_limit[1]:
+            return " (it has no positions beyond)"
+        return "; attach the memory with a `window` to go on beyond"
+
+    def detach_memory(self) -> "AttachedMixin":
+        """Take the memory off: the model is the one that it was before, in every bit."""
+        attachment = self.attachment
+        for handle in attachment.handles:
+            handle.remove()
+        del self.memory, self.attachment
+        self.__class__ = attachment.base_class
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(attachment.requires_grad[name])
+        for module in self.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(function, CallCheckpoint):
+                module._gradient_checkpointing_func = function.function
+        return self
+
+    def init_states(self, batch_size: int) -> States:
+        """The states of `batch_size` rows before their first token."""
+        device, dtype = self.device, self.dtype
+        sizes = [attention_sizes(self, layer)[1:] for layer in self.attachment.layers]
+        states: States = {
+            "position": PositionState(torch.zeros(batch_size, dtype=torch.int64, device=device)),
+            "base": KeyValueState.empty(batch_size, sizes, device, dtype),
+        }
+        for index, branch in self.memory.layers.items():
+            states.update(branch.init_states(state_name(int(index)), batch_size, device, dtype))
+        return states
+
+    def memory_state_names(self) -> list[str]:
+        """The names in `memory_states` that belong to memories."""
+        return [
+            name
+            for index, branch in self.memory.layers.items()
+            for name in branch.init_states(state_name(int(index)), 1)
+        ]
+
+    def memories(self) -> dict[str, MemoryModule]:
+        """All memory modules by the name of their site."""
+        return {
+            state_name(int(index)): branch.module for index, branch in self.memory.layers.items()
+        }
+
+    @property
+    def max_context(self) -> int | None:
+        """Longest context in tokens, None where nothing limits it."""
+        limit, always = self.attachment.position_limit
+        return limit if always or self.attention_reach is None else None
+
+    @property
+    def attention_reach(self) -> int | None:
+        """How many tokens back attention can look through all layers together; None = all."""
+        windows = self._windows()
+        return None if None in windows else sum(window - 1 for window in windows)
+
+    def _windows(self) -> list[int | None]:
+        cap = self.attachment.window
+        return [
+            min(filter(None, (layer.window, cap)), default=None) for layer in self.attachment.layers
+        ]
+
+    def set_attention_window(self, window: int | None) -> None:
+        """Cap what attention sees at `window` tokens (None = as attached).
+
+        Raises:
+            UserError: for a window shorter than a memory's segment: some tokens would be visible
+                nowhere.
+        """
+        attached = self.attachment.config.window
+        self.attachment.window = min(filter(None, (window, attached)), default=None)
+        try:
+            self.check_windows()
+        except UserError:
+            self.attachment.window = attached
+            raise
+
+    def check_windows(self) -> None:
+        """Raise UserError where a memory's segment is longer than the window beside it."""
+        windows = self._windows()
+        for index, branch in self.memory.layers.items():
+            window, delay = windows[int(index)], branch.module.config.delay
+            if window is not None and window < delay:
+                raise UserError(
+                    f"layer {index}: an attention window of {window} is shorter than the memory's "
+                    f"segment ({delay}), so some tokens would be visible nowhere; use at least "
+                    f"{delay}"
+                )
+
+    def flops(self, tokens: int) -> int:
+        """Floating point operations of a forward pass over one row of `tokens` tokens."""
+        weights = {
+            id(module.weight): module.weight.numel()
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and not name.startswith("memory.")
+        }
+        flops = 2 * tokens * sum(weights.values())
+        for layer, window in zip(self.attachment.layers, self._windows(), strict=True):
+            heads, _, head_dim = attention_sizes(self, layer)
+            reach = min(window or tokens, tokens)
+            flops += 4 * (tokens * reach - reach * (reach - 1) // 2) * heads * head_dim
+        return flops + sum(memory.flops(tokens) for memory in self.memories().values())
+
+    _prepare_cache_for_generation = MemLMForCausalLM._prepare_cache_for_generation
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs: Any
+    ) -> None:
+        function = CallCheckpoint(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, function, **kwargs)

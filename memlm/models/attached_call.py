@@ -1,0 +1,139 @@
+"""One call of a model with an attached memory, as its attention layers see it."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from memlm.errors import UserError
+from memlm.layers.context import CallContext
+from memlm.layers.state import MemoryState
+from memlm.models.key_values import KeyValues
+
+States = dict[str, MemoryState]
+
+
+class AttachedCall:
+    """What the hooks on the attention layers work with during one call.
+
+    Args:
+        branches: the memories by the number of their layer.
+        states: the memories' states at the start of the call; never changed.
+        context: positions and documents of the call.
+        key_values: the masks and, with `carries`, the cache of the attention layers.
+        carries: whether keys and values go in and out.
+        use_memory: False leaves the memories out.
+    """
+
+    def __init__(
+        self,
+        branches: nn.ModuleDict,
+        states: States,
+        context: CallContext,
+        key_values: KeyValues,
+        carries: bool,
+        use_memory: bool,
+    ):
+        self.branches = branches
+        self.states = states
+        self.context = context
+        self.key_values = key_values
+        self.carries = carries
+        self.use_memory = use_memory
+        self._new: States | None = dict(states)
+
+    def attention_arguments(self, index: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
+        """The keyword arguments of a layer's attention, with the call's cache and mask."""
+        kwargs = dict(kwargs)
+        if self.carries:
+            kwargs["past_key_values"] = self.key_values
+        own = kwargs.get("attention_mask")
+        kwargs["attention_mask"] = self.key_values.mask(index, own, hidden.dtype)
+        return kwargs
+
+    def read(self, index: int, hidden: Tensor) -> Tensor | None:
+        """What the memory of a layer adds to its attention's output; None for nothing."""
+        if self.context.layout.num_tokens == 0:  # nothing but padding
+            return None
+        name = state_name(index)
+        own = {name: self.states[name]} if name in self.states else {}
+        branch = self.branches[str(index)]
+        added, new = branch(hidden, name, own, self.context, self.use_memory)
+        # Gradient checkpointing runs layers again after the call: their states are known by then.
+        if self._new is not None:
+            self._new.update(new)
+        return added
+
+    def finish(self) -> States:
+        """The memories' new states. The call keeps none of them, as they hold its graph."""
+        new, self._new = self._new, None
+        return new
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """While it lasts, the hooks work for this call; calls may be nested."""
+        token = _ACTIVE.set(self)
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+
+
+_ACTIVE: ContextVar[AttachedCall | None] = ContextVar("attached_call", default=None)
+
+
+def state_name(index: int) -> str:
+    """The name of the state of the memory at a layer."""
+    return f"{index}.memory"
+
+
+class AttentionHook:
+    """The hooks on the attention of one layer."""
+
+    def __init__(self, index: int):
+        self.index = index
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Give the attention the cache and the mask of the call."""
+        return args, _active().attention_arguments(self.index, _hidden(args, kwargs), kwargs)
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Add what the memory of this layer reads from the attention's input."""
+        added = _active().read(self.index, _hidden(args, kwargs))
+        if added is None:
+            return output
+        if isinstance(output, tuple):
+            return (output[0] + added.to(output[0].dtype), *output[1:])
+        return output + added.to(output.dtype)
+
+
+class CallCheckpoint:
+    """A checkpoint function whose recomputation runs inside the call it belongs to."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, layer: Callable, *args: Any) -> Any:
+        return self.function(partial(_run_in, _active(), layer), *args)
+
+
+def _run_in(call: AttachedCall, layer: Callable, *args: Any) -> Any:
+    with call.active():
+        return layer(*args)
+
+
+def _active() -> AttachedCall:
+    call = _ACTIVE.get()
+    if call is None:
+        raise UserError(
+            "a decoder layer with a memory ran outside its model; call the model itself, or "
+            "detach_memory() first"
+        )
+    return call
+
+
+def _hidden(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
