@@ -182,7 +182,7 @@ struct ByteTile {
     }
     for (int64_t d = 0; d < width; d += 4, panel += 4 * N * W) {
       ivec columns[N];
-      std::memcpy(columns, panel, sizeof columns);
+      UNROLL for (int n = 0; n < N; ++n) std::memcpy(&columns[n], panel + 4 * n * W, 4 * W);
       UNROLL for (int r = 0; r < MR; ++r) {
         int32_t four;
         std::memcpy(&four, keys + r * stride + d, 4);

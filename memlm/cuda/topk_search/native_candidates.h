@@ -36,7 +36,7 @@ inline void keep_best(uint64_t* list, int64_t count, int64_t k) {
 // Lists of candidates, cut back to the k best whenever they are full.
 class Candidates {
  public:
-  static int64_t capacity(int64_t k) { return 2 * k + 32; }
+  static int64_t capacity(int64_t k) { return k + k / 2 + 16; }
   // Floats of memory that the lists of some queries take.
   static int64_t floats(int64_t queries, int64_t k) { return queries * (2 * capacity(k) + 2); }
 

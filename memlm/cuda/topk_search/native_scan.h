@@ -33,6 +33,19 @@ inline uint32_t bits(ivec condition) {
 #endif
 }
 
+// first + the places of the bits that are set, in order; up to W numbers are written. Returns how
+// many there are.
+inline int64_t put_places(uint32_t found, int32_t first, int32_t* out) {
+#if defined(__AVX512F__)
+  const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  _mm512_storeu_si512(
+      out, _mm512_maskz_compress_epi32(found, _mm512_add_epi32(places, _mm512_set1_epi32(first))));
+#else
+  for (uint32_t left = found; left; left &= left - 1) *out++ = first + __builtin_ctz(left);
+#endif
+  return __builtin_popcount(found);
+}
+
 // The sum of a vector's numbers, halves first, and below that of W vectors in the same order.
 template <int S = W / 2>
 INLINE float sum_halves(vec x) {
@@ -243,27 +256,45 @@ class Scan {
     }
   }
 
+  // Scores the pairs of a tile that pass. Three loops: what one of them branches on is not known
+  // before the one ahead of it is done.
   template <int N>
   __attribute__((noinline)) void score_passed(const int32_t* products, int64_t query, int64_t begin,
                                               int64_t i) {
-    const ByteKeys& keys = byte_keys_;
+    int32_t passed[MR * N * W + W];  // r N W + the number of the query in the panel
+    float scores[MR * N * W];
+    int64_t count = 0;
     for (int r = 0; r < MR; ++r) {
+      const float step = byte_keys_.steps[i + r], offset = byte_keys_.offsets[i + r];
       for (int n = 0; n < N; ++n) {
         const int64_t at = query + n * W;
         ivec x;
         std::memcpy(&x, products + (r * N + n) * W, sizeof x);
-        const vec y = __builtin_convertvector(x, vec) * keys.steps[i + r] +
-                      load(byte_queries_.inverses + at) * keys.offsets[i + r];
-        uint32_t found = bits(y > floors(at, keys.sizes[i + r], keys.errors[i + r]));
-        for (; found; found &= found - 1) {
-          const int64_t q = at + __builtin_ctz(found);
-          if (!sees(q, begin + i + r)) continue;
-          ++passed_;
-          const float y = score(q, i + r);
-          if (y > best_.thresholds()[q]) best_.add(q, y, begin + i + r);
-        }
+        const vec y = __builtin_convertvector(x, vec) * step +
+                      load(byte_queries_.inverses + at) * offset;
+        const vec least = floors(at, byte_keys_.sizes[i + r], byte_keys_.errors[i + r]);
+        count += put_places(bits(y > least), (r * N + n) * W, passed + count);
       }
     }
+    if (p_.positions) {
+      int64_t seen = 0;
+      for (int64_t j = 0; j < count; ++j) {
+        const int32_t pair = passed[j];
+        passed[seen] = pair;
+        seen += sees(query + pair % (N * W), begin + i + pair / (N * W));
+      }
+      count = seen;
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      scores[j] = score(query + passed[j] % (N * W), i + passed[j] / (N * W));
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t q = query + passed[j] % (N * W);
+      if (scores[j] > best_.thresholds()[q]) {
+        best_.add(q, scores[j], begin + i + passed[j] / (N * W));
+      }
+    }
+    passed_ += count;
   }
 
   // Where many pairs pass, the filter is left out for a while. `at`: keys up to it are done.
