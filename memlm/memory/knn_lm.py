@@ -79,6 +79,12 @@ class KnnLM(OutputMemory):
                 store = CorpusStore.open(config.store, projection=projection, metric=config.metric)
             except UserError as error:
                 raise UserError(f"knn_lm: {error}") from error
+            size = store.layout.key_size
+            if size != self.hidden_size:
+                raise UserError(
+                    f"knn_lm: {config.store} has keys of {size} numbers, but the model hidden "
+                    f"states of {self.hidden_size}"
+                )
             if NEXT_TOKEN not in store.layout.values:
                 raise UserError(f"knn_lm: {config.store} does not say which token follows an entry")
             _STORES[self] = store
