@@ -12,6 +12,7 @@ from memlm.cuda import native
 from memlm.cuda.topk_search.inputs import METRICS, Positions
 
 SOURCE = Path(__file__).with_name("native.cpp")
+MOST_KEYS = (1 << 32) - 1
 PARALLEL = 1 << 24  # fewer multiplications than this take one thread
 # Their numbers in native_keys.h are their places, here and in METRICS.
 KEY_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
@@ -23,7 +24,7 @@ def refusal(queries: Tensor, keys: Tensor) -> str | None:
         return f"the tensors are on {queries.device.type}, it runs on the CPU"
     if torch.float64 in (queries.dtype, keys.dtype):
         return "the tensors are float64, it computes in float32"
-    if keys.shape[1] >= 1 << 32:
+    if keys.shape[1] > MOST_KEYS:
         return f"it numbers keys with 32 bits, a store has {keys.shape[1]}"
     return native.refusal("topk_search", SOURCE)
 
