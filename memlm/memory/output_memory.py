@@ -181,6 +181,17 @@ def interpolate(logits: Tensor, evidence: Evidence, config: OutputMemoryConfig) 
     return torch.where(found, mixed.to(logits.dtype), logits)
 
 
+def init_output_states(
+    memory: OutputMemory | None,
+    batch_size: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, MemoryState]:
+    """The state of a model's output memory by its name; empty where there is none."""
+    state = None if memory is None else memory.init_state(batch_size, device, dtype)
+    return {} if state is None else {OUTPUT: state}
+
+
 def apply_output_memory(
     memory: OutputMemory | None,
     hidden: Tensor,

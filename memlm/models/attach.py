@@ -9,9 +9,10 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from memlm.errors import UserError
 from memlm.memory.base import AttendingMemory
+from memlm.memory.output_memory import build_output_memory
 from memlm.models.attach_config import AttachConfig
 from memlm.models.attached import AttachedMemory, AttachedMixin, Attachment
-from memlm.models.attached_call import AttentionHook, CallCheckpoint
+from memlm.models.attached_call import AttentionHook, CallCheckpoint, keep_last_hidden
 from memlm.models.block import Branch, build_shared
 from memlm.models.decoder_layers import (
     DecoderLayer,
@@ -34,8 +35,8 @@ def attach_memory(
 
     Args:
         model: for example a Llama, Mistral, Qwen, Gemma, GPT-2 or OPT model.
-        config: `{"memory": {"type": NAME, ...}, "layers": [...], "window": ...}`, see
-            `AttachConfig`.
+        config: `{"memory": {"type": NAME, ...}, "layers": [...], "output": ..., "window": ...}`,
+            see `AttachConfig`.
 
     Returns:
         The same model.
@@ -85,6 +86,8 @@ def attach_memory(
         )
         if str(index) in memory.layers:
             attachment.handles.append(attention.register_forward_hook(hook.after, with_kwargs=True))
+    if memory.output is not None:
+        attachment.handles.append(model.get_decoder().register_forward_hook(keep_last_hidden))
     for module in model.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
             module._gradient_checkpointing_func = CallCheckpoint(
@@ -98,20 +101,24 @@ def _build_memory(
 ) -> AttachedMemory:
     text_config = model.config.get_text_config(decoder=True)
     sizes = types.SimpleNamespace(hidden_size=text_config.hidden_size, rms_norm_eps=1e-6)
-    name, branches = config.memory["type"], nn.ModuleDict()
+    branches = nn.ModuleDict()
     for index in config.chosen_layers(len(layers)):
         weights = attention_weights(model, layers[index])
         spec = config.build_memory()
         if weights is not None:
             spec = spec.for_attention(weights)
-        branch = Branch("memory", (name, spec), "none", sizes)
+        branch = Branch("memory", (config.memory["type"], spec), "none", sizes)
         if isinstance(branch.module, AttendingMemory):
             raise UserError(
-                f"attach.memory: {name} with these options has an attention of its own, which "
-                "would stand beside the model's; choose a memory without one"
+                f"attach.memory: {branch.module.name} with these options has an attention of its "
+                "own, which would stand beside the model's; choose a memory without one"
             )
         branches[str(index)] = branch
-    memory = AttachedMemory(branches, build_shared(branches.values(), sizes.hidden_size))
+    memory = AttachedMemory(
+        branches,
+        build_shared(branches.values(), sizes.hidden_size),
+        build_output_memory(config.output, sizes.hidden_size, "attach.output"),
+    )
     std = getattr(text_config, "initializer_range", None) or 0.02
     memory.apply(lambda module: init_module(module, std))
     memory.to(device=model.device, dtype=model.dtype)

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 
 from memlm.errors import UserError
 from memlm.memory import MemoryConfig, memory_config
+from memlm.memory.output_memory import output_memory_config
 from memlm.specification import build_config
 
 
@@ -18,13 +19,16 @@ class AttachConfig:
 
     Attributes:
         memory: `{type: NAME, ...}` as in `layers` of a MemLMConfig. Its `gate` is 0.0 unless given,
-            so that the model's outputs are exactly kept until the memory is trained.
+            so that the model's outputs are exactly kept until the memory is trained. None = no
+            layer has one, but there is an output memory.
+        output: an output memory behind the head, as in a MemLMConfig; None = none.
         layers: decoder layers that get one, from 0; None = the upper quarter, at least one.
         window: tokens that attention sees, itself included, in every layer; None = as in the model.
             With a window text may be longer than the model's positions, where these are rotary.
     """
 
-    memory: dict[str, Any]
+    memory: dict[str, Any] | None = None
+    output: dict[str, Any] | str | None = None
     layers: list[int] | None = None
     window: int | None = None
 
@@ -39,6 +43,9 @@ class AttachConfig:
         memory = values.get("memory")
         if isinstance(memory, str):
             values["memory"] = {"type": memory}
+        elif memory is None and values.get("output") is not None:
+            if values.get("layers") is not None:
+                raise UserError(f"{where}.layers: only a memory has layers, an output memory none")
         elif not isinstance(memory, Mapping) or not isinstance(memory.get("type"), str):
             raise UserError(
                 f"{where}.memory: expected a name or a mapping with `type: NAME`, got {memory!r}"
@@ -46,7 +53,10 @@ class AttachConfig:
         else:
             values["memory"] = dict(memory)
         config = build_config(cls, values, where)
-        config.build_memory(where)
+        if config.memory is not None:
+            config.build_memory(where)
+        if config.output is not None:
+            output_memory_config(config.output, f"{where}.output")
         if config.window is not None and config.window < 1:
             raise UserError(f"{where}.window is {config.window}, it must be at least 1")
         return config
@@ -61,6 +71,8 @@ class AttachConfig:
         Raises:
             UserError: for a layer that does not exist or is named twice, or none at all.
         """
+        if self.memory is None:
+            return []
         if self.layers is None:
             return list(range(count - max(1, count // 4), count))
         for index in self.layers:

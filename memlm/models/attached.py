@@ -12,6 +12,13 @@ from memlm.errors import UserError
 from memlm.layers.context import CallContext, SequenceLayout
 from memlm.layers.state import MemoryState
 from memlm.memory import MemoryModule
+from memlm.memory.output_memory import (
+    OUTPUT,
+    WEIGHTS,
+    OutputMemory,
+    apply_output_memory,
+    init_output_states,
+)
 from memlm.models.attach_config import AttachConfig
 from memlm.models.attached_call import AttachedCall, CallCheckpoint, state_name
 from memlm.models.cache import MemLMCache
@@ -29,12 +36,14 @@ class AttachedMemory(nn.Module):
     Attributes:
         layers: the branch of every decoder layer that has one, by its number.
         shared: modules that memories with the same `share` use.
+        output: the output memory, None without one.
     """
 
-    def __init__(self, layers: nn.ModuleDict, shared: nn.ModuleDict):
+    def __init__(self, layers: nn.ModuleDict, shared: nn.ModuleDict, output: OutputMemory | None):
         super().__init__()
         self.layers = layers
         self.shared = shared
+        self.output = output
 
 
 @dataclasses.dataclass
@@ -135,21 +144,32 @@ class AttachedMixin:
                 # Without a mask or positions the model takes its own fast paths.
                 attention_mask=None if layout.uniform else layout.valid.long(),
                 position_ids=None if plain else context.position_ids,
-                labels=labels,
+                labels=labels if self.memory.output is None else None,
                 use_cache=False,
                 logits_to_keep=logits_to_keep,
                 return_dict=True,
                 **kwargs,
             )
         new_states = call.finish()
+        logits, loss = output.logits, output.loss
+        if self.memory.output is not None:
+            hidden, call.last_hidden = call.last_hidden, None
+            context.shared[WEIGHTS] = self.weights_fingerprint
+            logits, output_states = apply_output_memory(
+                self.memory.output, hidden, logits, states, context, use_memory, logits_to_keep
+            )
+            new_states.update(output_states)
+            if labels is not None:
+                vocab_size = self.config.get_text_config(decoder=True).vocab_size
+                loss = self.loss_function(logits, labels, vocab_size, **kwargs)
         if carries:
             new_states["base"] = key_values.finish()
             new_states["position"] = advance(states["position"], context.position_ids, layout.valid)
         if past_key_values is not None:
             past_key_values.store(new_states, tokens.shape[1])
         output = MemLMOutput(
-            loss=output.loss,
-            logits=output.logits,
+            loss=loss,
+            logits=logits,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
@@ -223,21 +243,23 @@ class AttachedMixin:
         }
         for index, branch in self.memory.layers.items():
             states.update(branch.init_states(state_name(int(index)), batch_size, device, dtype))
-        return states
+        return states | init_output_states(self.memory.output, batch_size, device, dtype)
 
     def memory_state_names(self) -> list[str]:
         """The names in `memory_states` that belong to memories."""
-        return [
+        names = [
             name
             for index, branch in self.memory.layers.items()
             for name in branch.init_states(state_name(int(index)), 1)
         ]
+        return [*names, *init_output_states(self.memory.output, 1)]
 
-    def memories(self) -> dict[str, MemoryModule]:
+    def memories(self) -> dict[str, MemoryModule | OutputMemory]:
         """All memory modules by the name of their site."""
-        return {
+        memories = {
             state_name(int(index)): branch.module for index, branch in self.memory.layers.items()
         }
+        return memories if self.memory.output is None else {**memories, OUTPUT: self.memory.output}
 
     @property
     def max_context(self) -> int | None:
@@ -298,6 +320,7 @@ class AttachedMixin:
             flops += 4 * (tokens * reach - reach * (reach - 1) // 2) * heads * head_dim
         return flops + sum(memory.flops(tokens) for memory in self.memories().values())
 
+    weights_fingerprint = MemLMForCausalLM.weights_fingerprint
     _prepare_cache_for_generation = MemLMForCausalLM._prepare_cache_for_generation
 
     def _set_gradient_checkpointing(

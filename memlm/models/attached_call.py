@@ -19,6 +19,10 @@ States = dict[str, MemoryState]
 class AttachedCall:
     """What the hooks on the attention layers work with during one call.
 
+    Attributes:
+        last_hidden: [B, T, hidden_size], what the decoder gave to the head, where an output memory
+            asks for it.
+
     Args:
         branches: the memories by the number of their layer.
         states: the memories' states at the start of the call; never changed.
@@ -43,6 +47,7 @@ class AttachedCall:
         self.key_values = key_values
         self.carries = carries
         self.use_memory = use_memory
+        self.last_hidden: Tensor | None = None
         self._new: States | None = dict(states)
 
     def attention_arguments(self, index: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
@@ -108,6 +113,11 @@ class AttentionHook:
         if isinstance(output, tuple):
             return (output[0] + added.to(output[0].dtype), *output[1:])
         return output + added.to(output.dtype)
+
+
+def keep_last_hidden(module: nn.Module, args: tuple, output: Any) -> None:
+    """The hook on the decoder of a model with an output memory."""
+    _active().last_hidden = output[0]
 
 
 class CallCheckpoint:

@@ -21,6 +21,7 @@ from memlm.memory.output_memory import (
     OutputMemory,
     apply_output_memory,
     build_output_memory,
+    init_output_states,
 )
 from memlm.memory.titans_memory import TitansMemory
 from memlm.models.block import Block, build_shared
@@ -377,27 +378,18 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
 
     def init_states(self, batch_size: int) -> States:
         """The states of `batch_size` rows before their first token."""
-        states = self.model.init_states(batch_size)
-        if self.output_memory is not None:
-            weight = self.lm_head.weight
-            state = self.output_memory.init_state(batch_size, weight.device, weight.dtype)
-            if state is not None:
-                states[OUTPUT] = state
-        return states
+        weight = self.lm_head.weight
+        output = init_output_states(self.output_memory, batch_size, weight.device, weight.dtype)
+        return self.model.init_states(batch_size) | output
 
     def memory_state_names(self) -> list[str]:
         """The names in `memory_states` that belong to memories."""
-        names = self.model.memory_state_names()
-        if self.output_memory is not None and self.output_memory.init_state(1) is not None:
-            names.append(OUTPUT)
-        return names
+        return [*self.model.memory_state_names(), *init_output_states(self.output_memory, 1)]
 
     def memories(self) -> dict[str, MemoryModule | OutputMemory]:
         """All memory modules by the name of their site."""
         memories = self.model.memories()
-        if self.output_memory is not None:
-            memories[OUTPUT] = self.output_memory
-        return memories
+        return memories if self.output_memory is None else {**memories, OUTPUT: self.output_memory}
 
     @property
     def max_context(self) -> int | None:
