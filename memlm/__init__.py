@@ -4,7 +4,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from memlm.data.tokenizers import register_tokenizers
 from memlm.errors import UserError
-from memlm.models import MemLMCache, MemLMConfig, MemLMForCausalLM, MemLMModel, attach_memory
+from memlm.models import (
+    MemLMCache,
+    MemLMConfig,
+    MemLMForCausalLM,
+    MemLMModel,
+    attach_memory,
+    load_attached,
+    load_memory,
+)
 
 __version__ = "0.1.0"
 
@@ -20,4 +28,6 @@ __all__ = [
     "MemLMModel",
     "UserError",
     "attach_memory",
+    "load_attached",
+    "load_memory",
 ]

@@ -4,6 +4,7 @@ from memlm.models.attach import attach_memory
 from memlm.models.attach_config import AttachConfig
 from memlm.models.cache import MemLMCache
 from memlm.models.configuration import MemLMConfig
+from memlm.models.load_attached import load_attached, load_memory
 from memlm.models.modeling import MemLMForCausalLM, MemLMModel, MemLMOutput
 
 __all__ = [
@@ -14,4 +15,6 @@ __all__ = [
     "MemLMModel",
     "MemLMOutput",
     "attach_memory",
+    "load_attached",
+    "load_memory",
 ]

@@ -1,6 +1,8 @@
 """What `attach_memory` adds to the class of a model: states, memories and generation with them."""
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from memlm.memory.output_memory import (
 )
 from memlm.models.attach_config import AttachConfig
 from memlm.models.attached_call import AttachedCall, CallCheckpoint, state_name
+from memlm.models.attached_files import save_attached
 from memlm.models.cache import MemLMCache
 from memlm.models.decoder_layers import DecoderLayer, attention_sizes
 from memlm.models.documents import PositionState, advance, find_documents, valid_tokens
@@ -217,6 +220,25 @@ class AttachedMixin:
         if self.attachment.position_limit[1]:
             return " (it has no positions beyond)"
         return "; attach the memory with a `window` to go on beyond"
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save the memory (and adapters) without the model's own weights; see `memlm.load_memory`.
+
+        Arguments as in transformers; those that concern shards mean nothing here.
+        """
+        if is_main_process:
+            save_attached(self, save_directory, state_dict)
+        if push_to_hub:
+            repository = kwargs.pop("repo_id", Path(save_directory).name)
+            names = ("commit_message", "private", "token", "revision", "create_pr")
+            self.push_to_hub(repository, **{n: kwargs[n] for n in names if n in kwargs})
 
     def detach_memory(self) -> "AttachedMixin":
         """Take the memory off: the model is the one that it was before, in every bit."""
