@@ -141,6 +141,23 @@ def test_the_best_of_difficult_keys(instructions, kind):
             assert all(len(set(row.tolist())) == k for row in found[1][0] if (row >= 0).all())
 
 
+@pytest.mark.parametrize("rounded", ["key", "queries"])
+def test_bytes_that_are_all_rounded_one_way(instructions, rounded):
+    # The last key is the best, but its bytes or those of the queries put it behind all others: as
+    # far as rounding can, since what is lost points into one direction.
+    queries, keys = torch.ones(1, 40, 64), torch.zeros(1, 2000, 64)
+    if rounded == "key":
+        queries[..., 0], keys[..., 0] = 0, 127
+        keys[..., 1:] = 50
+        keys[0, :-1, 1:30] = 51  # 29 more than 63 * 50, the last key 30.87
+        keys[0, -1, 1:] = 50.49
+    else:
+        queries[..., 0], queries[..., 1:] = 127, 50.49
+        keys[0, :-1, 0] = 25  # 127 * 25 = 63 * 50 + 25
+        keys[0, -1, 1:] = 1
+    assert search(queries, keys, 1)[1].eq(1999).all()
+
+
 def test_the_filter_keeps_what_is_visible_apart(instructions):
     generator = torch.Generator().manual_seed(1)
     queries, keys = torch.randn(2, 64, 32, generator=generator), torch.randn(2, 5000, 32)
