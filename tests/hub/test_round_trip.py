@@ -7,10 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from safetensors import safe_open
 
 from tests.hub.server import HubServer
@@ -77,12 +75,6 @@ except UserError as error:
     missing = str(error)
 print(json.dumps({"documents": documents, "missing": missing}))
 """
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
 
 
 def run_with(hub: HubServer, home: Path, script: str, *arguments: Path) -> str:
