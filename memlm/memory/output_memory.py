@@ -76,6 +76,14 @@ class Evidence:
         scores = self.scores.masked_fill(~self.found.unsqueeze(-1), 0)
         return (scores / temperature).softmax(-1)
 
+    def log_probability(self, targets: Tensor, temperature: float) -> Tensor:
+        """log p_memory of one token each (int64 [B, t]); -inf where there is no entry of it."""
+        same = self.tokens == targets.unsqueeze(-1)
+        scores = self.scores / temperature
+        matching = scores.masked_fill(~same, -torch.inf).logsumexp(-1)
+        everything = scores.logsumexp(-1)
+        return torch.where(matching > -torch.inf, matching - everything, -torch.inf)
+
 
 class OutputMemory(nn.Module, ABC):
     """Finds hidden states like the present one, and what followed them.
