@@ -1,7 +1,7 @@
 """What an entry of a corpus store consists of, and how many of them lie in memory."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -190,3 +190,21 @@ class Tail:
                 self._buffers[name] = larger
             self._buffers[name][self._count : total] = columns[name]
         self._count = total
+
+
+def repack(
+    parts: Iterable[Part], hidden: Tensor | None, size: int, layout: CorpusLayout
+) -> Iterator[Part]:
+    """The entries that are not hidden (bool [entries]; None = all), `size` at a time."""
+    full = Tail(layout, 0, room=size)
+    for block in (block for part in parts for block in cut(part, size)):
+        rows = torch.arange(len(block))
+        if hidden is not None:
+            rows = rows[~hidden[block.ids]]
+        while len(rows):
+            fitting, rows = rows.tensor_split([size - len(full)])
+            full.append({name: column[fitting] for name, column in block.columns.items()})
+            if len(full) == size:
+                yield full.part
+                full = Tail(layout, 0, room=size)
+    yield full.part

@@ -1,6 +1,6 @@
 """A large store on disk that many processes search: memory-mapped shards and a tail in memory."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -8,10 +8,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from memlm.cuda import topk_search
-from memlm.cuda.ordered_topk import ordered_topk
 from memlm.errors import UserError, nearest
-from memlm.retrieval.corpus_layout import CorpusLayout, KeyType, Part, Tail, column_of, cut
+from memlm.retrieval.corpus_layout import CorpusLayout, KeyType, Part, Tail, column_of, cut, repack
+from memlm.retrieval.corpus_search import build_index, merge, open_index, search_parts, take_rows
 from memlm.retrieval.manifest import (
     MANIFEST_FILE,
     SHARD_BYTES,
@@ -19,6 +18,7 @@ from memlm.retrieval.manifest import (
     Shard,
     as_content,
     commit,
+    index_folder,
     load_current,
     lock_for_writing,
     read_manifest,
@@ -30,7 +30,6 @@ from memlm.retrieval.store_files import check_owner
 from memlm.retrieval.vector_store import ValueSpec
 
 _KIND = "CorpusStore"
-_DEVICE_BLOCK = 1 << 26  # bytes of keys sent to another device at a time
 
 
 class CorpusStore:
@@ -50,12 +49,16 @@ class CorpusStore:
         progress_tensors: the tensors of that note, by name.
     """
 
-    def __init__(self, folder: Path, content: Content, lock: FileLock | None, verify: bool):
+    def __init__(
+        self, folder: Path, content: Content, lock: FileLock | None, verify: bool, engine: str
+    ):
         """Use `open` or `create`."""
         self.folder = folder
         self.layout = CorpusLayout.from_content(content)
         self._lock = lock
         self._take_up(content, verify)
+        index = None if self._index is None else self._index["folder"]
+        self._engine = open_index(folder, engine, index, verify)
 
     def _take_up(self, content: Content, verify: bool) -> None:
         """Be what the manifest says."""
@@ -79,6 +82,8 @@ class CorpusStore:
         if self._removal is not None:
             self._hide(read_shard(self.folder, self._removal, verify=True)["ids"])
         self._removal_written = True
+        # {"folder": of an engine within this one, "entries": how many it was built over}
+        self._index: Content | None = content["index"]
 
     @classmethod
     def create(
@@ -108,9 +113,9 @@ class CorpusStore:
             lock.release()
             raise UserError(f"{folder}: there is a {MANIFEST_FILE} already; open or remove it")
         content = {**layout.to_content(), "progress": {}, "next_shard": 0}
-        content |= {"removal": None, "progress_tensors": None, "shards": []}
+        content |= {"removal": None, "progress_tensors": None, "index": None, "shards": []}
         commit(folder, _KIND, content)
-        return cls(folder, content, lock, verify=False)
+        return cls(folder, content, lock, verify=False, engine="exact")
 
     @classmethod
     def open(
@@ -121,6 +126,7 @@ class CorpusStore:
         projection: str | None = None,
         metric: str | None = None,
         verify: bool = False,
+        engine: str = "exact",
     ) -> Self:
         """The store of a folder.
 
@@ -131,6 +137,8 @@ class CorpusStore:
             metric: what it will be searched with; None = any.
             verify: read every byte now and compare SHA-256. Else sizes and headers are looked at,
                 which takes no time that grows with the store.
+            engine: "exact"; the name of the engine whose index the store has; or "auto", its index
+                if it has one, else exact.
 
         Raises:
             UserError: when this is no such store, a file is missing, truncated or altered, or
@@ -144,7 +152,7 @@ class CorpusStore:
 
         def load(content: Content) -> Self:
             check_owner(folder, content, projection, metric)
-            return cls(folder, content, lock, verify)
+            return cls(folder, content, lock, verify, engine)
 
         try:
             return load_current(folder, _KIND, load)
@@ -175,17 +183,21 @@ class CorpusStore:
         return self._lock is None
 
     @property
+    def engine(self) -> str:
+        """What `search` searches with."""
+        return "exact" if self._engine is None else self._engine.name
+
+    @property
     def values(self) -> dict[str, Tensor]:
         """The values of all entries by name, each [entries, ...].
 
         A view of the file where one shard holds them all, else a copy; `take` copies nothing else
         than what it returns.
         """
-        parts = list(self._parts())
+        parts = self._parts()
         names = {name: column_of(name) for name in self.layout.values}
         if len(parts) == 1:
             return {name: parts[0].columns[column] for name, column in names.items()}
-        parts = parts or [self._tail.part]
         return {
             name: torch.cat([part.columns[column] for part in parts])
             for name, column in names.items()
@@ -201,18 +213,15 @@ class CorpusStore:
             known = self.layout.values
             raise UserError(f"{self.folder}: has no value {name!r}{nearest(name, known)}")
         spec = self.layout.values[name]
-        flat = ids.cpu().flatten()
-        taken = torch.zeros(len(flat), *spec.shape, dtype=spec.dtype)
-        for part in self._parts():
-            here = ((flat >= part.first) & (flat < part.ids.stop)).nonzero()[:, 0]
-            taken[here] = part.columns[column_of(name)][flat[here] - part.first]
+        taken = take_rows(self._parts(), column_of(name), ids.cpu().flatten())
         return taken.view(*ids.shape, *spec.shape).to(ids.device)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best entries of every query, exactly.
+        """The k best entries of every query: all of them exactly, or those of `engine`.
 
-        Keys are read part by part, so no memory of the size of the store is taken; they are sent to
-        the device of the queries in blocks.
+        Exact search reads keys part by part, so no memory of the size of the store is taken; they
+        are sent to the device of the queries in blocks. An engine searches the entries that it was
+        built over; those added later are searched exactly.
 
         Args:
             queries: [N, key_size].
@@ -227,23 +236,11 @@ class CorpusStore:
                 f"{self.folder}: queries must be [N, {self.layout.key_size}], not "
                 f"{list(queries.shape)}"
             )
-        best = topk_search(queries[None], queries.new_zeros(1, 0, queries.shape[1]), k)
-        size = len(self)
-        if queries.device.type != "cpu":
-            size = _DEVICE_BLOCK // self.layout.columns["keys"].nbytes
-        for block in (piece for part in self._parts() for piece in cut(part, max(size, 1))):
-            keys = block.columns["keys"][None].to(queries.device)
-            options = {}
-            if "scales" in block.columns:
-                options["scales"] = block.columns["scales"][None].to(queries.device)
-            if self._hidden is not None:
-                options["valid"] = ~self._hidden[None, block.ids].to(queries.device)
-            found = topk_search(queries[None], keys, k, self.layout.metric, **options)
-            ids = torch.where(found[1] >= 0, found[1] + block.first, -1)
-            # Earlier entries stand first: among equal scores the lowest id wins.
-            scores, order = ordered_topk(torch.cat((best[0], found[0]), -1), k)
-            best = scores, torch.cat((best[1], ids), -1).gather(-1, order)
-        return best[0][0], best[1][0]
+        options = (k, self.layout.metric, self._hidden)
+        if self._engine is None:
+            return search_parts(queries, self._parts(), *options)
+        later = [part for part in self._parts() if part.first >= self._index["entries"]]
+        return merge(self._engine.search(queries, k), search_parts(queries, later, *options))
 
     def add(self, keys: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """New entries: found from now on, written by the next `commit`.
@@ -279,7 +276,7 @@ class CorpusStore:
     def remove(self, ids: Tensor) -> None:
         """Let `search` not find the entries `ids` (int64 [N]) any more; written by `commit`.
 
-        `compact` gives their room back.
+        `compact` gives their room back. An index is given up: it would find them.
 
         Raises:
             UserError: for a read-only store, or an id that no entry has.
@@ -290,6 +287,7 @@ class CorpusStore:
         if len(ids):
             self._hide(ids)
             self._removal_written = False
+            self._index = self._engine = None
 
     def commit(
         self, progress: Content | None = None, tensors: dict[str, Tensor] | None = None
@@ -320,29 +318,39 @@ class CorpusStore:
         self._require_writer("compact")
         for shard in self._shards:
             read_shard(self.folder, shard, verify=True)
-        self._publish(self._write(self._remaining()), None)
+        self._index = self._engine = None
+        kept = repack(self._parts(), self._hidden, self._shard_entries, self.layout)
+        self._publish(self._write(kept), None)
+
+    def build_index(self, engine: str = "auto", queries: Tensor | None = None) -> None:
+        """Commit, and build an index over all entries, with which `open` can search.
+
+        What "auto" took and the recall of the index, against exact search, are logged. A process
+        that dies meanwhile leaves the store before.
+
+        Args:
+            engine: an engine of `memlm.retrieval.choice`; "auto" = exact search for up to 262,144
+                entries, inverted lists above; "exact" gives up the index.
+            queries: [N, key_size], a sample of those to come, to measure the recall with; None =
+                some of the keys, each of which finds itself.
+
+        Raises:
+            UserError: for a read-only store or an unknown engine.
+        """
+        self._require_writer("build an index")
+        self.commit()
+        built = build_index(engine, self._parts(), self.layout, self._hidden, queries)
+        self._engine, self._index = built, None
+        if built is not None:
+            self._index = {"folder": index_folder(self._next_shard), "entries": len(self)}
+            self._next_shard += 1
+            built.save(self.folder / self._index["folder"])
+        self._publish(self._shards, self._removal)
 
     @property
     def _shard_entries(self) -> int:
         """Entries of a full shard."""
         return max(SHARD_BYTES // self.layout.bytes_per_entry, 1)
-
-    def _remaining(self) -> Iterator[Part]:
-        """The entries that were not removed, a shard at a time."""
-        size = self._shard_entries
-        full = Tail(self.layout, 0, room=size)
-        for part in self._parts():
-            for block in cut(part, size):
-                rows = torch.arange(len(block))
-                if self._hidden is not None:
-                    rows = rows[~self._hidden[block.ids]]
-                while len(rows):
-                    fitting, rows = rows.tensor_split([size - len(full)])
-                    full.append({name: column[fitting] for name, column in block.columns.items()})
-                    if len(full) == size:
-                        yield full.part
-                        full = Tail(self.layout, 0, room=size)
-        yield full.part
 
     def _write(self, parts: Iterable[Part]) -> list[Shard]:
         """Shards of parts; no manifest names them yet."""
@@ -367,6 +375,7 @@ class CorpusStore:
             **self.layout.to_content(),
             "progress": self.progress if progress is None else progress,
             "next_shard": self._next_shard,
+            "index": self._index,
             "removal": removal.file if removal else None,
             "progress_tensors": note.file if note else None,
             "shards": as_content([*shards, *others]),
@@ -378,11 +387,9 @@ class CorpusStore:
         if self.read_only:
             raise UserError(f"{self.folder}: opened read-only, so it cannot {action}")
 
-    def _parts(self) -> Iterator[Part]:
-        """All entries, in the order of their ids."""
-        yield from self._base
-        if len(self._tail):
-            yield self._tail.part
+    def _parts(self) -> list[Part]:
+        """All entries, in the order of their ids; at least one part."""
+        return [*self._base, *([self._tail.part] if len(self._tail) or not self._base else [])]
 
     def _hide(self, ids: Tensor) -> None:
         if self._hidden is None:

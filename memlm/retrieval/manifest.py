@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ SCHEMA = 1
 SHARD_BYTES = 1 << 30  # the usual size of a shard
 
 _SHARD_FILE = re.compile(r"shard-\d{6,}\.safetensors(\.partial)?")
+_INDEX_FOLDER = re.compile(r"index-\d{6,}")
 _LOCK_FILE = ".lock"
 Content = dict[str, Any]
 Loaded = TypeVar("Loaded")
@@ -83,12 +85,13 @@ def previous_content(folder: Path, kind: str) -> Content | None:
 
 
 def commit(folder: Path, kind: str, content: Content) -> None:
-    """Make `content` what the store is, and remove the shards that it does not name.
+    """Make `content` what the store is, and remove the shards and indices that it does not name.
 
     Args:
         folder: of the store.
         kind: class of the store.
-        content: of the manifest, with `shards`: each a Shard as a dictionary.
+        content: of the manifest, with `shards`: each a Shard as a dictionary; and `index`, where
+            there is one: with its `folder`.
     """
     content = {"format": FORMAT, "schema": SCHEMA, "class": kind, **content}
     text = json.dumps({**content, "sha256": _checksum(content)}, indent=1)
@@ -98,9 +101,14 @@ def commit(folder: Path, kind: str, content: Content) -> None:
     temporary.replace(folder / MANIFEST_FILE)
     _sync(folder)
     named = {shard["file"] for shard in content["shards"]}
+    named.add((content.get("index") or {}).get("folder"))
     for path in sorted(folder.iterdir()):
-        if _SHARD_FILE.fullmatch(path.name) and path.name not in named:
-            path.unlink(missing_ok=True)
+        if path.name in named:
+            continue
+        if _SHARD_FILE.fullmatch(path.name):
+            path.unlink()
+        elif _INDEX_FOLDER.fullmatch(path.name):
+            shutil.rmtree(path)
 
 
 def write_shard(folder: Path, number: int, tensors: dict[str, Tensor], entries: int) -> Shard:
@@ -119,6 +127,11 @@ def write_shard(folder: Path, number: int, tensors: dict[str, Tensor], entries: 
     temporary.replace(path)
     _sync(folder)
     return Shard(path.name, path.stat().st_size, _file_hash(path), entries)
+
+
+def index_folder(number: int) -> str:
+    """The name of an index within a store; `number` as for a shard."""
+    return f"index-{number:06d}"
 
 
 def read_shard(folder: Path, shard: Shard, verify: bool) -> dict[str, Tensor]:

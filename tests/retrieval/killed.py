@@ -21,7 +21,9 @@ def killed_at(moment: int, folder: Path, function: Callable, *arguments: Any) ->
     File operations are the opening, renaming and removing of whatever lies in `folder`, counted
     from 0; False: it had fewer.
     """
-    process = _context().Process(target=_count, args=(moment, folder, function, arguments))
+    process = server_context(function).Process(
+        target=_count, args=(moment, folder, function, arguments)
+    )
     process.start()
     process.join(TIMEOUT)
     assert process.exitcode in (0, -signal.SIGKILL)
@@ -30,7 +32,7 @@ def killed_at(moment: int, folder: Path, function: Callable, *arguments: Any) ->
 
 def killed_after(seconds: float, ready: Path, function: Callable, *arguments: Any) -> None:
     """Kill `function(*arguments)`, which never ends, so long after the file `ready` appeared."""
-    process = _context().Process(target=_run, args=(function, arguments))
+    process = server_context(function).Process(target=_run, args=(function, arguments))
     process.start()
     end = time.monotonic() + TIMEOUT
     while not ready.exists():
@@ -42,9 +44,10 @@ def killed_after(seconds: float, ready: Path, function: Callable, *arguments: An
     assert process.exitcode == -signal.SIGKILL
 
 
-def _context() -> multiprocessing.context.BaseContext:
+def server_context(function: Callable) -> multiprocessing.context.BaseContext:
+    """Processes come from a server that imports what the first of them needs once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["memlm.retrieval.corpus_store"])
+    context.set_forkserver_preload(["memlm.retrieval.corpus_store", function.__module__])
     return context
 
 

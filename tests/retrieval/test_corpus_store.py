@@ -1,6 +1,5 @@
 import itertools
 import json
-import multiprocessing
 import random
 import re
 import shutil
@@ -13,10 +12,11 @@ from torch import Tensor
 from memlm.cuda.topk_search import quantize_keys, topk_search
 from memlm.errors import UserError
 from memlm.fingerprint import fingerprint
-from memlm.retrieval import corpus_store, manifest
+from memlm.retrieval import choice, corpus_store, manifest
+from memlm.retrieval.corpus_search import search_parts
 from memlm.retrieval.corpus_store import CorpusStore
 from memlm.retrieval.vector_store import ValueSpec
-from tests.retrieval.killed import killed_after, killed_at
+from tests.retrieval.killed import killed_after, killed_at, server_context
 
 PROJECTION = "0123456789abcdef" * 4
 VALUES = {"next_token": ValueSpec((), torch.int32), "pair": ValueSpec((2,), torch.float32)}
@@ -153,6 +153,7 @@ def test_read_only_refuses_to_write(tmp_path):
         (lambda: reader.remove(torch.tensor([0])), "remove"),
         (reader.commit, "commit"),
         (reader.compact, "compact"),
+        (reader.build_index, "build an index"),
     ):
         with pytest.raises(UserError, match=f"opened read-only, so it cannot {name}$"):
             action()
@@ -281,6 +282,82 @@ def test_large_commits_are_cut_into_shards(tmp_path, small_shards):
     assert torch.equal(store.values["pair"], entries(100)[1]["pair"])
 
 
+@pytest.mark.parametrize("engine", ["faiss_flat", "faiss_ivf", "faiss_hnsw"])
+@pytest.mark.parametrize(
+    "key_type, metric", [("float32", "l2"), ("float16", "dot"), ("int8", "l2")]
+)
+def test_an_index_and_the_entries_added_after_it(tmp_path, caplog, engine, key_type, metric):
+    store = create(tmp_path, metric, key_type=key_type)
+    keys, values = torch.randn(500, SIZE), entries(500)[1]
+    store.add(keys[:400], slices(values, slice(400)))
+    with caplog.at_level("INFO"):
+        store.build_index(engine)
+    recall = float(re.search(r"retrieval: .*, 400 entries, recall@32 (\S+) of", caplog.text)[1])
+    assert recall > 0.9
+    assert store.engine == engine and len(list(tmp_path.glob("index-*"))) == 1
+    store.add(keys[400:450], slices(values, slice(400, 450)))
+    store.commit()
+    store.add(keys[450:], slices(values, slice(450, 500)))
+    queries = torch.randn(64, SIZE)
+    exact = CorpusStore.open(tmp_path)
+    assert exact.engine == "exact"
+    reader = CorpusStore.open(tmp_path, engine="auto", verify=True)
+    assert reader.engine == engine and reader.read_only
+    for opened in (store, reader):
+        truth = search_parts(queries, opened._parts(), 9, metric, None)[1]
+        scores, ids = opened.search(queries, 9)
+        assert (truth[:, :, None] == ids[:, None]).any(-1).float().mean() > 0.9
+        assert (scores[:, :-1] >= scores[:, 1:]).all()
+        assert set(range(len(opened))) >= set(ids.flatten().tolist())
+        assert ids.max() >= 400
+    # Compaction and removal number or hide entries anew: the index is given up.
+    store.remove(torch.tensor([5]))
+    assert store.engine == "exact"
+    store.commit()
+    assert not list(tmp_path.glob("index-*"))
+    assert CorpusStore.open(tmp_path, engine="auto").engine == "exact"
+    assert reader.engine == engine and len(reader.search(queries, 9)[1]) == 64
+
+
+def test_an_index_over_what_was_not_removed(tmp_path):
+    store = create(tmp_path)
+    fill(store, 200, (100,))
+    store.remove(torch.arange(0, 200, 2))
+    store.build_index("faiss_flat")
+    found = CorpusStore.open(tmp_path, engine="faiss_flat").search(torch.eye(SIZE), 100)[1]
+    assert (found % 2 == 1).all()
+    store.build_index("exact")
+    assert not list(tmp_path.glob("index-*")) and store.engine == "exact"
+
+
+def test_auto_is_exact_until_exact_is_slower(tmp_path, monkeypatch):
+    store = create(tmp_path)
+    fill(store, 300, ())
+    store.build_index()
+    assert store.engine == "exact" and not list(tmp_path.glob("index-*"))
+    monkeypatch.setattr(choice, "EXACT_LIMIT", 299)
+    store.build_index()
+    assert store.engine == "faiss_ivf"
+
+
+def test_refuses_an_index_that_there_is_not(tmp_path):
+    store = create(tmp_path)
+    fill(store, 50, (50,))
+    with pytest.raises(UserError, match="has no index, not one of 'faiss_ivf'; make one with"):
+        CorpusStore.open(tmp_path, engine="faiss_ivf")
+    store.build_index("faiss_flat")
+    with pytest.raises(UserError, match="has an index of faiss_flat, not one of 'faiss_hnsw'"):
+        CorpusStore.open(tmp_path, engine="faiss_hnsw")
+    with pytest.raises(UserError, match="no retrieval engine 'faiss_flt'; did you mean 'faiss_fla"):
+        store.build_index("faiss_flt")
+    path = next(tmp_path.glob("index-*/shard-*"))
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 4]))
+    with pytest.raises(UserError, match="altered since it was written"):
+        CorpusStore.open(tmp_path, engine="auto", verify=True)
+    CorpusStore.open(tmp_path)
+
+
 @pytest.fixture
 def saved(tmp_path) -> Path:
     with create(tmp_path / "store") as store:
@@ -395,7 +472,7 @@ def test_searching_takes_no_memory_of_the_size_of_the_store(tmp_path):
             store.add(torch.randn(40_000, 256, generator=torch.Generator().manual_seed(seed)), {})
             store.commit()
         expected = store.search(torch.ones(4, 256), 3)[1].tolist()
-    context = multiprocessing.get_context("spawn")
+    context = server_context(resident_after_search)
     results = context.Queue()
     process = context.Process(target=resident_after_search, args=(tmp_path, results))
     process.start()
@@ -410,36 +487,42 @@ def change(folder: Path, action: str) -> None:
         if action == "compact":
             corpus_store.SHARD_BYTES = 1000
             store.compact()
+        elif action == "index":
+            store.build_index("faiss_flat")
         else:
             store.add(*entries(25, seed=5))
             store.remove(torch.tensor([1, 70]))
             store.commit({"step": 2}, {"step": torch.tensor(2)})
 
 
-@pytest.mark.parametrize("action", ["commit", "compact"])
+@pytest.mark.parametrize("action", ["commit", "compact", "index"])
 def test_killed_at_every_step(saved, tmp_path, action):
     shutil.copytree(saved, tmp_path / "new")
-    store = CorpusStore.open(saved)
-    old = (contents(store), fingerprint(store.progress_tensors))
+    if action == "index":
+        with CorpusStore.open(saved, read_only=False) as store:
+            store.build_index("faiss_hnsw")
+    store = CorpusStore.open(saved, engine="auto")
+    old = (store.engine, contents(store), fingerprint(store.progress_tensors))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus_store, "SHARD_BYTES", corpus_store.SHARD_BYTES)  # `change` sets it
         change(tmp_path / "new", action)
-    store = CorpusStore.open(tmp_path / "new")
-    new = (contents(store), fingerprint(store.progress_tensors))
+    store = CorpusStore.open(tmp_path / "new", engine="auto")
+    new = (store.engine, contents(store), fingerprint(store.progress_tensors))
     assert old != new
     found = []
     for moment in itertools.count():
         folder = tmp_path / f"{moment}"
         shutil.copytree(saved, folder)
         killed = killed_at(moment, folder, change, folder, action)
-        store = CorpusStore.open(folder, verify=True)
-        state = (contents(store), fingerprint(store.progress_tensors))
+        store = CorpusStore.open(folder, verify=True, engine="auto")
+        state = (store.engine, contents(store), fingerprint(store.progress_tensors))
         found.append([old, new].index(state))
         if not killed:
             break
         with CorpusStore.open(folder, read_only=False) as store:
             store.commit()
         assert files_of(folder) == named_files(folder)
+        assert len(list(folder.glob("index-*"))) == (action == "index")
         assert not list(folder.glob("*.partial"))
     assert found == sorted(found) and set(found) == {0, 1} and len(found) > 10
 

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -331,9 +332,13 @@ def test_killed_at_random_moments(tmp_path):
     stores = [make_store(seed, capacity=3000, written=3100) for seed in (20, 21)]
     random.seed(0)
     found = set()
+    start = time.monotonic()
+    for store in stores:
+        save(store, tmp_path / "store", shard_bytes=50_000)
+    four_saves = 2 * (time.monotonic() - start)
     for number in range(16):
         ready = tmp_path / f"ready {number}"
-        killed_after(random.uniform(0, 0.1), ready, save_forever, tmp_path / "store", ready)
+        killed_after(random.uniform(0, four_saves), ready, save_forever, tmp_path / "store", ready)
         store = load(tmp_path / "store")
         (seed,) = (index for index in (0, 1) if same(store, stores[index]))
         found.add(seed)
