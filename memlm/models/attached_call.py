@@ -121,9 +121,19 @@ def keep_last_hidden(module: nn.Module, args: tuple, output: Any) -> None:
 
 
 class CallCheckpoint:
-    """A checkpoint function whose recomputation runs inside the call it belongs to."""
+    """A checkpoint function whose recomputation runs inside the call it belongs to.
+
+    Raises:
+        UserError: for a reentrant one: its layers run without gradients the first time, so what
+            memories hand to later layers and calls would have none.
+    """
 
     def __init__(self, function: Callable):
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            raise UserError(
+                "gradient checkpointing with use_reentrant=True loses the gradients of what "
+                "memories share and carry; use use_reentrant=False"
+            )
         self.function = function
 
     def __call__(self, layer: Callable, *args: Any) -> Any:
