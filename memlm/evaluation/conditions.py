@@ -21,6 +21,7 @@ from torch import nn
 
 from memlm.evaluation.streaming import States
 from memlm.layers.attention import Attention
+from memlm.memory.output_memory import OutputMemory
 from memlm.memory.value_table import zeroed_values
 
 ALL_CONDITIONS = ("on", "off", "reset", "swapped", "zeroed")
@@ -84,7 +85,14 @@ def make_plan(model: nn.Module) -> Plan:
     """The conditions that apply to `model`."""
     memories = model.memories()
     names = tuple(model.memory_state_names())
-    stateless = sorted({module.name for key, module in memories.items() if key not in names})
+    stateless = sorted(
+        {
+            module.name
+            for key, module in memories.items()
+            # An output memory without a state searches a corpus; off is all that can be done to it.
+            if key not in names and not isinstance(module, OutputMemory)
+        }
+    )
     reach = attention_reach(model)
     passes = [Pass(("on", "reset", "swapped") if names else ("on",))]
     notes = []

@@ -54,19 +54,18 @@ def count(config: MemLMConfig, length: int) -> ModelCount:
     """Count a model with float32 weights and states, for rows of `length` tokens."""
     with torch.device("meta"):
         model = MemLMForCausalLM(config)
-        states = model.model.init_states(1)
+        states = model.init_states(1)
     decoder = model.model
     memories = [*decoder.memories().values(), decoder.shared]
     tables = [module for module in model.modules() if isinstance(module, ValueTable)]
-    head = 2 * config.vocab_size * config.hidden_size
     return ModelCount(
         parameters=_size(model.parameters()),
         embedding=_size([*decoder.embed_tokens.parameters(), *model.lm_head.parameters()]),
         memory=_size(p for memory in memories for p in memory.parameters()),
         value_tables=_size(p for table in tables for p in table.parameters()),
         length=length,
-        flops_per_token=round(decoder.flops(length) / length) + head,
-        memory_state_bytes=sum(states[name].nbytes for name in decoder.memory_state_names()),
+        flops_per_token=round(model.flops(length) / length),
+        memory_state_bytes=sum(states[name].nbytes for name in model.memory_state_names()),
         attention_state_bytes=sum(_attention_bytes(m, length) for m in model.modules()),
     )
 

@@ -54,6 +54,16 @@ def test_a_table_beside_a_memory_keeps_all_conditions(tiny_model):
     assert make_plan(model).conditions == ("on", "off", "reset", "swapped", "zeroed")
 
 
+def test_output_memories(tiny_model):
+    model = tiny_model()
+    model.set_output_memory({"type": "neural_cache", "capacity": 8})
+    assert make_plan(model).conditions == ("on", "off", "reset", "swapped")
+    # A corpus is neither a state nor values that could be zeroed.
+    model.set_output_memory({"type": "knn_lm", "store": "somewhere"})
+    plan = make_plan(model)
+    assert plan.conditions == ("on", "off") and not plan.notes
+
+
 def test_without_memory_there_is_nothing_to_take_away(tiny_model):
     plan = make_plan(tiny_model())
     assert plan.conditions == ("on",)

@@ -77,6 +77,17 @@ def test_state_bytes_are_those_of_a_model_that_has_read_the_row() -> None:
     assert full.keys.nbytes + full.values.nbytes == 2 * 4 * 64 * 20
 
 
+def test_an_output_memory_counts() -> None:
+    sizes = {"hidden_size": 64, "layers": [{"mixer": {"type": "attention", "num_heads": 2}}]}
+    cache = {"type": "neural_cache", "capacity": 10}
+    alone, result = (count(MemLMConfig(**sizes, output=o), length=20) for o in (None, cache))
+    assert result.parameters == alone.parameters and result.memory == 0
+    assert result.flops_per_token == alone.flops_per_token + 2 * 10 * 64
+    states = MemLMForCausalLM(MemLMConfig(**sizes, output=cache)).init_states(1)
+    assert alone.memory_state_bytes == 0
+    assert result.memory_state_bytes == states["output"].nbytes > 10 * 64 * 4
+
+
 def test_the_command_prints_what_was_counted(capsys: pytest.CaptureFixture) -> None:
     path = CONFIGS[0].with_name("product_key.yaml")
     assert main([str(path), "--preset", "tiny", "--train.length", "128"]) == 0
