@@ -127,9 +127,7 @@ class MemoryModule(nn.Module, ABC):
     def init_from_attention(self, weights: AttentionWeights) -> None:
         """Start from the weights of the attention beside it, where this memory has use for them.
 
-        Raises:
-            UserError: for weights of other sizes; `MemoryConfig.for_attention` gives those that
-                fit.
+        `MemoryConfig.for_attention` gives the sizes that fit; with others nothing is changed.
         """
 
     @abstractmethod

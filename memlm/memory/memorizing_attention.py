@@ -6,7 +6,7 @@ Wu et al. 2022, "Memorizing Transformers", arXiv 2203.08913.
 import dataclasses
 import math
 import types
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from memlm.cuda import gathered_dot, weighted_bag
 from memlm.errors import UserError
 from memlm.layers.attention import Attention, AttentionConfig, AttentionState
-from memlm.layers.attention_weights import AttentionWeights
 from memlm.layers.rotary import rotary_angles
 from memlm.memory.base import AttendingMemory, CallContext, MemoryConfig, register
 from memlm.memory.segment_store import SegmentStore, Store, read_store
@@ -96,15 +95,6 @@ class MemorizingAttentionConfig(MemoryConfig):
             raise UserError(
                 f"memorizing_attention: temperature is {self.temperature}, it must be positive"
             )
-
-    def for_attention(self, weights: AttentionWeights) -> Self:
-        sizes = {
-            "num_heads": weights.num_heads,
-            "num_key_value_heads": weights.num_kv_heads,
-            "head_dim": weights.head_dim,
-        }
-        given = any(getattr(self, name) is not None for name in sizes)
-        return self if given else dataclasses.replace(self, **sizes)
 
 
 class CosineAttention(Attention):
@@ -243,20 +233,6 @@ class MemorizingAttention(AttendingMemory):
 
     def init_weights(self) -> None:
         """Nothing beside the parts' own and linear layers."""
-
-    @torch.no_grad()
-    def init_from_attention(self, weights: AttentionWeights) -> None:
-        attention = self.attention
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        given = (weights.q, weights.k, weights.v, weights.o)
-        for linear, weight in zip(projections, given, strict=True):
-            if linear.weight.shape != weight.shape:
-                raise UserError(
-                    f"memorizing_attention: a projection of {list(linear.weight.shape)} cannot "
-                    f"start from one of {list(weight.shape)}; leave num_heads, "
-                    "num_key_value_heads and head_dim unset to take the attention's"
-                )
-            linear.weight.copy_(weight)
 
     def init_state(self, batch_size: int, device=None, dtype=None) -> SegmentStore:
         config = self.config

@@ -6,7 +6,6 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from memlm.errors import UserError
-from memlm.layers.attention_weights import AttentionWeights
 from memlm.layers.context import SequenceLayout
 from memlm.layers.rotary import rotary_angles
 from memlm.memory import CallContext, MemorizingAttention, MemorizingAttentionConfig
@@ -188,24 +187,6 @@ def test_keys_learn_from_what_is_found_in_the_same_call():
     assert gradient[0, 4].abs().sum() == gradient[0, 6:].abs().sum() == 0
     out.square().sum().backward()
     assert memory.attention.k_proj.weight.grad.abs().sum() > 0
-
-
-def test_starts_from_the_attention_of_a_layer():
-    torch.manual_seed(3)
-    weights = AttentionWeights(
-        *(torch.randn(rows, 16) for rows in (24, 12, 12)), torch.randn(16, 24), 4, 2, 6
-    )
-    config = MemorizingAttentionConfig(window=5, segment=4).for_attention(weights)
-    assert (config.num_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 6)
-    memory = MemorizingAttention(config, hidden_size=16)
-    memory.init_from_attention(weights)
-    for name in "qkvo":
-        projection = getattr(memory.attention, f"{name}_proj").weight
-        assert torch.equal(projection, getattr(weights, name))
-    given = MemorizingAttentionConfig(num_heads=2)
-    assert given.for_attention(weights) is given
-    with pytest.raises(UserError, match=r"\[16, 16\] cannot start from one of \[24, 16\]"):
-        module().init_from_attention(weights)
 
 
 def test_sizes():
