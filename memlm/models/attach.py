@@ -20,6 +20,7 @@ from memlm.models.decoder_layers import (
     decoder_layers,
     position_limit,
 )
+from memlm.models.lora import add_lora, is_lora_name
 from memlm.models.modeling import init_module
 
 
@@ -57,7 +58,16 @@ def attach_memory(
     layers = decoder_layers(model)
     if hasattr(model, "memory"):
         raise UserError(f"{type(model).__name__} has an attribute `memory` of its own")
+    checkpoints = {
+        module: CallCheckpoint(module._gradient_checkpointing_func)
+        for module in model.modules()
+        if hasattr(module, "_gradient_checkpointing_func")
+    }
     memory = _build_memory(model, config, layers)
+    adapted = config.lora_layers(len(layers))
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    if adapted:
+        add_lora({i: model.get_submodule(layers[i].name) for i in adapted}, config.build_lora())
     base_class = type(model)
     attachment = Attachment(
         config=config,
@@ -66,9 +76,10 @@ def attach_memory(
         window=config.window,
         base_class=base_class,
         handles=[],
-        requires_grad={name: p.requires_grad for name, p in model.named_parameters()},
+        requires_grad=requires_grad,
     )
-    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_lora_name(name))
     model.memory = memory
     model.attachment = attachment
     model.__class__ = types.new_class(
@@ -88,11 +99,8 @@ def attach_memory(
             attachment.handles.append(attention.register_forward_hook(hook.after, with_kwargs=True))
     if memory.output is not None:
         attachment.handles.append(model.get_decoder().register_forward_hook(keep_last_hidden))
-    for module in model.modules():
-        if hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = CallCheckpoint(
-                module._gradient_checkpointing_func
-            )
+    for module, function in checkpoints.items():
+        module._gradient_checkpointing_func = function
     return model
 
 

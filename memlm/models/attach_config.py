@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from memlm.errors import UserError
 from memlm.memory import MemoryConfig, memory_config
 from memlm.memory.output_memory import output_memory_config
+from memlm.models.lora import LoraOptions
 from memlm.specification import build_config
 
 
@@ -25,12 +26,15 @@ class AttachConfig:
         layers: decoder layers that get one, from 0; None = the upper quarter, at least one.
         window: tokens that attention sees, itself included, in every layer; None = as in the model.
             With a window text may be longer than the model's positions, where these are rotary.
+        lora: low-rank adapters that are trained with the memory, see `LoraOptions`; {} = as in
+            Neurocache. They stay on where the memory is switched off.
     """
 
     memory: dict[str, Any] | None = None
     output: dict[str, Any] | str | None = None
     layers: list[int] | None = None
     window: int | None = None
+    lora: dict[str, Any] | None = None
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str = "attach") -> "AttachConfig":
@@ -57,6 +61,7 @@ class AttachConfig:
             config.build_memory(where)
         if config.output is not None:
             output_memory_config(config.output, f"{where}.output")
+        config.build_lora(where)
         if config.window is not None and config.window < 1:
             raise UserError(f"{where}.window is {config.window}, it must be at least 1")
         return config
@@ -64,6 +69,29 @@ class AttachConfig:
     def build_memory(self, where: str = "attach") -> MemoryConfig:
         """The memory's own config."""
         return memory_config({"gate": 0.0, **self.memory}, f"{where}.memory")
+
+    def build_lora(self, where: str = "attach") -> LoraOptions | None:
+        """The options of the adapters."""
+        if self.lora is None:
+            return None
+        return build_config(LoraOptions, self.lora, f"{where}.lora")
+
+    def lora_layers(self, count: int, where: str = "attach") -> list[int]:
+        """The layers that get adapters in a model of `count` layers.
+
+        Raises:
+            UserError: for a layer that does not exist, or where no layer has a memory and none is
+                named.
+        """
+        options = self.build_lora(where)
+        if options is None:
+            return []
+        if options.layers is not None:
+            options.check_layers(count, f"{where}.lora")
+            return sorted(set(options.layers))
+        if self.memory is None:
+            raise UserError(f"{where}.lora.layers: no layer has a memory; name the layers")
+        return self.chosen_layers(count, where)
 
     def chosen_layers(self, count: int, where: str = "attach") -> list[int]:
         """The layers that get a memory in a model of `count` layers, from bottom to top.

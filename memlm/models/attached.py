@@ -28,6 +28,7 @@ from memlm.models.cache import MemLMCache
 from memlm.models.decoder_layers import DecoderLayer, attention_sizes
 from memlm.models.documents import PositionState, advance, find_documents, valid_tokens
 from memlm.models.key_values import KeyValues, KeyValueState
+from memlm.models.lora import remove_lora
 from memlm.models.modeling import MemLMForCausalLM, MemLMOutput
 
 States = dict[str, MemoryState]
@@ -245,6 +246,9 @@ class AttachedMixin:
         attachment = self.attachment
         for handle in attachment.handles:
             handle.remove()
+        layers = attachment.layers
+        adapted = attachment.config.lora_layers(len(layers))
+        remove_lora(self.get_submodule(layers[index].name) for index in adapted)
         del self.memory, self.attachment
         self.__class__ = attachment.base_class
         for name, parameter in self.named_parameters():

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +20,7 @@ from memlm.errors import UserError, nearest
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "fc1", "fc2", "mlp.c_fc", "mlp.c_proj")
 
 
+@strict
 @dataclasses.dataclass(kw_only=True)
 class LoraOptions:
     """The adapters of a model.
@@ -38,19 +40,22 @@ class LoraOptions:
     target_modules: list[str] | None = None
     layers: list[int] | None = None
 
-    def check(self, num_layers: int) -> None:
-        """Raise UserError for a value that cannot work in a model of so many layers."""
+    def validate_values(self) -> None:
+        """Called by `strict`: raise UserError for a value that cannot work."""
         if self.r < 1:
-            raise UserError(f"lora.r is {self.r}, it must be at least 1")
+            raise UserError(f"r is {self.r}, it must be at least 1")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"lora.dropout is {self.dropout}, it must be in [0, 1)")
+            raise UserError(f"dropout is {self.dropout}, it must be in [0, 1)")
         for name in ("target_modules", "layers"):
-            if getattr(self, name) is not None and not getattr(self, name):
-                raise UserError(f"lora.{name} is empty; name at least one, or leave it out")
+            if getattr(self, name) == []:
+                raise UserError(f"{name} is empty; name at least one, or leave it out")
+
+    def check_layers(self, count: int, where: str = "lora") -> None:
+        """Raise UserError for a layer that a model of `count` layers does not have."""
         for index in self.layers or []:
-            if not 0 <= index < num_layers:
+            if not 0 <= index < count:
                 raise UserError(
-                    f"lora.layers: there is no layer {index}; the model has 0 to {num_layers - 1}"
+                    f"{where}.layers: there is no layer {index}; the model has 0 to {count - 1}"
                 )
 
 
@@ -89,8 +94,8 @@ def add_lora(layers: Mapping[int, nn.Module], options: LoraOptions) -> None:
 
 def remove_lora(layers: Iterable[nn.Module]) -> None:
     """Take the adapters out again; the linear layers are the objects that were there before."""
-    adapter = _peft().tuners.lora.LoraLayer
     for layer in layers:
+        adapter = _peft().tuners.lora.LoraLayer
         adapted = {name: m for name, m in layer.named_modules() if isinstance(m, adapter)}
         for name, module in adapted.items():
             layer.set_submodule(name, module.get_base_layer())

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from memlm import attach_memory, load_memory
 from memlm.errors import UserError
 from memlm.models.lora import LoraOptions, add_lora, is_lora_name, remove_lora
 
@@ -29,6 +31,7 @@ FEED_FORWARD = {
     "gpt2": {"mlp.c_fc", "mlp.c_proj"},
     "opt": {"fc1", "fc2"},
 }
+MEMORY = {"type": "gated_delta", "num_heads": 2, "head_dim": 4}
 TOKENS = torch.arange(12).view(2, 6)
 
 
@@ -114,18 +117,82 @@ def test_a_layer_with_adapters_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("lora", "message"),
     [
-        ({"r": 0}, "lora.r is 0"),
-        ({"dropout": 1.0}, "lora.dropout is 1.0"),
-        ({"layers": [4]}, "no layer 4; the model has 0 to 3"),
-        ({"layers": []}, "lora.layers is empty"),
-        ({"target_modules": []}, "lora.target_modules is empty"),
+        ({"r": 0}, "attach.lora: r is 0"),
+        ({"r": 2.5}, "attach.lora: .*'r'.*int"),
+        ({"dropout": 1.0}, "attach.lora: dropout is 1.0"),
+        ({"layers": [2]}, "attach.lora.layers: there is no layer 2; the model has 0 to 1"),
+        ({"layers": []}, "attach.lora: layers is empty"),
+        ({"target_modules": []}, "attach.lora: target_modules is empty"),
+        ({"rank": 3}, "attach.lora: unknown key 'rank'"),
+        ({"target_modules": ["gate"]}, "layer 1 has no linear layer 'gate'"),
     ],
 )
-def test_impossible_values(values, message):
+def test_impossible_values(lora, message):
+    model, _ = make("llama")
+    kind, names = type(model), [name for name, _ in model.named_parameters()]
     with pytest.raises(UserError, match=message):
-        LoraOptions(**values).check(num_layers=4)
+        attach_memory(model, {"memory": MEMORY, "lora": lora})
+    assert type(model) is kind and [name for name, _ in model.named_parameters()] == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_output_memory_says_which_layers():
+    model, _ = make("llama")
+    with pytest.raises(UserError, match="no layer has a memory; name the layers"):
+        attach_memory(model, {"output": {"type": "neural_cache"}, "lora": {}})
+    attach_memory(model, {"output": {"type": "neural_cache"}, "lora": {"layers": [0]}})
+    assert {name.split(".")[2] for name in trained_names(model)} == {"0"}
+
+
+def trained_names(model: PreTrainedModel) -> list[str]:
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not name.startswith("memory.")
+    ]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_beside_a_memory(name, tmp_path):
+    """As the memory's weights: trained, saved, loaded, and gone with it."""
+    model, layers = make(name)
+    start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        before = model(TOKENS).logits
+    for parameter in layers[0].parameters():
+        parameter.requires_grad_(False)  # as it was frozen before, so afterwards
+    asked = [parameter.requires_grad for parameter in model.parameters()]
+    attach_memory(model, {"memory": MEMORY, "layers": [1], "lora": {"r": 2, "dropout": 0.0}})
+    assert adapted(layers[0]) == set() and adapted(layers[1]) == FEED_FORWARD[name]
+    assert len(trained_names(model)) == 2 * len(FEED_FORWARD[name])
+    assert all(is_lora_name(name) for name in trained_names(model))
+    assert torch.equal(model(TOKENS).logits, before)
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):  # the first step opens the gate
+        optimizer.zero_grad()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        after = model(TOKENS).logits
+        off = model(TOKENS, use_memory=False).logits
+    assert not torch.equal(after, off) and not torch.equal(off, before)
+    model.save_pretrained(tmp_path)
+    assert any("lora_B" in key for key in load_file(tmp_path / "memory.safetensors"))
+    again, _ = make(name)
+    again.load_state_dict(start)
+    load_memory(again, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, after)
+
+    model.detach_memory()
+    assert model.state_dict().keys() == start.keys()
+    assert all(torch.equal(tensor, start[key]) for key, tensor in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == asked
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, before)
 
 
 def test_a_missing_peft_is_named(monkeypatch):
