@@ -21,6 +21,7 @@ from memlm.data.tokenizers import load_tokenizer
 from memlm.errors import UserError, nearest
 from memlm.fingerprint import fingerprint
 from memlm.memory.corpus_reading import CorpusReader, corpus_reader, entries_of
+from memlm.retrieval.choice import ENGINES, choose_engine
 from memlm.retrieval.corpus_layout import KeyType
 from memlm.retrieval.corpus_store import CorpusStore
 from memlm.retrieval.manifest import MANIFEST_FILE, Content
@@ -62,6 +63,8 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--dtype", choices=get_args(KeyType), default="float16", help="of the keys (float16)")
     add("--metric", choices=METRICS, default="l2", help="the keys are searched with it (l2)")
     add("--commit-every", type=_count, default=131_072, help="entries between two commits (131072)")
+    engines = ("auto", *ENGINES)
+    add("--engine", choices=engines, default="exact", help="an index for later searches (exact)")
     options, unknown = parser.parse_known_args(list(words))
     if unknown:
         hint = nearest(unknown[0], parser._option_string_actions)
@@ -97,11 +100,20 @@ def _build(options: argparse.Namespace) -> None:
             f"most {longest}"
         )
     with _open(options, model, corpus) as store:
-        if store.progress.get("complete"):
-            print(f"{options.out} is complete: {len(store)} entries")
-            return
-        read_corpus(reader, corpus, store, _progress)
-        print(f"{options.out}: {len(store)} entries, {store.layout.bytes_per_entry} bytes each")
+        was_complete = store.progress.get("complete")
+        if not was_complete:
+            read_corpus(reader, corpus, store, _progress)
+        engine = options.engine
+        if engine == "auto":
+            engine = choose_engine(len(store), static=True)
+        if engine != "exact" and (store.index is None or store.index["engine"] != engine):
+            store.build_index(engine)
+        said = "is complete" if was_complete else "is written"
+        print(
+            f"{options.out} {said}: {len(store)} entries, {store.layout.bytes_per_entry} bytes each"
+        )
+        if store.index is not None:
+            print(f"index: {store.index['engine']}, recall {store.index['recall']:.4f}")
 
 
 def _load_model(source: str) -> nn.Module:

@@ -68,8 +68,8 @@ def build_index(
     layout: CorpusLayout,
     hidden: Tensor | None,
     queries: Tensor | None,
-) -> RetrievalEngine | None:
-    """An engine over all entries; None where exact search is chosen. Its recall is logged.
+) -> tuple[RetrievalEngine | None, float]:
+    """An engine over all entries, None where exact search is chosen, and its recall, also logged.
 
     Args:
         name: an engine of `memlm.retrieval.choice`, or "auto".
@@ -85,7 +85,7 @@ def build_index(
         name = choose_engine(len(kept), static=True)
     if name == "exact" or not len(kept):
         logger.info("retrieval: exact, %d entries", len(kept))
-        return None
+        return None, 1.0
     engine = create_engine(name, layout.key_size, layout.metric)
     if isinstance(engine, FaissIvfEngine):
         engine.train(_keys_at(parts, _spread(kept, _TRAINING_KEYS)), len(kept))
@@ -101,7 +101,7 @@ def build_index(
         "retrieval: %s, %d entries, recall@%d %.4f of %d %s",
         *(name, len(kept), _RECALL_AT, recall, len(sample), kind),
     )
-    return engine
+    return engine, recall
 
 
 def open_index(

@@ -47,6 +47,8 @@ class CorpusStore:
         layout: what an entry consists of, and for which metric and projection.
         progress: the note of the last commit.
         progress_tensors: the tensors of that note, by name.
+        index: what an index over the first entries says of itself: folder (within this one),
+            engine, entries, recall (of 32, as it was measured); None = there is none.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class CorpusStore:
         self.layout = CorpusLayout.from_content(content)
         self._lock = lock
         self._take_up(content, verify)
-        index = None if self._index is None else self._index["folder"]
+        index = None if self.index is None else self.index["folder"]
         self._engine = open_index(folder, engine, index, verify)
 
     def _take_up(self, content: Content, verify: bool) -> None:
@@ -82,8 +84,7 @@ class CorpusStore:
         if self._removal is not None:
             self._hide(read_shard(self.folder, self._removal, verify=True)["ids"])
         self._removal_written = True
-        # {"folder": of an engine within this one, "entries": how many it was built over}
-        self._index: Content | None = content["index"]
+        self.index: Content | None = content["index"]
 
     @classmethod
     def create(
@@ -210,8 +211,8 @@ class CorpusStore:
             [*ids.shape, ...] on the device of `ids`.
         """
         if name not in self.layout.values:
-            known = self.layout.values
-            raise UserError(f"{self.folder}: has no value {name!r}{nearest(name, known)}")
+            hint = nearest(name, self.layout.values)
+            raise UserError(f"{self.folder}: has no value {name!r}{hint}")
         spec = self.layout.values[name]
         taken = take_rows(self._parts(), column_of(name), ids.cpu().flatten())
         return taken.view(*ids.shape, *spec.shape).to(ids.device)
@@ -239,7 +240,7 @@ class CorpusStore:
         options = (k, self.layout.metric, self._hidden)
         if self._engine is None:
             return search_parts(queries, self._parts(), *options)
-        later = [part for part in self._parts() if part.first >= self._index["entries"]]
+        later = [part for part in self._parts() if part.first >= self.index["entries"]]
         return merge(self._engine.search(queries, k), search_parts(queries, later, *options))
 
     def add(self, keys: Tensor, values: Mapping[str, Tensor]) -> Tensor:
@@ -287,7 +288,7 @@ class CorpusStore:
         if len(ids):
             self._hide(ids)
             self._removal_written = False
-            self._index = self._engine = None
+            self.index = self._engine = None
 
     def commit(
         self, progress: Content | None = None, tensors: dict[str, Tensor] | None = None
@@ -318,7 +319,7 @@ class CorpusStore:
         self._require_writer("compact")
         for shard in self._shards:
             read_shard(self.folder, shard, verify=True)
-        self._index = self._engine = None
+        self.index = self._engine = None
         kept = repack(self._parts(), self._hidden, self._shard_entries, self.layout)
         self._publish(self._write(kept), None)
 
@@ -339,12 +340,14 @@ class CorpusStore:
         """
         self._require_writer("build an index")
         self.commit()
-        built = build_index(engine, self._parts(), self.layout, self._hidden, queries)
-        self._engine, self._index = built, None
+        built, recall = build_index(engine, self._parts(), self.layout, self._hidden, queries)
+        index = None
         if built is not None:
-            self._index = {"folder": index_folder(self._next_shard), "entries": len(self)}
+            place = index_folder(self._next_shard)
+            index = {"folder": place, "engine": built.name, "entries": len(self), "recall": recall}
             self._next_shard += 1
-            built.save(self.folder / self._index["folder"])
+            built.save(self.folder / place)
+        self._engine, self.index = built, index
         self._publish(self._shards, self._removal)
 
     @property
@@ -375,7 +378,7 @@ class CorpusStore:
             **self.layout.to_content(),
             "progress": self.progress if progress is None else progress,
             "next_shard": self._next_shard,
-            "index": self._index,
+            "index": self.index,
             "removal": removal.file if removal else None,
             "progress_tensors": note.file if note else None,
             "shards": as_content([*shards, *others]),

@@ -151,8 +151,25 @@ def test_a_complete_store_says_so(folder, tmp_path, capsys):
     before = files(tmp_path / "out")
     capsys.readouterr()
     assert main(arguments(folder, tmp_path / "out")) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'out'} is complete: {ENTRIES} entries\n"
+    assert (
+        capsys.readouterr().out
+        == f"{tmp_path / 'out'} is complete: {ENTRIES} entries, 84 bytes each\n"
+    )
     assert files(tmp_path / "out") == before
+
+
+def test_an_index_can_be_asked_for(folder, tmp_path, capsys):
+    assert main(arguments(folder, tmp_path)) == 0
+    assert main([*arguments(folder, tmp_path), "--engine", "auto"]) == 0
+    assert CorpusStore.open(tmp_path).index is None  # few enough for exact search
+    capsys.readouterr()
+    assert main([*arguments(folder, tmp_path), "--engine", "faiss_flat"]) == 0
+    assert capsys.readouterr().out.endswith("\nindex: faiss_flat, recall 1.0000\n")
+    before = {path.name for path in tmp_path.iterdir()}
+    assert CorpusStore.open(tmp_path, engine="auto").engine == "faiss_flat"
+    assert main([*arguments(folder, tmp_path), "--engine", "faiss_flat"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert main([*arguments(folder, tmp_path), "--engine", "faiss_flt"]) == 2
 
 
 def build(words: list[str]) -> None:
