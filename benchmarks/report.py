@@ -22,6 +22,7 @@ LIBRARIES = (
     "flash-qla",
     "titans-pytorch",
     "product-key-memory",
+    "faiss-cpu",
 )
 
 

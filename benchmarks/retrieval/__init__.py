@@ -1,0 +1,4 @@
+"""Exact search against faiss' own, and against its approximate indices.
+
+python -m benchmarks.retrieval --device {cpu,cuda}
+"""
