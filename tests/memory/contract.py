@@ -31,6 +31,9 @@ SPECS: dict[str, list[Spec]] = {
     "knn_cache": [
         Spec(("memory", "parallel"), KNN_CACHE),
         Spec(("memory", "parallel"), {**KNN_CACHE, "share": "store"}, "shared"),
+        Spec(("memory",), {**KNN_CACHE, "context": 3, "head_size": 6}, "context", examples=2),
+        Spec(("memory",), {**KNN_CACHE, "reproject": True}, "reproject", examples=2),
+        Spec(("memory",), {**KNN_CACHE, "eviction": "lru", "context": 2}, "lru", examples=3),
     ],
     "lact": [Spec(("parallel",), LACT, stable={"orthogonalise": False}, examples=3)],
     "linear_attention": [

@@ -254,8 +254,8 @@ def test_layers_share_one_search(monkeypatch):
 
 def test_default_sizes():
     config = KnnCacheConfig()
-    assert config.sizes(1024) == (256, 16)
-    assert config.sizes(32) == (8, 1)
+    assert config.sizes(1024) == (256, 16, 64)
+    assert config.sizes(32) == (8, 1, 32)
     memory = module()
     assert memory.flops(8) == 2 * 8 * (2 * 16 * 16 + 3 * 16 * 6 + 8 * 6 + 2 * 2 * 3 * 2 * 6)
 
