@@ -235,6 +235,11 @@ def format_table(tuning: Tuning) -> str:
         f"{gain:.4f} below the model alone.",
         "It is the best of many on this text: measure it on other text before it is reported.",
     ]
+    limits = {"weight": (max(tuning.weights),)}
+    limits["temperature"] = (min(tuning.temperatures), max(tuning.temperatures))
+    edges = [name for name, values in limits.items() if best[name] in values]
+    if edges and best["weight"] > 0:
+        lines.append(f"At the edge of what was tried: the best {' and '.join(edges)}.")
     return "\n".join(lines)
 
 

@@ -116,6 +116,12 @@ def test_the_table():
     assert lines[4].split() == ["1", "2.5000", "2.3000*", "2.4500"]
     assert "weight 0.1, temperature 1: 2.3000 nats, 0.2000 below" in lines[5]
     assert "measure it on other text" in lines[6]
+    assert lines[7] == "At the edge of what was tried: the best temperature."
+    inside = Tuning(9, 1.0, 2.5, (0.1, 0.3), (0.5, 1.0, 2.0), [[2.4] * 2, [2.3, 2.4], [2.4] * 2])
+    assert len(format_table(inside).splitlines()) == 8
+    harmful = Tuning(9, 1.0, 2.5, (0.1,), (0.5,), [[2.6]])
+    assert "weight 0, temperature 0.5: 2.5000 nats, 0.0000 below" in format_table(harmful)
+    assert "edge" not in format_table(harmful)
 
 
 def test_the_command(tmp_path, capsys):
