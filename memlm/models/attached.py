@@ -312,12 +312,12 @@ class AttachedMixin:
             UserError: for a window shorter than a memory's segment: some tokens would be visible
                 nowhere.
         """
-        attached = self.attachment.config.window
+        before, attached = self.attachment.window, self.attachment.config.window
         self.attachment.window = min(filter(None, (window, attached)), default=None)
         try:
             self.check_windows()
         except UserError:
-            self.attachment.window = attached
+            self.attachment.window = before
             raise
 
     def check_windows(self) -> None:

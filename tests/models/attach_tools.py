@@ -35,6 +35,7 @@ MEMORIES = {
     "gated_delta": {"num_heads": 2, "head_dim": 8},
     "titans": {"num_heads": 2, "head_dim": 8, "expansion": 2, "chunk_size": 4},
 }
+PRODUCT_KEY = {"num_keys": 6, "num_heads": 2, "top_k": 3}
 
 
 def base_config(family: str) -> PreTrainedConfig:
@@ -49,7 +50,7 @@ def base_config(family: str) -> PreTrainedConfig:
         kinds = ["sliding_attention", "full_attention", "sliding_attention"]
         return Gemma3TextConfig(**GROUPED, head_dim=8, sliding_window=7, layer_types=kinds)
     if family == "gpt2":
-        return GPT2Config(**SIZES)
+        return GPT2Config(**SIZES, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     return OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0)
 
 
