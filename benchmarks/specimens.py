@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import specimens_product_key, specimens_weighted_bag
+from benchmarks import specimens_product_key, specimens_topk_search, specimens_weighted_bag
 from benchmarks.aot import Specimen
 from memlm.cuda.diagonal_scan import inputs as scan
 from memlm.cuda.linear_recurrence import inputs as recurrence
@@ -40,6 +40,7 @@ def quick() -> list[Specimen]:
         _linear_memory(LinearMemory(64)),
         _mlp_memory(MLPMemory(32, 128, 16)),
         *specimens_product_key.quick(),
+        *specimens_topk_search.quick(),
         *specimens_weighted_bag.quick(),
     ]
 
@@ -52,7 +53,8 @@ def full() -> list[Specimen]:
     deep = map(_mlp_memory, _mlp_memory_matrix())
     recurrences = map(_recurrence, _recurrence_matrix())
     tables = [*specimens_product_key.full(), *specimens_weighted_bag.full()]
-    return [*quick(), *recurrences, *convolutions, *scans, *memories, *deep, *tables]
+    searches = specimens_topk_search.full()
+    return [*quick(), *recurrences, *convolutions, *scans, *memories, *deep, *tables, *searches]
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
