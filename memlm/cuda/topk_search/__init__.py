@@ -10,6 +10,7 @@ from memlm.cuda.dispatch import choose_name
 from memlm.cuda.topk_search import native
 from memlm.cuda.topk_search.inputs import METRICS, Positions, check
 from memlm.cuda.topk_search.quantization import quantize_keys
+from memlm.cuda.topk_search.triton_limits import triton_refusal
 
 __all__ = ["METRICS", "Metric", "quantize_keys", "topk_search"]
 
@@ -18,6 +19,7 @@ MODULES = {
     "reference": "memlm.cuda.topk_search.reference",
     "eager": "memlm.cuda.topk_search.eager",
     "native": "memlm.cuda.topk_search.native",
+    "triton": "memlm.cuda.topk_search.triton_search",
 }
 
 
@@ -39,7 +41,7 @@ def topk_search(
     -0) by lowest index. A score that is NaN or -infinity is never found.
 
     Memory beside the arguments and the results does not grow with the number of keys, except for
-    the reference.
+    the reference, and for the Triton kernels by one float32 per key for a metric other than "dot".
 
     Args:
         queries: [B, T, D] float32, float16, bfloat16 or float64.
@@ -62,7 +64,12 @@ def topk_search(
         UserError: unknown metric, k < 1, or shapes, types or devices that do not fit.
     """
     check(queries, keys, k, metric, valid, positions, scales)
-    refusals = {"reference": None, "eager": None, "native": native.refusal(queries, keys)}
+    refusals = {
+        "reference": None,
+        "eager": None,
+        "native": native.refusal(queries, keys),
+        "triton": triton_refusal(queries, keys, k),
+    }
     name = choose_name("topk_search", refusals, queries.device)
     search = importlib.import_module(MODULES[name]).topk_search
     with torch.autocast(queries.device.type, enabled=False):
