@@ -29,6 +29,7 @@ ABLATION = {
     "product_key": "zeroed",
     "knn_cache": "off",
     "memorizing_attention": "off",
+    "neural_cache": "off",
     "hybrid": "off",
 }
 
