@@ -99,7 +99,15 @@ def _build(options: argparse.Namespace) -> None:
             f"--text: a document has {int(corpus.lengths.max())} tokens, but the model reads at "
             f"most {longest}"
         )
-    with _open(options, model, corpus) as store:
+    try:
+        _fill(options, reader, corpus)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{options.out}: cannot be written ({error})") from error
+
+
+def _fill(options: argparse.Namespace, reader: CorpusReader, corpus: Corpus) -> None:
+    """Bring the store to what the options ask for, and say what it is."""
+    with _open(options, reader.model, corpus) as store:
         was_complete = store.progress.get("complete")
         if not was_complete:
             read_corpus(reader, corpus, store, _progress)

@@ -1,17 +1,20 @@
 import itertools
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.data.tokenizers import ByteTokenizer
+from memlm.errors import UserError
 from memlm.fingerprint import fingerprint
 from memlm.memory.build_store import main
+from memlm.memory.corpus_reading import corpus_reader
 from memlm.retrieval.corpus_store import CorpusStore
 from tests.retrieval.killed import killed_at
 
@@ -196,14 +199,15 @@ def test_killed_runs_end_with_the_same_bytes(folder, tmp_path, name):
     assert files(out) == whole
 
 
-def test_progress_and_speed_are_shown(folder, tmp_path):
-    command = [sys.executable, "-m", "memlm.memory.build_store"]
-    run = subprocess.run(
-        [*command, *arguments(folder, tmp_path / "out")], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert "tok/s" in run.stderr and "100%" in run.stderr
-    assert run.stdout.endswith("84 bytes each\n")
+def test_the_command_shows_progress_and_speed(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["build_store", *arguments(folder, tmp_path / "out")])
+    monkeypatch.delitem(sys.modules, "memlm.memory.build_store")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("memlm.memory.build_store", run_name="__main__")
+    assert end.value.code == 0
+    shown = capsys.readouterr()
+    assert "tok/s" in shown.err and "100%" in shown.err
+    assert shown.out == f"{tmp_path / 'out'} is written: {ENTRIES} entries, 84 bytes each\n"
 
 
 @pytest.fixture
@@ -269,6 +273,39 @@ def test_a_damaged_model_is_refused(folder, tmp_path, capsys):
     words = arguments(folder, tmp_path / "out", model=tmp_path / "model", tokenizer="bytes")
     assert main(words) == 2
     assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_missing_weights_are_refused(folder, tmp_path, capsys):
+    LlamaForCausalLM.from_pretrained(folder / "llama").save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.norm.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    words = arguments(folder, tmp_path / "out", model=tmp_path / "model", tokenizer="bytes")
+    assert main(words) == 2
+    assert "lacks weights (model.norm.weight)" in capsys.readouterr().err
+
+
+def test_a_store_of_something_else_is_left_alone(folder, tmp_path, capsys):
+    create = {"key_size": 16, "metric": "l2", "projection": "0" * 64, "values": {}}
+    CorpusStore.create(tmp_path / "out", **create).close()
+    assert main(arguments(folder, tmp_path / "out")) == 2
+    assert "it was not begun by this command" in capsys.readouterr().err
+
+
+def test_an_out_that_is_a_file_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "out").write_text("notes")
+    assert main(arguments(folder, tmp_path / "out")) == 2
+    assert "out: cannot be written (" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "out").read_text() == "notes"
+
+
+def test_a_head_that_sees_something_else_is_refused(folder):
+    model = load(folder, "llama")
+    corpus_reader(model)
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0] / 2,))
+    with pytest.raises(UserError, match="a 'llama' model changes its last hidden states before"):
+        corpus_reader(model)
 
 
 def test_a_document_longer_than_the_model_reads_is_refused(folder, tmp_path, capsys):
