@@ -91,7 +91,7 @@ def attach_memory(
         model.detach_memory()
         raise
     for index, layer in enumerate(layers):
-        hook, attention = AttentionHook(index), layer.attention(model)
+        hook, attention = AttentionHook(index, layer.cache_argument), layer.attention(model)
         attachment.handles.append(
             attention.register_forward_pre_hook(hook.before, with_kwargs=True)
         )

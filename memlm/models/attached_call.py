@@ -50,11 +50,13 @@ class AttachedCall:
         self.last_hidden: Tensor | None = None
         self._new: States | None = dict(states)
 
-    def attention_arguments(self, index: int, hidden: Tensor, kwargs: dict) -> dict[str, Any]:
+    def attention_arguments(
+        self, index: int, cache_argument: str, hidden: Tensor, kwargs: dict
+    ) -> dict[str, Any]:
         """The keyword arguments of a layer's attention, with the call's cache and mask."""
         kwargs = dict(kwargs)
         if self.carries:
-            kwargs["past_key_values"] = self.key_values
+            kwargs[cache_argument] = self.key_values
         own = kwargs.get("attention_mask")
         kwargs["attention_mask"] = self.key_values.mask(index, own, hidden.dtype)
         return kwargs
@@ -98,12 +100,15 @@ def state_name(index: int) -> str:
 class AttentionHook:
     """The hooks on the attention of one layer."""
 
-    def __init__(self, index: int):
+    def __init__(self, index: int, cache_argument: str):
         self.index = index
+        self.cache_argument = cache_argument
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Give the attention the cache and the mask of the call."""
-        return args, _active().attention_arguments(self.index, _hidden(args, kwargs), kwargs)
+        hidden = _hidden(args, kwargs)
+        call = _active()
+        return args, call.attention_arguments(self.index, self.cache_argument, hidden, kwargs)
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Add what the memory of this layer reads from the attention's input."""

@@ -12,7 +12,7 @@ from memlm.errors import UserError
 from memlm.layers.attention_weights import AttentionWeights
 
 ATTENTION_NAMES = ("self_attn", "attn", "attention", "self_attention")
-_ATTENTION_ARGUMENTS = ("hidden_states", "attention_mask", "past_key_values")
+CACHE_ARGUMENTS = ("past_key_values", "layer_past")  # the older models have the second name
 _MODEL_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "labels", "logits_to_keep")
 # Rotary positions whose frequencies change with the length of the text.
 _CHANGING_ROPE = ("dynamic", "longrope")
@@ -25,11 +25,13 @@ class DecoderLayer:
     Attributes:
         name: of the layer in the model, such as `model.layers.3`.
         attention_name: of its attention, such as `model.layers.3.self_attn`.
+        cache_argument: under which the attention takes its cache.
         window: tokens that a query sees, itself included; None = all.
     """
 
     name: str
     attention_name: str
+    cache_argument: str
     window: int | None
 
     def attention(self, model: nn.Module) -> nn.Module:
@@ -50,18 +52,19 @@ def decoder_layers(model: PreTrainedModel) -> list[DecoderLayer]:
     count = config.num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
-            attentions = [_attention_name(layer) for layer in module]
+            attentions = [_attention(layer) for layer in module]
             if all(attentions):
                 windows = _windows(model, count)
                 parts = zip(attentions, windows, strict=True)
                 return [
-                    DecoderLayer(f"{name}.{index}", f"{name}.{index}.{attention}", window)
-                    for index, (attention, window) in enumerate(parts)
+                    DecoderLayer(f"{name}.{index}", f"{name}.{index}.{attention}", cache, window)
+                    for index, ((attention, cache), window) in enumerate(parts)
                 ]
     raise _not_standard(
         model,
         f"a list of {count} layers that each have an attention ({', '.join(ATTENTION_NAMES)}) "
-        f"with a layer_idx, which takes {', '.join(_ATTENTION_ARGUMENTS)} and no alibi",
+        "with a layer_idx, which takes hidden_states, attention_mask and "
+        f"{' or '.join(CACHE_ARGUMENTS)} and no alibi",
     )
 
 
@@ -80,10 +83,15 @@ def attention_weights(model: PreTrainedModel, layer: DecoderLayer) -> AttentionW
     heads, kv_heads, head_dim = attention_sizes(model, layer)
     sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
     parts = [_weight(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
-    for name in ("c_attn", "qkv_proj"):  # GPT-2, Phi-3: the three in one
+    for name in ("c_attn", "qkv_proj", "query_key_value"):  # the three in one
         fused = _weight(attention, name)
-        if fused is not None and fused.shape[0] == sum(sizes):
-            parts = list(fused.split(sizes))
+        if fused is None or fused.shape[0] != sum(sizes):
+            continue
+        if name == "query_key_value":  # GPT-NeoX: head by head
+            if kv_heads != heads:
+                continue
+            fused = fused.unflatten(0, (heads, 3, head_dim)).transpose(0, 1).flatten(0, 2)
+        parts = list(fused.split(sizes))
     outputs = (_weight(attention, name) for name in ("o_proj", "out_proj", "c_proj", "dense"))
     parts.append(next((output for output in outputs if output is not None), None))
     width = model.config.get_text_config(decoder=True).hidden_size
@@ -113,13 +121,16 @@ def _arguments(module: nn.Module) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
 
 
-def _attention_name(layer: nn.Module) -> str | None:
+def _attention(layer: nn.Module) -> tuple[str, str] | None:
+    """The name of a layer's attention, and the argument under which it takes its cache."""
     for name in ATTENTION_NAMES:
         attention = getattr(layer, name, None)
         if isinstance(attention, nn.Module) and getattr(attention, "layer_idx", None) is not None:
             arguments = _arguments(attention)
-            if "alibi" not in arguments and all(a in arguments for a in _ATTENTION_ARGUMENTS):
-                return name
+            cache = next((found for found in CACHE_ARGUMENTS if found in arguments), None)
+            needed = "hidden_states" in arguments and "attention_mask" in arguments
+            if cache and needed and "alibi" not in arguments:
+                return name, cache
     return None
 
 

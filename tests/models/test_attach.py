@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     DynamicCache,
+    GPTNeoXConfig,
     LlamaConfig,
     MambaConfig,
     T5Config,
@@ -117,6 +118,27 @@ def test_the_memory_gets_the_weights_of_its_attention(family, monkeypatch):
     assert torch.equal(weights.o, output.weight)
     assert weights.q.shape == (weights.num_heads * weights.head_dim, 32)
     assert weights.k.shape == (weights.num_kv_heads * weights.head_dim, 32)
+
+
+@torch.no_grad()
+def test_models_whose_attention_takes_its_cache_by_another_name():
+    sizes = {key: value for key, value in GROUPED.items() if key != "num_key_value_heads"}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GPTNeoXConfig(**sizes)).eval()
+    base = model(IDS).logits
+    attach_memory(model, {"memory": {"type": "knn_cache", **MEMORIES["knn_cache"]}})
+    assert torch.equal(model(IDS).logits, base)
+    trained(model)
+    first, states = run(model, IDS[:, :9])
+    second, _ = run(model, IDS[:, 9:], states)
+    assert_close(torch.cat([first, second], 1), model(IDS).logits)
+    layer = model.attachment.layers[0]
+    weights, attention = attention_weights(model, layer), layer.attention(model)
+    hidden = torch.randn(1, 5, 32)
+    fused = attention.query_key_value(hidden) - attention.query_key_value.bias
+    parts = fused.unflatten(-1, (4, 24)).chunk(3, -1)
+    for weight, part in zip((weights.q, weights.k, weights.v), parts, strict=True):
+        assert_close(hidden @ weight.T, part.flatten(2))
 
 
 def test_weights_of_unknown_names_are_not_guessed():
