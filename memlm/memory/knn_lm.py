@@ -6,6 +6,7 @@ softmax of -distance / temperature; the distance is the squared one of their imp
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -13,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from memlm.errors import UserError
+from memlm.errors import UserError, nearest
 from memlm.layers.context import CallContext
 from memlm.memory.output_memory import (
     BLOCK,
@@ -23,6 +24,7 @@ from memlm.memory.output_memory import (
     OutputMemoryConfig,
     register_output,
 )
+from memlm.retrieval.choice import ENGINES
 from memlm.retrieval.corpus_store import CorpusStore
 
 NEXT_TOKEN = "next_token"  # the value that an entry of the store must have
@@ -37,20 +39,30 @@ class KnnLMConfig(OutputMemoryConfig):
             token that followed it (`next_token`).
         top_k: entries found per token.
         metric: the one that the store was made for; l2 as in the paper.
+        engine: "exact"; "auto" = the index of the store if it has one, else exact, which is
+            logged; or the name of the index that the store must have.
     """
 
     store: str | None = None
     top_k: int = 1024
     metric: Literal["l2", "dot", "cosine"] = "l2"
+    engine: str = "auto"
 
     def check(self) -> None:
         super().check()
         if self.store is None:
-            raise UserError("store is missing: the folder of a corpus store of this model")
+            raise UserError("store is missing: a folder made by memlm.memory.build_store")
         if self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}, it must be at least 1")
+        engines = ("auto", *ENGINES)
+        if self.engine not in engines:
+            raise UserError(
+                f"engine {self.engine!r} is not one of {', '.join(engines)}"
+                f"{nearest(self.engine, engines)}"
+            )
 
 
+logger = logging.getLogger(__name__)
 # Outside of the modules: a store is neither copied nor saved with a model.
 _STORES: WeakKeyDictionary[nn.Module, CorpusStore] = WeakKeyDictionary()
 
@@ -76,7 +88,12 @@ class KnnLM(OutputMemory):
         if self not in _STORES:
             projection, config = context.shared[WEIGHTS](), self.config
             try:
-                store = CorpusStore.open(config.store, projection=projection, metric=config.metric)
+                store = CorpusStore.open(
+                    config.store,
+                    projection=projection,
+                    metric=config.metric,
+                    engine=config.engine,
+                )
             except UserError as error:
                 raise UserError(f"knn_lm: {error}") from error
             size = store.layout.key_size
@@ -87,6 +104,10 @@ class KnnLM(OutputMemory):
                 )
             if NEXT_TOKEN not in store.layout.values:
                 raise UserError(f"knn_lm: {config.store} does not say which token follows an entry")
+            found = "exactly"
+            if store.engine != "exact":
+                found = f"by {store.engine} (recall {store.index['recall']:.4f} when it was built)"
+            logger.info("knn_lm: %s, %d entries, searched %s", config.store, len(store), found)
             _STORES[self] = store
         return _STORES[self]
 

@@ -210,6 +210,26 @@ def test_opened_once_and_shared_with_no_copy(tmp_path, monkeypatch):
     assert len(opened) == 2
 
 
+def test_an_index_of_the_store_is_used_and_named(tmp_path, caplog):
+    folder = tmp_path / "s"
+    write_store(folder, draw(400, SIZE, dtype=torch.float32), draw_ids(400, tokens=9))
+    hidden, logits = draw(2, 5, SIZE, seed=1), draw(2, 5, 9, seed=2)
+
+    def mixed(engine):
+        return build(folder, top_k=7, engine=engine)(hidden, logits, None, context(2, 5))[0]
+
+    with caplog.at_level("INFO", logger="memlm.memory.knn_lm"):
+        expected = mixed("auto")
+        assert "400 entries, searched exactly" in caplog.text
+        with pytest.raises(UserError, match="knn_lm: .*has no index, not one of 'faiss_flat'"):
+            mixed("faiss_flat")
+        with CorpusStore.open(folder, read_only=False) as store:
+            store.build_index("faiss_flat")
+        torch.testing.assert_close(mixed("auto"), expected, rtol=0, atol=1e-5)
+        assert "searched by faiss_flat (recall 1.0000 when it was built)" in caplog.text
+    assert torch.equal(mixed("exact"), expected)
+
+
 def test_generation_finds_the_corpus(tmp_path):
     """With a store of one text and nearly all the weight, the text is said again."""
     model = build_model(LAYERS)

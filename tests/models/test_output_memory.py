@@ -47,6 +47,7 @@ BAD = [
     ({"type": "neural_cache", "weight": -0.1}, "weight is -0.1"),
     ({"type": "neural_cache", "temperature": 0}, "temperature is 0.0, it must be positive"),
     ("knn_lm", "output: store is missing"),
+    ({"type": "knn_lm", "store": "x", "engine": "hnsw"}, "did you mean 'faiss_hnsw'?"),
     ({"type": "knn_lm", "store": "x", "top_k": 0}, "top_k is 0, it must be at least 1"),
 ]
 
