@@ -21,7 +21,7 @@ from memlm.models.decoder_layers import (
     position_limit,
 )
 from memlm.models.lora import add_lora, is_lora_name
-from memlm.models.modeling import init_module
+from memlm.models.start_values import init_module
 
 
 def attach_memory(

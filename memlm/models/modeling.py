@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlm.errors import UserError
@@ -28,6 +27,7 @@ from memlm.models.block import Block, build_shared
 from memlm.models.cache import MemLMCache
 from memlm.models.configuration import MemLMConfig
 from memlm.models.documents import PositionState, advance, find_documents, valid_tokens
+from memlm.models.start_values import init_module
 
 States = dict[str, MemoryState]
 
@@ -65,29 +65,6 @@ class MemLMPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         init_module(module, self.config.initializer_range)
-
-
-@torch.no_grad()
-def init_module(module: nn.Module, std: float) -> None:
-    """Set the own weights of a module to start values; loaded weights are left alone.
-
-    Args:
-        module: any module of a model.
-        std: standard deviation of linear and embedding weights.
-    """
-    if isinstance(module, nn.Linear):
-        init.normal_(module.weight, std=std)
-        if module.bias is not None:
-            init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        init.normal_(module.weight, std=std)
-    elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
-        if module.weight is not None:
-            init.ones_(module.weight)
-        if getattr(module, "bias", None) is not None:
-            init.zeros_(module.bias)
-    elif hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):
-        module.init_weights()
 
 
 class MemLMModel(MemLMPreTrainedModel):
