@@ -169,7 +169,8 @@ class Retriever:
         keys = store.keys
         if config.reproject and torch.is_grad_enabled():
             keys = self._compressed_again(store, index, exists)
-        entries = take_rows(keys, index)  # [B, T, top_k, neighborhood, r]
+        # [B, T, top_k, neighborhood, r]; a NaN in a free slot would pass through a weight of zero.
+        entries = take_rows(keys, index).masked_fill(~exists.unsqueeze(-1), 0)
         at_hit = entries[:, :, :, (config.neighborhood - 1) // 2]
         similarity = self._similarity(z, keys, hits, at_hit).unsqueeze(-1).expand(index.shape)
         parts = (part.flatten(2, 3) for part in (entries, similarity, exists))
@@ -210,6 +211,7 @@ class Retriever:
             return scores / z.shape[-1]
         # Once per entry of the store instead of once per hit.
         squares = keys.square().sum(-1).gather(1, hits.clamp(min=0).flatten(1)).view_as(hits)
+        squares = squares.masked_fill(hits < 0, 1)
         if self.config.metric == "l2":
             return (2 * scores - squares) / z.shape[-1]
         return scores * (squares * z.square().sum(-1, keepdim=True)).clamp(min=1e-24).rsqrt()

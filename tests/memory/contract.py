@@ -33,7 +33,7 @@ SPECS: dict[str, list[Spec]] = {
         Spec(("memory", "parallel"), {**KNN_CACHE, "share": "store"}, "shared"),
         Spec(("memory",), {**KNN_CACHE, "context": 3, "head_size": 6}, "context", examples=2),
         Spec(("memory",), {**KNN_CACHE, "reproject": True}, "reproject", examples=2),
-        Spec(("memory",), {**KNN_CACHE, "eviction": "lru", "context": 2}, "lru", examples=3),
+        Spec(("memory",), {**KNN_CACHE, "eviction": "lru", "context": 2}, "lru", examples=2),
     ],
     "lact": [Spec(("parallel",), LACT, stable={"orthogonalise": False}, examples=3)],
     "linear_attention": [

@@ -7,8 +7,10 @@ from torch.nn import functional as F
 
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.errors import UserError
+from memlm.layers.attention_weights import AttentionWeights
 from memlm.layers.context import SequenceLayout
 from memlm.memory import CallContext, KnnCache, KnnCacheConfig
+from memlm.memory.knn_retrieval import Compressor, Retriever
 
 SIZES = {"capacity": 8, "segment": 4, "key_size": 6, "top_k": 3, "num_heads": 2}
 
@@ -35,35 +37,62 @@ def similarity(metric, query, key):
     return dot / len(key)
 
 
-def expected_output(memory, hidden):
-    """One row, one document from position 0, straight from the class's description."""
-    config, heads = memory.config, memory.num_heads
+def expected_reads(memory, hidden):
+    """For each token of one row what it finds, (position, score of its hit, place), by its store.
+
+    One document from position 0, straight from the descriptions of the config.
+    """
+    config = memory.config
     z = memory.compressor(hidden)
     # Hits are ranked by states rounded to a grid, of unit length or unit scale.
     scaled = F.normalize(z, dim=-1) if config.metric == "cosine" else z / memory.key_size**0.5
     scaled = (1024 * scaled.detach()).round()
     ranking = {"cosine": "dot"}.get(config.metric, config.metric)
     before = (config.neighborhood - 1) // 2
-    rows = []
+    reads, last_used = [], {}
     for p in range(hidden.shape[0]):
         boundary = p // config.segment * config.segment
         visible = range(max(0, boundary - config.capacity), boundary)
+        if config.eviction == "lru":
+            if p == boundary:
+                for token in range(max(0, p - config.segment), p):
+                    last_used.update({j: p for j, _, _ in reads[token]})
+                for j in range(max(0, p - config.segment), p):
+                    if len(last_used) == config.capacity:
+                        del last_used[min(last_used, key=lambda old: (last_used[old], old))]
+                    last_used[j] = p
+            visible = sorted(last_used)
         rank = {j: float(similarity(ranking, scaled[p], scaled[j])) for j in visible}
         hits = sorted(visible, key=lambda j, rank=rank: -rank[j])[: config.top_k]
+        reads.append(
+            [
+                (hit + place - before, similarity(config.metric, z[p], z[hit]), place)
+                for hit in hits
+                for place in range(config.neighborhood)
+                if hit + place - before in visible
+            ]
+        )
+    return reads
+
+
+def expected_output(memory, hidden):
+    """One row, one document from position 0, straight from the class's description."""
+    config, heads = memory.config, memory.num_heads
+    z = memory.compressor(hidden)
+    reads = expected_reads(memory, hidden)
+    rows = []
+    for p in range(hidden.shape[0]):
         q = memory.q_proj(hidden[p]).view(heads, -1)
         out = []
         for h in range(heads):
             logits, values = [memory.sink[h]], [torch.zeros_like(q[h])]
-            for hit in hits:
-                for place in range(config.neighborhood):
-                    j = hit + place - before
-                    if j in visible:
-                        k = memory.k_proj(z[j]).view(heads, -1)[h]
-                        logit = q[h] @ k / math.sqrt(len(k))
-                        score = similarity(config.metric, z[p], z[hit])
-                        logit = logit + memory.log_temperature[h].exp() * score
-                        logits.append(logit + memory.place_bias[h, place])
-                        values.append(memory.v_proj(z[j]).view(heads, -1)[h])
+            for step in range(min(config.context, p + 1)):
+                for j, score, place in reads[p - step]:
+                    k = memory.k_proj(z[j]).view(heads, -1)[h]
+                    logit = q[h] @ k / math.sqrt(len(k)) + memory.log_temperature[h].exp() * score
+                    bias = memory.place_bias[h, step * config.neighborhood + place]
+                    logits.append(logit + bias)
+                    values.append(memory.v_proj(z[j]).view(heads, -1)[h])
             out.append(torch.stack(logits).softmax(0) @ torch.stack(values))
         rows.append(memory.o_proj(torch.cat(out)))
     return torch.stack(rows)
@@ -78,13 +107,18 @@ def expected_output(memory, hidden):
         {"neighborhood": 4, "segment": 3, "capacity": 7},
         {"segment": 1, "capacity": 5},
         {"top_k": 8},
+        {"context": 2},
+        {"context": 6, "head_size": 5, "neighborhood": 1},
+        {"reproject": True},
+        {"eviction": "lru"},
+        {"eviction": "lru", "neighborhood": 3, "segment": 3, "capacity": 7, "context": 2},
     ],
     ids=str,
 )
 def test_output_is_the_description(options):
     memory = module(**options)
-    hidden = torch.randn(21, 16, dtype=torch.float64)
-    out, _ = memory(hidden[None], new_state(memory), CallContext.plain(1, 21))
+    hidden = torch.randn(29, 16, dtype=torch.float64)
+    out, _ = memory(hidden[None], new_state(memory), CallContext.plain(1, 29))
     torch.testing.assert_close(out[0], expected_output(memory, hidden))
     # Nothing is visible in the first segment: exactly zero, whatever the sink.
     assert torch.equal(out[0, : memory.config.segment], 0 * out[0, : memory.config.segment])
@@ -134,8 +168,11 @@ def test_an_entry_counts_by_its_position_not_by_its_content():
     nothing = torch.zeros(1, 1, 16, dtype=torch.float64)
     assert torch.equal(read(written=torch.zeros_like(state.written)), nothing)
     keys = state.keys.clone()
-    keys[:, 4:] = hidden.new_tensor(1e6)  # slots that were never written
+    keys[:, 4:] = torch.nan  # slots that were never written
     assert torch.equal(read(keys=keys), read())
+    assert torch.equal(read(keys=keys, written=torch.zeros_like(state.written)), nothing)
+    read(keys=keys).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in memory.parameters())
     keys = state.keys.clone()
     keys[:, 2:4] = 0  # two of the four entries
     # Entries of zeros add nothing but take their share of the attention.
@@ -152,6 +189,111 @@ def test_gradient_reaches_what_was_stored_in_this_call():
     out.square().sum().backward()
     for name, parameter in memory.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("eviction", ["fifo", "lru"])
+def test_after_overflow_every_live_entry_is_found_and_no_other(eviction):
+    memory = module(top_k=1, neighborhood=1, eviction=eviction)
+    hidden = torch.randn(1, 40, 16, dtype=torch.float64)
+    z, state, seen = memory.compressor(hidden)[0], new_state(memory), 0
+    for length in (4, 4, 1, 11, 20):
+        part = hidden[:, seen : seen + length]
+        _, state = memory(part, state, CallContext.plain(1, length, first_position=seen))
+        seen += length
+        live = sorted(state.positions[0, state.valid[0]].tolist())
+        context = CallContext.plain(1, 40, first_position=seen, write=False)
+        context.position_ids = torch.full((1, 40), seen // 4 * 4)
+        found, same = Retriever(memory.config, memory.compressor).retrieve(hidden, state, context)
+        assert same is state
+        own = torch.isclose(found.entries[0, :, 0], z).all(-1) & found.exists[0, :, 0]
+        assert own.nonzero().squeeze(1).tolist() == live
+        assert len(live) == min(8, seen // 4 * 4)
+        if eviction == "fifo":
+            assert live == list(range(max(0, seen // 4 * 4 - 8), seen // 4 * 4))
+
+
+def test_what_is_read_again_and_again_outlives_what_is_not():
+    torch.manual_seed(1)
+    hidden = torch.randn(1, 64, 16, dtype=torch.float64)
+    hidden[:, 7::4] = hidden[:, 0]  # every segment asks for the first token
+    for eviction, kept in (("fifo", False), ("lru", True)):
+        memory = module(top_k=1, neighborhood=1, eviction=eviction)
+        _, state = memory(hidden, new_state(memory), CallContext.plain(1, 64))
+        assert (0 in state.positions[0].tolist()) == kept
+
+
+@pytest.mark.parametrize("eviction", ["fifo", "lru"])
+def test_the_compressor_learns_from_what_earlier_calls_stored(eviction):
+    hidden = torch.randn(1, 11, 16, dtype=torch.float64)
+    context = CallContext.plain(1, 3, first_position=8)
+    outputs = []
+    for reproject in (False, True):
+        memory = module(reproject=reproject, eviction=eviction)
+        retriever = Retriever(memory.config, memory.compressor)
+        with torch.no_grad():
+            _, state = memory(hidden[:, :8], new_state(memory), CallContext.plain(1, 8))
+        outputs.append(memory(hidden[:, 8:], state, context)[0])
+        found, _ = retriever.retrieve(hidden[:, 8:], state, context)
+        assert found.entries.requires_grad == reproject
+        # What is read is what the compressor makes now, not what it made when it was stored.
+        with torch.no_grad():
+            memory.compressor.norm.weight.mul_(2.0)
+        found, _ = retriever.retrieve(hidden[:, 8:], state, context)
+        now = memory.compressor(hidden[0, :8]) if reproject else state.keys[0]
+        distance = (found.entries[found.exists][:, None] - now).abs().amax(-1)
+        assert distance.amin(-1).max() < 1e-12
+    torch.testing.assert_close(*outputs)
+
+
+def test_the_store_can_have_a_type_of_its_own():
+    hidden = torch.randn(2, 30, 16, dtype=torch.float64)
+    memory = module(store_dtype="float16", reproject=True, context=2)
+    state = new_state(memory, 2)
+    assert state.keys.dtype == state.pending.dtype == torch.float16
+    assert state.values[0].dtype == torch.float64
+    whole, _ = memory(hidden, state, CallContext.plain(2, 30))
+    parts, seen = [], 0
+    for length in (3, 1, 1, 9, 16):
+        context = CallContext.plain(2, length, first_position=seen)
+        out, state = memory(hidden[:, seen : seen + length], state, context)
+        parts.append(out)
+        seen += length
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    # Rounding is all that it costs.
+    exact, _ = module(context=2)(hidden, new_state(module(context=2), 2), CallContext.plain(2, 30))
+    assert 0 < (whole - exact).abs().max() < 0.01 * exact.abs().max()
+    with torch.no_grad():
+        read, _ = memory(hidden, new_state(memory, 2), CallContext.plain(2, 30))
+    torch.testing.assert_close(read, whole)
+
+
+def test_starts_from_the_attention_of_its_layer():
+    torch.manual_seed(3)
+    weights = AttentionWeights(
+        *(torch.randn(rows, 16).double() for rows in (24, 12, 12)),
+        torch.randn(16, 24).double(),
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=6,
+    )
+    config = KnnCacheConfig(key_size=6).for_attention(weights)
+    assert (config.num_heads, config.head_size) == (4, 6)
+    memory = KnnCache(config, hidden_size=16).double()
+    memory.init_from_attention(weights)
+    hidden = torch.randn(16, dtype=torch.float64)
+    torch.testing.assert_close(memory.q_proj(hidden), weights.q @ hidden)
+    torch.testing.assert_close(memory.o_proj.weight, weights.o)
+    state = torch.randn(6, dtype=torch.float64)
+    as_hidden = F.pad(state, (0, 10))  # a state stands for the first channels
+    for projection, weight in ((memory.k_proj, weights.k), (memory.v_proj, weights.v)):
+        heads = (weight @ as_hidden).view(2, 6)[[0, 0, 1, 1]]
+        torch.testing.assert_close(projection(state), heads.flatten())
+    given = KnnCacheConfig(num_heads=2)
+    assert given.for_attention(weights) is given
+    other = KnnCache(given, hidden_size=16).double()
+    before = other.q_proj.weight.clone()
+    other.init_from_attention(weights)  # of other sizes
+    assert torch.equal(other.q_proj.weight, before)
 
 
 def test_reading_without_writing_sees_what_writing_saw():
@@ -230,7 +372,6 @@ def shared_model():
 
 
 def test_layers_share_one_search(monkeypatch):
-    from memlm.memory import knn_cache
     from memlm.retrieval import vector_store
 
     model, calls = shared_model(), []
@@ -245,7 +386,7 @@ def test_layers_share_one_search(monkeypatch):
     assert len(calls) == 1
     out.loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-    compressors = [part for part in model.modules() if isinstance(part, knn_cache.Compressor)]
+    compressors = [part for part in model.modules() if isinstance(part, Compressor)]
     assert len(compressors) == 1
     sizes = [out.memory_states[name].nbytes for name in model.memory_state_names()]
     # The others have the counters of two rows and no slots.
@@ -271,6 +412,8 @@ def test_default_sizes():
         ({"top_k": 9}, "top_k 9 is more than capacity 8"),
         ({"segment": 9}, "segment 9 is more than capacity 8"),
         ({"neighborhood": 9}, "neighborhood 9 is more than capacity 8"),
+        ({"context": 0}, "context is 0"),
+        ({"head_size": 0}, "head_size is 0"),
         ({"num_heads": 3}, "num_heads 3 does not divide the hidden size 16"),
         ({"temperature": 0.0}, "temperature is 0.0"),
     ],
