@@ -160,7 +160,7 @@ def read_shard(folder: Path, shard: Shard, verify: bool) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch maps with a RuntimeError
         raise UserError(f"{path}: altered since it was written (no safetensors file)") from error
 
 

@@ -552,3 +552,38 @@ def test_killed_at_random_moments(tmp_path):
         reached = len(store)
         assert torch.equal(store.values["number"], torch.arange(reached))
         assert torch.equal(store._base[-1].columns["keys"][-1], torch.full((SIZE,), reached - 1.0))
+
+
+def open_again_and_again(folder: Path, results) -> None:
+    """Open a store that is being written, until it is complete; every view of it must be whole."""
+    opened = []
+    while not opened or opened[-1] < 6000:
+        store = CorpusStore.open(folder)
+        assert torch.equal(store.values["number"], torch.arange(len(store)))
+        assert len(store) == store.progress.get("entries", 0)
+        opened.append(len(store))
+    results.put(opened)
+
+
+def test_many_processes_read_while_one_writes(tmp_path):
+    folder = tmp_path / "store"
+    store = create(folder, values={"number": ValueSpec((), torch.int64)})
+    context = server_context(open_again_and_again)
+    results = context.Queue()
+    readers = [
+        context.Process(target=open_again_and_again, args=(folder, results)) for _ in range(3)
+    ]
+    for reader in readers:
+        reader.start()
+    for count in range(100, 6001, 100):
+        numbers = torch.arange(count - 100, count)
+        store.add(numbers.float()[:, None].expand(-1, SIZE), {"number": numbers})
+        store.commit({"entries": count})
+        if count % 300 == 0:
+            store.compact()
+    for reader in readers:
+        reader.join(60)
+        assert reader.exitcode == 0
+    for _ in readers:
+        opened = results.get(timeout=10)
+        assert opened == sorted(opened) and opened[-1] == 6000

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -13,6 +14,7 @@ import torch
 
 from memlm.errors import UserError
 from memlm.fingerprint import fingerprint
+from memlm.memory.segment_store import SegmentStore
 from memlm.retrieval import manifest
 from memlm.retrieval.corpus_store import CorpusStore
 from memlm.retrieval.store_files import load_store, save_store
@@ -102,6 +104,16 @@ def test_manifest_tells_what_the_store_is(tmp_path):
         data = (tmp_path / shard["file"]).read_bytes()
         assert shard["bytes"] == len(data)
         assert shard["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_a_store_of_segments(tmp_path):
+    store = SegmentStore.empty_segments(2, 8, 4, 3, values=(ValueSpec((), torch.int32),))
+    store = dataclasses.replace(store, pending=torch.randn(2, 4, 3))
+    save(store, tmp_path, shard_bytes=100)
+    loaded = load_store(tmp_path, projection=PROJECTION, store_class=SegmentStore)
+    assert type(loaded) is SegmentStore and same(loaded, store)
+    with pytest.raises(UserError, match="holds a SegmentStore, not a VectorStore"):
+        load(tmp_path)
 
 
 def test_empty_stores(tmp_path):
