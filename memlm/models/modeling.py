@@ -125,12 +125,12 @@ class MemLMModel(MemLMPreTrainedModel):
         """Cap the window of every sliding attention (None = as configured).
 
         Raises:
-            UserError: for a window shorter than the segment of the memory beside it: some tokens
-                would be visible nowhere.
+            UserError: for a window shorter than the segment of the memory beside it or around it:
+                some tokens would be visible nowhere.
         """
         for index, block in enumerate(self.layers):
-            memory = block.memory.module if block.memory is not None else None
-            delay = 1 if memory is None else memory.config.delay
+            memories = [b for b in (block.mixer, block.memory) if b is not None and b.is_memory]
+            delay = max((branch.module.config.delay for branch in memories), default=1)
             for branch in block.branches().values():
                 for attention in branch.modules():
                     if not isinstance(attention, Attention) or attention.configured_window is None:

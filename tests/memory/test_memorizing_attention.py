@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.errors import UserError
 from memlm.layers.context import SequenceLayout
 from memlm.layers.rotary import rotary_angles
@@ -187,6 +188,16 @@ def test_keys_learn_from_what_is_found_in_the_same_call():
     assert gradient[0, 4].abs().sum() == gradient[0, 6:].abs().sum() == 0
     out.square().sum().backward()
     assert memory.attention.k_proj.weight.grad.abs().sum() > 0
+
+
+def test_a_window_is_not_capped_below_the_segment():
+    mixer = {"type": "memorizing_attention", **SIZES}
+    layers = [{"mixer": mixer, "ffn": "swiglu"}]
+    model = MemLMForCausalLM(MemLMConfig(vocab_size=30, hidden_size=16, layers=layers))
+    model.set_attention_window(4)
+    assert model.model.layers[0].mixer.module.attention.window == 4
+    with pytest.raises(UserError, match=r"window of 3 is shorter than the memory's segment \(4\)"):
+        model.set_attention_window(3)
 
 
 def test_sizes():
