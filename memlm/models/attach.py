@@ -21,6 +21,7 @@ from memlm.models.decoder_layers import (
     position_limit,
 )
 from memlm.models.lora import add_lora, is_lora_name
+from memlm.models.modeling import MemLMPreTrainedModel
 from memlm.models.start_values import init_module
 
 
@@ -129,7 +130,11 @@ def _build_memory(
     )
     std = getattr(text_config, "initializer_range", None) or 0.02
     memory.apply(lambda module: init_module(module, std))
+    strict = set(MemLMPreTrainedModel._keep_in_fp32_modules_strict)
+    wide = {n: p.data for n, p in memory.named_parameters() if strict.intersection(n.split("."))}
     memory.to(device=model.device, dtype=model.dtype)
+    for name, data in wide.items():
+        memory.get_parameter(name).data = data.to(model.device)
     for index, branch in branches.items():
         weights = attention_weights(model, layers[int(index)])
         if weights is not None:

@@ -11,7 +11,8 @@ import memlm
 from memlm import UserError
 from memlm.fingerprint import fingerprint
 from memlm.models.attached_files import is_attached
-from tests.models.attach_tools import FAMILIES, MEMORIES, attached, base_model
+from tests.memory.law_tools import run
+from tests.models.attach_tools import FAMILIES, MEMORIES, attached, base_model, trained
 
 
 @pytest.fixture
@@ -47,16 +48,28 @@ def test_only_the_memory_is_written(saved):
     assert names == {name for name in model.state_dict() if name.startswith("memory.")}
 
 
-def test_the_same_model_in_another_precision_is_the_same(tmp_path):
+@pytest.mark.parametrize("memory", MEMORIES)
+@torch.no_grad()
+def test_the_same_model_in_another_precision_is_the_same(memory, tmp_path):
     half = base_model("llama").to(torch.bfloat16)
     wide = base_model("llama")
     wide.load_state_dict(half.state_dict())
-    spec = {"memory": {"type": "gated_delta", **MEMORIES["gated_delta"]}}
-    memlm.attach_memory(wide, spec).save_pretrained(tmp_path)
+    spec = {"memory": {"type": memory, **MEMORIES[memory]}}
+    saved = trained(memlm.attach_memory(wide, spec))
+    saved.save_pretrained(tmp_path)
     loaded = memlm.load_memory(half, tmp_path)
-    kept = {"A_log": torch.float32, "dt_bias": torch.float32}
+    kept = {"A_log", "dt_bias", "gates_bias", "initial_weights"}
     for name, parameter in loaded.memory.named_parameters():
-        assert parameter.dtype == kept.get(name.rsplit(".", 1)[-1], torch.bfloat16), name
+        dtype = torch.float32 if kept.intersection(name.split(".")) else torch.bfloat16
+        assert parameter.dtype == dtype, name
+        assert torch.equal(parameter, saved.memory.get_parameter(name).to(dtype))
+    ids = torch.arange(1, 21)[None]
+    first, states = run(loaded, ids[:, :9])
+    second, _ = run(loaded, ids[:, 9:], states)
+    assert first.dtype == second.dtype == torch.bfloat16
+    expected = saved(ids).logits
+    error = (torch.cat([first, second], 1).float() - expected).abs().max()
+    assert error < 0.1 * expected.abs().max()
 
 
 def test_another_model_is_refused_and_left_alone(saved):
