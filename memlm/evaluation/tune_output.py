@@ -303,7 +303,10 @@ def _main(options: argparse.Namespace) -> None:
     if options.out.exists():
         raise UserError(f"--out: {options.out} exists already")
     model = load_model(options.model)
+    attached = isinstance(model, AttachedMixin)
     if options.output is not None:
+        if attached:
+            raise UserError("--output: this model was saved with what is attached to it; leave it")
         model.set_output_memory(options.output)
     tokenizer = load_tokenizer(options.tokenizer or options.model)
     corpus = held_out_text(tokenizer, options.files)
@@ -319,7 +322,7 @@ def _main(options: argparse.Namespace) -> None:
     print(format_table(tuning))
     result = {
         "model": options.model,
-        "output": model.config.output,
+        "output": model.attachment.config.output if attached else model.config.output,
         "files": options.files,
         "documents": len(documents),
         "length": options.length,

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from memlm import UserError, attach_memory
 from memlm.data import ByteTokenizer
@@ -146,6 +147,29 @@ def test_the_command(tmp_path, capsys):
     assert f"{result['best']['nats']:.4f}*" in printed
     assert main(words) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_the_command_on_a_saved_attached_memory(tmp_path, capsys):
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    attach_memory(base, {"output": CACHE}).save_pretrained(tmp_path / "memory")
+    ByteTokenizer().save_pretrained(tmp_path / "memory")
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 20)
+    words = ["--model", str(tmp_path / "memory"), "--files", str(text), "--length", "60"]
+    words += ["--out", str(tmp_path / "tuning.json")]
+    assert main([*words, "--output", "neural_cache"]) == 2
+    assert "what is attached to it" in capsys.readouterr().err
+    assert main(words) == 0
+    result = json.loads((tmp_path / "tuning.json").read_text())
+    assert result["output"] == CACHE and result["best"]["nats"] < result["base"]
 
 
 def test_unknown_options():
