@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from memlm.data.config import DataConfig
-from memlm.errors import UserError, nearest
+from memlm.errors import UserError, nearest, require_known
 from memlm.yaml_tree import merge, parse_overrides, read_yaml, set_value
 
 if typing.TYPE_CHECKING:
@@ -167,7 +167,9 @@ class RunConfig:
     """Everything about one run: the sections of its YAML file.
 
     Attributes:
-        model: fields of MemLMConfig; vocab_size and special tokens default to the tokenizer's.
+        model: fields of MemLMConfig; vocab_size and special tokens default to the tokenizer's. Or
+            `{pretrained: folder or Hub id, attach: fields of AttachConfig}`: a memory for a model
+            that is already trained; data.tokenizer is then the model's own unless given.
         data: what the rows are made of.
         train: how the model is trained.
         evaluate: what to evaluate after training; None = nothing.
@@ -231,8 +233,6 @@ def save_config(config: RunConfig, path: str | Path) -> None:
 
 
 def _build(sections: dict[str, Any], path: Path, changed: Mapping[str, Any]) -> RunConfig:
-    from memlm.models.configuration import MemLMConfig
-
     def where(key: str) -> str:
         """Who set `key`."""
         if any(f"{key}.".startswith(f"{given}.") for given in changed):
@@ -245,14 +245,16 @@ def _build(sections: dict[str, Any], path: Path, changed: Mapping[str, Any]) -> 
     model = sections.get("model") or {}
     if not isinstance(model, dict):
         raise UserError(f"{path}: model: expected a mapping, got {model!r}")
+    try:
+        _check_model(model)
+    except UserError as error:
+        raise UserError(f"{where('model')}: {error}") from error
+    if "pretrained" in model and isinstance(sections.get("data") or {}, dict):
+        sections["data"] = {"tokenizer": model["pretrained"]} | (sections.get("data") or {})
     built: dict[str, Any] = {"model": model}
     for section, section_class in (("data", DataConfig), ("train", TrainConfig)):
         if sections.get(section) is not None:
             built[section] = _typed(section_class, sections[section], section, where)
-    try:
-        MemLMConfig.from_mapping(model)
-    except UserError as error:
-        raise UserError(f"{where('model')}: {error}") from error
     if sections.get("evaluate") is not None:
         from memlm.evaluation.config import EvaluationConfig
 
@@ -262,6 +264,30 @@ def _build(sections: dict[str, Any], path: Path, changed: Mapping[str, Any]) -> 
         except UserError as error:
             raise UserError(f"{where('evaluate')}: evaluate.{error}") from error
     return RunConfig(**built, name=path.stem)
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    """Raise UserError for a model section that is neither of the two kinds."""
+    from memlm.models import AttachConfig, MemLMConfig
+
+    if not {"pretrained", "attach"} & model.keys():
+        MemLMConfig.from_mapping(model)
+        return
+    for key in model:
+        if key in {field.name for field in dataclasses.fields(MemLMConfig)}:
+            raise UserError(
+                f"model.{key}: a pretrained model has its own; beside model.pretrained there is "
+                "only model.attach"
+            )
+    require_known(model, ("pretrained", "attach"), "model")
+    name = model.get("pretrained")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"model.pretrained: expected a folder or a Hub id, got {name!r}")
+    if not isinstance(model.get("attach"), dict):
+        raise UserError(
+            f"model.attach: expected a mapping with the memory, got {model.get('attach')!r}"
+        )
+    AttachConfig.from_mapping(model["attach"], "model.attach")
 
 
 def _refuse_unknown(values: Mapping, known: list[str], prefix: str, where) -> None:

@@ -23,6 +23,7 @@ from memlm.evaluation.streaming import States
 from memlm.layers.attention import Attention
 from memlm.memory.output_memory import OutputMemory
 from memlm.memory.value_table import zeroed_values
+from memlm.models.attached import AttachedMixin
 
 ALL_CONDITIONS = ("on", "off", "reset", "swapped", "zeroed")
 
@@ -117,9 +118,14 @@ def make_plan(model: nn.Module) -> Plan:
 def attention_reach(model: nn.Module) -> int | None:
     """How many tokens back attention and its convolutions can look through all layers together.
 
-    None when a layer attends to everything.
+    None when a layer attends to everything. A model with an attached memory knows what its own
+    attention sees.
     """
     reach = 0
+    if isinstance(model, AttachedMixin):
+        if model.attention_reach is None:
+            return None
+        reach = model.attention_reach
     for module in model.modules():
         if isinstance(module, Attention):
             if module.window is None:

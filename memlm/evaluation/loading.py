@@ -3,20 +3,29 @@
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from memlm.errors import UserError
-from memlm.models import MemLMConfig, MemLMForCausalLM
+from memlm.models import MemLMConfig, MemLMForCausalLM, load_attached
+from memlm.models.attached_files import is_attached
 
 
-def load_model(source: str) -> MemLMForCausalLM:
+def load_model(source: str) -> PreTrainedModel:
     """The model of a folder or a Hub id, in evaluation mode.
+
+    It is a MemLMForCausalLM, or a pretrained model with the attached memory that is found there.
 
     Raises:
         UserError: when nothing is there, it is of another architecture, or its weights are
-            missing, damaged or those of another configuration.
+            missing, damaged or those of another configuration; when the pretrained model is gone or
+            is not the one that the memory was trained on.
     """
     folder = Path(source)
+    if not (folder / "config.json").is_file() and is_attached(source):
+        try:
+            return load_attached(source).eval()
+        except UserError as error:
+            raise UserError(f"model: {error}") from error
     if folder.is_file() or (folder.is_dir() and not (folder / "config.json").is_file()):
         raise UserError(f"model: {source!r} is no model folder (it has no config.json)")
     try:

@@ -60,7 +60,7 @@ def save_attached(
             "revision": getattr(model.config, "_commit_hash", None),
             "model_type": model.config.model_type,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "weights": base_fingerprint(model),
+            "weights": base_fingerprint(model, state_dict),
         },
         "memory_weights": fingerprint(tensors),
     }
@@ -77,20 +77,21 @@ def is_attached(source: str | os.PathLike, revision: str | None = None) -> bool:
         return False
 
 
-def base_fingerprint(model: PreTrainedModel) -> str:
+def base_fingerprint(model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None = None) -> str:
     """The fingerprint of a model's own weights, whatever memory or adapters it has besides.
 
     Numbers of 16 bits count as the same numbers in float32: a model is the same model in both.
+    `state_dict` as for `save_attached`.
     """
-    return fingerprint(_BaseWeights(model))
+    return fingerprint(_BaseWeights(model, state_dict))
 
 
 class _BaseWeights(Mapping[str, Tensor]):
     """Weights of a model by their first names, read one at a time."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, state_dict: Mapping[str, Tensor] | None):
         self.parameters = {
-            name.replace(".base_layer.", "."): parameter
+            name.replace(".base_layer.", "."): (state_dict or {}).get(name, parameter)
             for name, parameter in model.named_parameters()
             if not _is_own(name)
         }

@@ -49,7 +49,7 @@ def load_attached(
         source: a folder or a Hub id with a memory.
         revision: branch, tag or commit of the memory on the Hub.
         options: further arguments of `AutoModelForCausalLM.from_pretrained`; the revision of the
-            model is the one that the memory was trained on.
+            model is the one that the memory was trained on, and so is its dtype unless given.
 
     Raises:
         UserError: as `load_memory`, or when the model cannot be loaded by its name.
@@ -63,7 +63,7 @@ def load_attached(
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            base["name"], revision=base["revision"] or "main", **options
+            base["name"], revision=base["revision"] or "main", **{"dtype": base["dtype"]} | options
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

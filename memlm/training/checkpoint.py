@@ -17,6 +17,8 @@ from transformers import PreTrainedConfig
 
 from memlm.errors import UserError
 from memlm.memory.sharding import MEMORY, local_part, whole_table
+from memlm.models import AttachConfig
+from memlm.models.attached_files import is_attached, read_attached
 from memlm.training.row_optimizer import RowOptimizer
 
 STATE_FILE = "state.json"
@@ -128,13 +130,23 @@ def read_state(folder: Path) -> RunState:
         raise UserError(f"{folder}: {STATE_FILE} is not the state of a run") from error
 
 
-def check_architecture(folder: Path, config: PreTrainedConfig) -> None:
-    """Raise UserError naming the fields in which a checkpoint's model differs from `config`."""
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    wanted = json.loads(config.to_json_string(use_diff=False))
-    names = (saved.keys() & wanted.keys()) - _NOT_ARCHITECTURE
-    there = _leaves({name: saved[name] for name in names})
-    here = _leaves({name: wanted[name] for name in names})
+def check_architecture(folder: Path, config: PreTrainedConfig | AttachConfig) -> None:
+    """Raise UserError naming what a checkpoint's model, or attached memory, has unlike `config`."""
+    attached = isinstance(config, AttachConfig)
+    if is_attached(folder) != attached:
+        kinds = ("a whole model", "the memory of a pretrained model")
+        raise UserError(
+            f"{folder}: checkpoint of {kinds[not attached]}, but the config has {kinds[attached]}"
+        )
+    if attached:
+        saved, wanted = read_attached(folder)[0]["attach"], config.to_mapping()
+        names = saved.keys() | wanted.keys()
+    else:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        wanted = json.loads(config.to_json_string(use_diff=False))
+        names = (saved.keys() & wanted.keys()) - _NOT_ARCHITECTURE
+    there = _leaves({name: saved.get(name) for name in names})
+    here = _leaves({name: wanted.get(name) for name in names})
     differing = [
         f"{name} is {there.get(name)!r} there and {here.get(name)!r} in the config"
         for name in sorted(there.keys() | here.keys())

@@ -24,12 +24,13 @@ def _train(argv: Sequence[str] | None) -> None:
 
 def _evaluate(trainer: Trainer) -> None:
     from memlm.evaluation import evaluate
+    from memlm.evaluation.loading import load_model
 
     folder = trainer.folder / "evaluation"
     model = trainer.model
     if trainer.accelerator.is_fsdp2 or trainer.options.memory_parallel > 1:
         # Its shards answer only when all processes call them; the saved model is whole.
-        model = type(model).from_pretrained(trainer.folder).to(trainer.accelerator.device)
+        model = load_model(str(trainer.folder)).to(trainer.accelerator.device)
     evaluate(model, trainer.tokenizer, trainer.config.evaluate, folder, name=trainer.folder.name)
     trainer.log.line(f"evaluation in {folder}")
 

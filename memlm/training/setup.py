@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from safetensors import SafetensorError
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from memlm.config import RunConfig, TrainConfig, save_config
@@ -20,7 +21,13 @@ from memlm.data import PackedDataset
 from memlm.errors import UserError
 from memlm.memory.exchange import all_gather_reads
 from memlm.memory.sharding import MEMORY, shard_values, tables_apart
-from memlm.models import MemLMConfig, MemLMForCausalLM
+from memlm.models import (
+    AttachConfig,
+    MemLMConfig,
+    MemLMForCausalLM,
+    attach_memory,
+    load_memory,
+)
 from memlm.training.checkpoint import check_architecture, find_checkpoint
 from memlm.training.logs import check_trackers
 from memlm.training.loss import RowLoss
@@ -149,11 +156,24 @@ def build_model(
 ) -> PreTrainedModel:
     """The model with new weights, or with those of the checkpoint `source`.
 
-    Sizes of the vocabulary and special tokens are the tokenizer's where the config has none.
+    Sizes of the vocabulary and special tokens are the tokenizer's where the config has none. A
+    memory of a pretrained model is built in float32, as its model is loaded.
 
     Raises:
         UserError: for a wrong model section, or a checkpoint of another architecture.
     """
+    if "pretrained" in config.model:
+        model = _build_attached(config, tokenizer, source)
+    else:
+        model = _build_whole(config, tokenizer, source)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def _build_whole(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Path | None
+) -> MemLMForCausalLM:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     defaults = {name: getattr(tokenizer, name) for name in names} | {"vocab_size": len(tokenizer)}
     model_config = MemLMConfig.from_mapping(defaults | config.model)
@@ -164,13 +184,51 @@ def build_model(
         )
     if source is None:
         torch.manual_seed(config.train.seed)
-        model = MemLMForCausalLM(model_config)
-    else:
-        check_architecture(source, model_config)
-        model = MemLMForCausalLM.from_pretrained(source, dtype=torch.float32)
-    if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model
+        return MemLMForCausalLM(model_config)
+    check_architecture(source, model_config)
+    return MemLMForCausalLM.from_pretrained(source, dtype=torch.float32)
+
+
+def _build_attached(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Path | None
+) -> PreTrainedModel:
+    attach_config = AttachConfig.from_mapping(config.model["attach"], "model.attach")
+    if source is not None:
+        check_architecture(source, attach_config)
+    model = load_base(config.model["pretrained"])
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise UserError(
+            f"data.tokenizer: {config.data.tokenizer!r} has {len(tokenizer)} tokens, but "
+            f"{config.model['pretrained']!r} knows {rows}; leave it out for the model's own"
+        )
+    if source is not None:
+        return load_memory(model, source)
+    torch.manual_seed(config.train.seed)
+    return attach_memory(model, attach_config)
+
+
+def load_base(name: str) -> PreTrainedModel:
+    """The causal language model of a folder or a Hub id, in float32.
+
+    A folder is remembered by its whole path, so that what is saved finds it from anywhere. Code
+    that comes with a model is never run.
+
+    Raises:
+        UserError: when there is none, or it cannot be loaded.
+    """
+    place = Path(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(place.resolve()) if place.is_dir() else name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.pretrained: {name!r} cannot be loaded as a causal language model ({reason})"
+        ) from error
 
 
 def share_tables(accelerator: Accelerator, model: PreTrainedModel, options: TrainConfig) -> None:

@@ -189,10 +189,12 @@ class Trainer:
 
     def _opening(self) -> str:
         parameters = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        of_these = f" ({trained:,} of them trained)" if trained != parameters else ""
         length, rows = self.stage.length, self.feed.rows
         resumed = f", from step {self.step}" if self.step else ""
         return (
-            f"{self.folder}: {parameters:,} parameters, {self.options.steps} steps of "
+            f"{self.folder}: {parameters:,} parameters{of_these}, {self.options.steps} steps of "
             f"{self.options.tokens_per_step} tokens ({rows} rows of {length} now, "
             f"{self.accelerator.num_processes} process(es) x {len(self.lanes.slices)} "
             f"micro-batch(es)) on {self.accelerator.device}{resumed}"
