@@ -19,8 +19,11 @@ from transformers import (
 
 from memlm import MemLMCache, MemLMConfig, MemLMForCausalLM, UserError, attach_memory
 from memlm.layers.context import CallContext
+from memlm.memory import memory_class, memory_names
+from memlm.memory.base import AttendingMemory
 from memlm.models.decoder_layers import attention_weights, decoder_layers
 from memlm.models.key_values import KeyValues
+from tests.memory.contract import SPECS
 from tests.memory.law_tools import assert_close, run
 from tests.models.attach_tools import (
     FAMILIES,
@@ -62,6 +65,27 @@ def test_the_model_is_kept_in_every_bit(family, memory):
     assert type(model) is type(base_model(family))
     assert list(model.state_dict()) == names
     assert torch.equal(model(IDS).logits, before.logits)
+
+
+@pytest.mark.parametrize("name", memory_names())
+@torch.no_grad()
+def test_every_memory_is_attached_or_refused(name):
+    spec = SPECS[name][0]
+    options = {"memory": {"type": name, **spec.options, **spec.stable}, "layers": [0, 2]}
+    model = base_model("llama")
+    base = model(IDS).logits
+    if issubclass(memory_class(name), AttendingMemory):
+        with pytest.raises(UserError, match="has an attention of its own"):
+            attach_memory(model, options)
+        return
+    attach_memory(model, options)
+    assert torch.equal(model(IDS).logits, base)
+    trained(model)
+    whole = model(IDS).logits
+    assert (whole - base).abs().max() > 0.1
+    first, states = run(model, IDS[:, :9])
+    second, _ = run(model, IDS[:, 9:], states)
+    assert_close(torch.cat([first, second], 1), whole)
 
 
 def test_only_the_memory_asks_for_gradients_until_it_is_detached():
