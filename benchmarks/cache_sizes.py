@@ -66,14 +66,14 @@ class Settings:
         shortest, longest: held-out documents of fewer bytes are not read, of more are cut.
     """
 
-    hidden_size: int = 128
-    layers: int = 4
+    hidden_size: int = 96
+    layers: int = 3
     window: int = 256
     cache_layers: int = 2
     capacity: int = 16384
-    steps: int = 400
-    length: int = 1024
-    rows: int = 8
+    steps: int = 1000
+    length: int = 512
+    rows: int = 4
     held_out: float = 0.15
     shortest: int = 20000
     longest: int = 32768
@@ -185,9 +185,9 @@ def run_config(kind: str, seed: int, settings: Settings, files: list[str] | None
             tokens_per_step=settings.rows * settings.length,
             carry_state=True,
             optimizer="muon",
-            learning_rate=3e-3,
-            muon_learning_rate=1e-2,
-            warmup_steps=min(20, settings.steps),
+            learning_rate=5e-3,
+            muon_learning_rate=3e-2,
+            warmup_steps=20,
             evaluation_rows=0,
             save_every=0,
         ),

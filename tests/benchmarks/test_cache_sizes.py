@@ -85,7 +85,7 @@ def test_models_are_trained_alike():
     for pattern in cache.model["layers"]:
         pattern.pop("memory", None)
     repeats = [sum(p["repeat"] for p in config.model["layers"]) for config in (base, cache)]
-    assert repeats == [4, 4]
+    assert repeats == [3, 3]
 
 
 def test_reading_in_parts_gives_the_losses_of_the_whole(monkeypatch):
