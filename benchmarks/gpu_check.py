@@ -60,12 +60,13 @@ def steps(output: Path) -> tuple[list[Step], list[Outcome]]:
             cannot.append(Outcome("other tests", "not run: hypothesis is not installed"))
         else:
             others = ("-q", "-m", "not gpu and not slow", "-p", "no:cacheprovider", *TESTS)
-            found.append(Step("other tests", "pytest", others, 80))
+            found.append(Step("other tests", "pytest", others, 70))
     measured = ("--device", "cuda", "--seconds", "75", "--output", str(output.parent))
-    found.append(Step("gated_delta", "benchmarks.gated_delta", measured, 125))
+    found.append(Step("gated_delta", "benchmarks.gated_delta", measured, 110))
     options = ("--device", "cuda", "--output", str(output.parent))
-    found.append(Step("titans", "benchmarks.titans", options, 85))
-    found.append(Step("product_key", "benchmarks.product_key", options, 80))
+    found.append(Step("titans", "benchmarks.titans", options, 75))
+    found.append(Step("product_key", "benchmarks.product_key", options, 65))
+    found.append(Step("retrieval", "benchmarks.retrieval", (*options, "--repeats", "5"), 50))
     return found, cannot
 
 

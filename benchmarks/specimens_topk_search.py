@@ -51,7 +51,7 @@ class Search:
             positions = [
                 _empty(*shape, dtype=torch.int64) for shape in (per_key, per_query, per_query)
             ]
-        tiles = triton_problem.Tiles.choose(self.rows, self.tokens, self.stored, self.k)
+        tiles = triton_problem.Tiles.choose(self.rows, self.tokens, self.stored, self.D, self.k)
         store = triton_problem.Store.prepare(
             keys, self.metric, valid, positions, scales, tiles.block_n
         )

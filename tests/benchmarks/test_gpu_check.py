@@ -66,24 +66,26 @@ def hide(monkeypatch, *names):
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
     everything, cannot = gpu_check.steps(tmp_path)
-    assert [step.name for step in everything] == [
+    names = [step.name for step in everything]
+    assert names == [
         "gpu tests",
         "other tests",
         "gated_delta",
         "titans",
         "product_key",
+        "retrieval",
     ]
     assert cannot == [] and sum(step.seconds for step in everything) < 9 * 60
     with monkeypatch.context() as patch:
         hide(patch, "hypothesis")
         found, (missing,) = gpu_check.steps(tmp_path)
-    assert [step.name for step in found] == ["gpu tests", "gated_delta", "titans", "product_key"]
+    assert [step.name for step in found] == names[:1] + names[2:]
     assert found[0].arguments[:2] == ("--confcutdir", "tests/cuda")
     assert "hypothesis is not installed" in missing.verdict
     with monkeypatch.context() as patch:
         hide(patch, "pytest")
         found, (missing,) = gpu_check.steps(tmp_path)
-    assert [step.name for step in found] == ["gated_delta", "titans", "product_key"]
+    assert [step.name for step in found] == names[2:]
     assert "pytest is not installed" in missing.verdict
 
 

@@ -21,7 +21,7 @@ FP16, BF16, FP32, INT8 = torch.float16, torch.bfloat16, torch.float32, torch.int
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Few lanes with many keys each, so that results share lanes, which are looked through."""
-    monkeypatch.setattr(problem, "ENOUGH_PROGRAMS", 1)
+    monkeypatch.setattr(problem, "ENOUGH_PROGRAMS", 4)
     monkeypatch.setattr(problem, "MOST_LANES", 64)
     monkeypatch.setattr(repair, "MOST_KEYS", 1)
     monkeypatch.setenv(VARIABLE, "triton")
@@ -134,7 +134,7 @@ def test_where_too_much_is_doubtful_everything_is_searched_anew(monkeypatch, cal
 
 
 def test_one_lane_of_each_key_leaves_nothing_in_doubt(monkeypatch, calls):
-    monkeypatch.setattr(problem, "MOST_LANES", 4096)
+    monkeypatch.setattr(problem, "ENOUGH_PROGRAMS", 1000)
     assert_same(grid(1, 3, 8), grid(1, 400, 8, seed=1), 40)
     assert calls == {"lanes": 0, "eager": 0}
 

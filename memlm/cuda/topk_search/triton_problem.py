@@ -11,6 +11,8 @@ from memlm.cuda.topk_search.triton_kernels import norms_kernel
 
 ENOUGH_PROGRAMS = 528  # four for each of 132 multiprocessors
 MOST_LANES = 4096  # per query, but where so few programs would not fill a card
+# Bytes that the top-k moves for a lane, and looking through again for a number of a key.
+LANE_TRAFFIC, REPAIR_TRAFFIC = 160, 24
 # bfloat16 parts that have all bits of a type.
 PARTS = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 1, torch.int8: 1}
 LEAST_LENGTH = 1e-12  # of a vector, where the metric divides by it
@@ -32,14 +34,19 @@ class Tiles:
         return self.splits * self.block_n
 
     @staticmethod
-    def choose(batch: int, tokens: int, stored: int, k: int) -> "Tiles":
-        """So many splits that results seldom share a lane and that programs fill a card."""
+    def choose(batch: int, tokens: int, stored: int, width: int, k: int) -> "Tiles":
+        """So many splits that results seldom share a lane and that programs fill a card.
+
+        Of L lanes about k^2 / 2L with stored / L keys each are looked through again; the chosen
+        L makes the bytes of that and of the top-k of all lanes the fewest.
+        """
         block_m, block_n, warps = 128, 32, 8
         if tokens <= 64:
             block_m, block_n, warps = (16, 64, 4) if tokens <= 16 else (64, 32, 4)
         tiles = triton.cdiv(stored, block_n)
         programs = batch * triton.cdiv(tokens, block_m)
-        lanes = min(MOST_LANES, 4 * k * k)
+        cheapest = (k * k * stored * width * REPAIR_TRAFFIC / LANE_TRAFFIC) ** (1 / 3)
+        lanes = min(MOST_LANES, max(8 * k, int(cheapest)))
         splits = max(triton.cdiv(ENOUGH_PROGRAMS, programs), triton.cdiv(lanes, block_n))
         per_split = triton.cdiv(tiles, min(splits, tiles))
         return Tiles(block_m, block_n, triton.cdiv(tiles, per_split), per_split, warps)
@@ -67,7 +74,8 @@ class Queries:
         if metric == "cosine":
             factors = queries.float().norm(dim=-1).clamp(min=LEAST_LENGTH).reciprocal()
         first, last = (x.contiguous() for x in reach) if reach else (None, None)
-        if queries.dtype == torch.float16 and key_type in (torch.float16, torch.int8):
+        same = queries.dtype == torch.float16 and key_type in (torch.float16, torch.int8)
+        if same or queries.dtype == torch.bfloat16:
             return Queries(queries.contiguous()[None], factors, first, last)
         parts = []
         rest = queries.float()

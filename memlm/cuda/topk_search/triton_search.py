@@ -35,7 +35,7 @@ def topk_search(
     indices = torch.full((batch, tokens, k), -1, device=queries.device)
     if scores.numel() == 0 or keys.shape[1] == 0:
         return scores, indices
-    tiles = Tiles.choose(batch, tokens, keys.shape[1], k)
+    tiles = Tiles.choose(batch, tokens, *keys.shape[1:], k)
     store = Store.prepare(keys, metric, valid, positions, scales, tiles.block_n)
     most = max(1, WORKSPACE // (LANE_BYTES * tiles.lanes * tiles.block_m)) * tiles.block_m
     token_slice = min(tokens, most)
@@ -68,10 +68,13 @@ def launch(asked: Queries, store: Store, tiles: Tiles) -> tuple[Tensor, Tensor]:
     # Keys are multiplied in the queries' type, in as many parts as that takes.
     key_parts = 1 if asked.parts.dtype == torch.float16 else PARTS[store.keys.dtype]
     whole = parts == key_parts == 1
+    card = capability(store.keys.device)
     channels = _channels(D, whole)
     # Two blocks per multiprocessor where nothing spills: one multiplies, the other compares.
-    hopper = capability(store.keys.device) // 10 == 9
-    registers = 128 if hopper and whole and channels == D and tiles.block_m == 128 else 255
+    at_once = whole and channels == D and tiles.block_m == 128
+    registers = 128 if at_once and card // 10 == 9 else 255
+    # Cards that multiply out of registers have none left for a third stage.
+    stages = 2 if channels < D and card // 10 not in (9, 10) else 3
     with torch.cuda.device_of(store.keys):
         lanes_kernel[(batch * tiles.splits * triton.cdiv(tokens, tiles.block_m),)](
             asked.parts,
@@ -102,6 +105,7 @@ def launch(asked: Queries, store: Store, tiles: Tiles) -> tuple[Tensor, Tensor]:
             key_parts,
             WIDE=interpreting(),  # which cannot multiply bfloat16
             num_warps=tiles.warps,
+            num_stages=stages,
             maxnreg=registers,
         )
     return best, limit
