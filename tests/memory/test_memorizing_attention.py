@@ -158,8 +158,29 @@ def test_slots_that_were_never_written_are_never_read():
     assert torch.equal(out, expected)
     out.sum().backward()
     assert rest.grad.isfinite().all()
-    nothing, _ = run(memory, hidden[:, 6:], (spoiled.reset(), attention), 6)
-    assert nothing.isfinite().all()
+
+
+def test_a_reset_row_beside_a_full_one_reads_nothing_old():
+    memory = module(top_k=5)  # more than a segment has
+    hidden = torch.randn(2, 18, 16, dtype=torch.float64)
+    _, (store, attention) = run(memory, hidden[:, :8])
+    second = torch.tensor([False, True])
+    store, attention = store.reset(second), attention.reset(second)
+
+    def dirty(part):
+        return part.masked_fill(second[:, None, None], torch.nan)
+
+    store = dataclasses.replace(
+        store, keys=dirty(store.keys), values=tuple(dirty(part) for part in store.values)
+    )
+    positions = torch.stack((torch.arange(8, 18), torch.arange(10)))
+    layout = SequenceLayout.build(positions, torch.ones_like(positions).bool(), positions == 0)
+    rest = hidden[:, 8:].clone().requires_grad_()
+    out, _, _ = memory(rest, store, CallContext(layout, positions), attention)
+    torch.testing.assert_close(out[0], expected_output(memory, hidden[0])[8:])
+    torch.testing.assert_close(out[1], expected_output(memory, hidden[1, 8:]))
+    out.sum().backward()
+    assert rest.grad.isfinite().all()
 
 
 def test_documents_of_a_row_and_rows_of_a_batch_never_meet():
