@@ -221,6 +221,21 @@ def test_stores_that_do_not_lie_side_by_side():
     assert_same(scattered(queries), keys, 5, valid=valid)
 
 
+def test_tiles_that_no_query_of_a_block_sees_are_left_out():
+    tiles = problem.Tiles(block_m=16, block_n=64, splits=3, per_split=2, warps=4)
+    positions = torch.arange(330)[None]  # 6 tiles, the last of which is not full
+    first = torch.arange(20)[None] + 70
+    given = positions, first, first + 60  # 16 queries see 70..144, 4 see 86..148
+    keys = torch.zeros(1, 330, 8)
+    store = problem.Store.prepare(keys, "dot", None, given, None, tiles.block_n)
+    asked = problem.Queries.prepare(torch.zeros(1, 20, 8), FP32, "dot", given[1:])
+    reach = search._reach(asked, store, tiles)
+    assert reach.shape == (1, 2, 3, 2) and reach.dtype == torch.int32
+    for block in range(2):
+        seen = [list(range(*reach[0, block, split])) for split in range(3)]
+        assert seen == [[1], [2], []]
+
+
 def test_two_runs_give_the_same_bits():
     queries, keys = torch.randn(1, 20, 40), torch.randn(1, 300, 40)
     assert_deterministic(lambda: dict(zip("si", topk_search(queries, keys, 9), strict=True)))
