@@ -71,7 +71,13 @@ class VectorStore(MemoryState):
         values: Sequence[ValueSpec] = (),
         eviction: Eviction = "fifo",
     ) -> Self:
-        """A store without entries; all its memory, `bytes_of` the same sizes, is taken now."""
+        """A store without entries; all its memory, `bytes_of` the same sizes, is taken now.
+
+        Raises:
+            UserError: for keys that are no floating point numbers.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise UserError(f"keys of {dtype} would lose what they are; use a floating point type")
 
         def slots(*shape: int, dtype: torch.dtype | None = torch.int64) -> Tensor:
             return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
@@ -176,12 +182,14 @@ class VectorStore(MemoryState):
         Args:
             keys: [B, T, key_size].
             positions: int64 [B, T], growing along T within a document.
-            documents: int64 [B, T], not shrinking along T; None = document 0.
+            documents: int64 [B, T], at least 0, not shrinking along T; None = document 0.
             valid: bool [B, T], the entries to write; None = all.
             values: each [B, T, ...].
             time: int64 [B], with `last_used`: the time of this writing, not before that of the
                 last one.
         """
+        if positions.shape[1] == 0:
+            return self
         documents = torch.zeros_like(positions) if documents is None else documents
         valid = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid
         document, position = self.newest.unsqueeze(1).unbind(-1)  # [B, 1]
@@ -222,10 +230,11 @@ class VectorStore(MemoryState):
     def _eviction_order(self) -> Tensor:
         """Slots [B, capacity]: free ones first, then the least recently used, older ones first."""
         free = ~self.valid
-        age = self.documents * (self.positions.amax() + 1) + self.positions
-        by_age = age.masked_fill(free, -1).argsort(dim=1, stable=True)
-        used = self.last_used.masked_fill(free, -1).gather(1, by_age)
-        return by_age.gather(1, used.argsort(dim=1, stable=True))
+        order = torch.arange(self.capacity, device=free.device).expand_as(free)
+        for key in (self.positions, self.documents, self.last_used):  # the last one counts most
+            key = key.masked_fill(free, -1).gather(1, order)
+            order = order.gather(1, key.argsort(dim=1, stable=True))
+        return order
 
     def touch(self, slots: Tensor, time: Tensor) -> Self:
         """The store in which the entries at `slots` (int64 [B, N], -1 = none) were used at `time`.
@@ -262,14 +271,18 @@ class VectorStore(MemoryState):
             `last_used` lowest slot first); -inf and -1 where there are fewer.
         """
         places = torch.where(self.valid, self.positions, -1)
-        limits = places.amax(1, keepdim=True).expand(queries.shape[:2]) + 1
+        limits = F.pad(places, (1, 0), value=-1).amax(1, keepdim=True) + 1
+        limits = limits.expand(queries.shape[:2])
         first = torch.zeros_like(limits) if first is None else first.clamp(min=0)
         last = limits if last is None else last
-        if documents is not None:
-            # Positions of different documents are moved apart, so that one range names both.
+        if documents is not None and documents.numel():
+            # Positions of the documents asked for are moved apart, so that one range names both.
             span = limits.amax()
-            places = torch.where(self.valid, places + self.documents * span, -1)
-            first, last = (documents * span + at.clamp(max=span) for at in (first, last))
+            asked, number = documents.unique(return_inverse=True)
+            mine = torch.searchsorted(asked, self.documents).clamp(max=len(asked) - 1)
+            known = self.valid & (asked[mine] == self.documents)
+            places = torch.where(known, places + mine * span, -1)
+            first, last = (number * span + at.clamp(max=span) for at in (first, last))
         return search_ring(queries, self.keys, places, self.start, k, metric, first, last)
 
     def take(self, slots: Tensor) -> tuple[Tensor, ...]:

@@ -173,3 +173,42 @@ def test_least_recently_used_entries_go_first():
     state = state.write(entries(at[:, :1] + 10), at[:, :1] + 10, time=torch.tensor([4]))
     assert state.positions[0].tolist() == [0, 6, 10, 7, 8, 9]
     assert state.written.tolist() == [11] and bool(state.valid.all())
+
+
+def test_padding_and_documents_without_entries_find_nothing():
+    at = rows_of([0, 1, 2])
+    state = store(1).write(entries(at), at, rows_of([0, 0, 2]))
+    asked = rows_of([-1, 1, 3, 2])
+    _, slots = state.search(torch.ones(1, 4, SIZE), 6, documents=asked)
+    assert (slots[0, :3] == -1).all()
+    assert slots[0, 3].tolist() == [2, -1, -1, -1, -1, -1]
+
+
+def test_documents_and_positions_may_be_any_numbers():
+    """Such that their product exceeds what an int64 holds."""
+    at = rows_of([1 << 40, 1 << 40, 0])
+    documents = rows_of([0, 1 << 24, 1 << 62])
+    for eviction in ("fifo", "lru"):
+        state = store(1, eviction).write(torch.ones(1, 3, SIZE), at, documents)
+        _, slots = state.search(torch.ones(1, 3, SIZE), 2, documents=documents)
+        assert slots.tolist() == [[[0, -1], [1, -1], [2, -1]]]
+    keys = torch.ones(1, CAPACITY - 1, SIZE)
+    later = torch.full((1, CAPACITY - 1), 1 << 62)
+    full = state.write(keys, torch.arange(1, CAPACITY)[None], later)
+    assert full.documents[0].tolist() == [1 << 62] * CAPACITY
+
+
+def test_nothing_is_written_to_no_slots_and_found_there():
+    empty = VectorStore.empty(2, 0, SIZE, dtype=torch.float32)
+    state = empty.write(torch.ones(2, 3, SIZE), torch.arange(3).expand(2, -1))
+    assert state.written.tolist() == [3, 3]
+    for documents in (None, torch.zeros(2, 1, dtype=torch.int64)):
+        scores, slots = state.search(torch.ones(2, 1, SIZE), 2, documents=documents)
+        assert (slots == -1).all() and (scores == -torch.inf).all()
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    assert store().write(torch.ones(2, 0, SIZE), none).written.tolist() == [0, 0]
+
+
+def test_keys_of_whole_numbers_are_refused():
+    with pytest.raises(UserError, match="keys of torch.int8 would lose what they are"):
+        VectorStore.empty(1, CAPACITY, SIZE, dtype=torch.int8)
