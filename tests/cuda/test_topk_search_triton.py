@@ -133,6 +133,11 @@ def test_where_too_much_is_doubtful_everything_is_searched_anew(monkeypatch, cal
     assert calls == {"lanes": 0, "eager": 2}
 
 
+def test_more_results_than_lanes(calls):
+    assert_same(grid(2, 3, 8), grid(2, 300, 8, seed=1), 90)
+    assert calls["lanes"] > 0
+
+
 def test_one_lane_of_each_key_leaves_nothing_in_doubt(monkeypatch, calls):
     monkeypatch.setattr(problem, "ENOUGH_PROGRAMS", 1000)
     assert_same(grid(1, 3, 8), grid(1, 400, 8, seed=1), 40)

@@ -5,12 +5,13 @@ With L lanes about k^2 / 2L of a query's are: the number of pairs of results tha
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from memlm.cuda.topk_search.triton_problem import Queries, Store, Tiles
 
 LEAST, LAST = -(2**63), 2**31 - 1
-MOST_KEYS = 1 / 16  # of all pairs of a query and a key: above it, eager searches anew
-NUMBERS = 1 << 24  # that are multiplied at a time
+MOST_KEYS = 1 / 64  # of all pairs of a query and a key: above it, eager searches anew
+NUMBERS = 1 << 24  # that are multiplied or merged at a time
 
 
 def pack(scores: Tensor, places: Tensor) -> Tensor:
@@ -34,33 +35,45 @@ def scores_and_places(packed: Tensor) -> tuple[Tensor, Tensor]:
 def repair(
     best: Tensor, limit: Tensor, asked: Queries, store: Store, tiles: Tiles, k: int
 ) -> Tensor | None:
-    """The k best packed keys of every query, int64 [B, T, min(k, lanes)], sorted.
+    """The k best packed keys of every query, int64 [B, T, k], sorted; LEAST where there are none.
 
     best, limit: of every lane, [B, T, lanes]: see `lanes_kernel`. None where so many lanes are
     doubtful that a search of everything costs less.
     """
     batch, tokens, lanes = best.shape
     found, lane = best.flatten(0, 1).topk(min(k, lanes))
-    worst = found[:, -1:] if k <= lanes else torch.full_like(found[:, -1:], LEAST)
-    doubtful = limit.flatten(0, 1) > worst
+    found = F.pad(found, (0, k - found.shape[1]), value=LEAST)
+    doubtful = limit.flatten(0, 1) > found[:, -1:]
     pairs = doubtful.nonzero()
     if len(pairs) == 0:
         return found.unflatten(0, (batch, tokens))
     pair_keys = batch * tokens * store.keys.shape[1]
     if len(pairs) * tiles.per_split > MOST_KEYS * pair_keys:
         return None
-    rows, which, counts = pairs[:, 0].unique_consecutive(return_inverse=True, return_counts=True)
     size = max(1, NUMBERS // (tiles.per_split * store.keys.shape[2]))
     anew = [_look_through(part, asked, store, tiles, k) for part in pairs.split(size)]
-    anew = torch.cat(anew)
-    place = torch.arange(len(pairs), device=best.device) - (counts.cumsum(0) - counts)[which]
-    most = int(counts.max())
-    gathered = anew.new_full((len(rows), most, anew.shape[1]), LEAST)
-    gathered[which, place] = anew
-    kept = found[rows].masked_fill_(doubtful[rows].gather(1, lane[rows]), LEAST)
-    merged = torch.cat((kept, gathered.flatten(1)), 1)
-    found[rows] = merged.topk(found.shape[1]).values
+    # The first results without those of doubtful lanes, and what these have.
+    query, counts = pairs[:, 0].unique_consecutive(return_counts=True)
+    rest = found[query, : lane.shape[1]]
+    rest = rest.masked_fill(doubtful[query].gather(1, lane[query]), LEAST)
+    found[query] = _merge(rest, torch.cat(anew), counts, k)
     return found.unflatten(0, (batch, tokens))
+
+
+def _merge(rest: Tensor, anew: Tensor, counts: Tensor, k: int) -> Tensor:
+    """The k best [Q, k] of rest [Q, n] and of the next counts[q] rows of anew for each q."""
+    most, width = int(counts.max()), anew.shape[1]
+    begins = counts.cumsum(0) - counts
+    rank = torch.arange(most, device=anew.device)
+    merged = []
+    for part in torch.arange(len(rest), device=anew.device).split(
+        max(1, NUMBERS // (most * width))
+    ):
+        row = (begins[part, None] + rank).clamp_(max=len(anew) - 1)
+        more = anew[row].masked_fill_((rank >= counts[part, None])[..., None], LEAST)
+        both = torch.cat((rest[part], more.flatten(1)), 1)
+        merged.append(F.pad(both, (0, max(0, k - both.shape[1])), value=LEAST).topk(k).values)
+    return torch.cat(merged)
 
 
 def _look_through(pairs: Tensor, asked: Queries, store: Store, tiles: Tiles, k: int) -> Tensor:

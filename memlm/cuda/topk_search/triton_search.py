@@ -54,8 +54,7 @@ def topk_search(
                     queries[rows, block], keys[rows], k, metric, given[0], seen, given[1]
                 )
             else:
-                kept = found.shape[-1]
-                scores[rows, block, :kept], indices[rows, block, :kept] = scores_and_places(found)
+                scores[rows, block], indices[rows, block] = scores_and_places(found)
     return scores, indices
 
 
