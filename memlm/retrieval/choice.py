@@ -87,8 +87,8 @@ def build_engine(
     chosen = choose_engine(len(keys), static) if name == "auto" else name
     engine = create_engine(chosen, keys.shape[1], metric, **options)
     engine.add(keys, ids)
-    found = "exact"
-    if not engine.exact:
+    found = "exact" if engine.exact else "recall not measured"
+    if not engine.exact and len(engine):
         sample = _sample(keys if queries is None else queries)
         recall = measure_recall(engine, keys, ids, sample, k)
         found = (

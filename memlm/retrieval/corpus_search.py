@@ -83,10 +83,10 @@ def build_index(
         kept = kept[~hidden]
     if name == "auto":
         name = choose_engine(len(kept), static=True)
-    if name == "exact" or not len(kept):
+    engine = None if name == "exact" else create_engine(name, layout.key_size, layout.metric)
+    if engine is None or not len(kept):
         logger.info("retrieval: exact, %d entries", len(kept))
         return None, 1.0
-    engine = create_engine(name, layout.key_size, layout.metric)
     if isinstance(engine, FaissIvfEngine):
         engine.train(_keys_at(parts, _spread(kept, _TRAINING_KEYS)), len(kept))
     for ids in kept.split(_ADDED):

@@ -102,13 +102,12 @@ class CorpusStore:
         """A new store without entries, open for writing; arguments as in `CorpusLayout`.
 
         Raises:
-            UserError: when the folder holds a store, or for an unknown metric or key type.
+            UserError: for a folder that holds a store or cannot be written, or a wrong choice.
         """
         layout = CorpusLayout(
             key_size, key_type, metric, projection, values, max_bytes, source or {}
         )
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         lock = lock_for_writing(folder)
         if (folder / MANIFEST_FILE).exists():
             lock.release()
@@ -207,15 +206,14 @@ class CorpusStore:
     def take(self, name: str, ids: Tensor) -> Tensor:
         """The value `name` of the entries `ids` (int64, any shape; -1 reads as zeros).
 
-        Returns:
-            [*ids.shape, ...] on the device of `ids`.
+        Returns [*ids.shape, ...] on the device of `ids`.
         """
         if name not in self.layout.values:
             hint = nearest(name, self.layout.values)
             raise UserError(f"{self.folder}: has no value {name!r}{hint}")
         spec = self.layout.values[name]
         taken = take_rows(self._parts(), column_of(name), ids.cpu().flatten())
-        return taken.view(*ids.shape, *spec.shape).to(ids.device)
+        return taken.view(ids.shape + spec.shape).to(ids.device)
 
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best entries of every query: all of them exactly, or those of `engine`.
@@ -280,11 +278,12 @@ class CorpusStore:
         `compact` gives their room back. An index is given up: it would find them.
 
         Raises:
-            UserError: for a read-only store, or an id that no entry has.
+            UserError: for a read-only store, an id that no entry has, or ids of another type.
         """
         self._require_writer("remove")
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self):
-            raise UserError(f"{self.folder}: ids to remove must be in 0 .. {len(self) - 1}")
+        fit = ids.ndim == 1 and ids.dtype == torch.int64
+        if not fit or bool(((ids < 0) | (ids >= len(self))).any()):
+            raise UserError(f"{self.folder}: ids to remove must be int64 in 0 .. {len(self) - 1}")
         if len(ids):
             self._hide(ids)
             self._removal_written = False
@@ -319,9 +318,10 @@ class CorpusStore:
         self._require_writer("compact")
         for shard in self._shards:
             read_shard(self.folder, shard, verify=True)
-        self.index = self._engine = None
         kept = repack(self._parts(), self._hidden, self._shard_entries, self.layout)
-        self._publish(self._write(kept), None)
+        shards = self._write(kept)
+        self.index = self._engine = None
+        self._publish(shards, None)
 
     def build_index(self, engine: str = "auto", queries: Tensor | None = None) -> None:
         """Commit, and build an index over all entries, with which `open` can search.

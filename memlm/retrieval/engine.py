@@ -23,6 +23,7 @@ from memlm.retrieval.manifest import (
 )
 
 KIND = "RetrievalEngine"  # the class that manifests of saved engines name
+MOST_IDS = torch.iinfo(torch.int64).max
 
 
 class RetrievalEngine(ABC):
@@ -82,6 +83,8 @@ class RetrievalEngine(ABC):
         self._check_writable("add entries to")
         self._check_vectors(keys, "keys")
         if ids is None:
+            if self._next_id + len(keys) > MOST_IDS:
+                raise UserError(f"{self.name}: no ids are left after {self._next_id - 1}; give ids")
             ids = torch.arange(self._next_id, self._next_id + len(keys))
         else:
             ids = self._new_ids(ids, len(keys))
@@ -122,11 +125,13 @@ class RetrievalEngine(ABC):
             ids: int64 [M], all of them stored.
 
         Raises:
-            UserError: for an id that is not stored (then nothing is removed), for an engine that
-                cannot remove, or a memory-mapped one.
+            UserError: for an id that is not stored (then nothing is removed), ids of another type,
+                an engine that cannot remove, or a memory-mapped one.
         """
         self._check_writable("remove entries from")
-        ids = ids.to("cpu", torch.int64).unique()
+        if ids.dtype != torch.int64:
+            raise UserError(f"{self.name}: ids to remove must be int64, not {ids.dtype}")
+        ids = ids.cpu().unique()
         unknown = ids[~torch.isin(ids, self.ids)]
         if len(unknown):
             raise UserError(f"{self.name}: no entry has the id {int(unknown[0])}")
@@ -141,10 +146,10 @@ class RetrievalEngine(ABC):
         When this process dies in whatever moment, the folder holds the engine before or this one.
 
         Raises:
-            UserError: for a folder that holds something else, or while another writer has it open.
+            UserError: for a folder that holds something else or cannot be written, or while another
+                writer has it open.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         with lock_for_writing(folder):
             previous = previous_content(folder, KIND)
             number = previous["next_shard"] if previous else 0

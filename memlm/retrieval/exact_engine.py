@@ -115,7 +115,7 @@ class ExactEngine(RetrievalEngine):
 
     def _add(self, keys: Tensor, ids: Tensor) -> None:
         keys, scales = self._stored(keys.to(self.device))
-        if not keys.isfinite().all():
+        if not (keys if scales is None else scales).isfinite().all():
             raise UserError(f"exact: keys are too large for {self._options()['dtype']}")
         if (len(self.ids) and not ids.min() > self.ids[-1]) or not ascending(ids):
             order = torch.cat((self.ids, ids)).argsort().to(self.device)

@@ -73,8 +73,15 @@ class FaissEngine(RetrievalEngine):
         vectors = vectors.to("cpu", torch.float32)
         return (F.normalize(vectors, dim=-1) if self.metric == "cosine" else vectors).contiguous()
 
+    def _entries(self, keys: Tensor) -> Tensor:
+        """Keys as faiss gets them. A number that overflows inside of it ends the process."""
+        vectors = keys.to("cpu", torch.float32)
+        if not vectors.square().sum(1).isfinite().all():
+            raise UserError(f"{self.name}: keys are too large, their squares overflow float32")
+        return self._vectors(vectors)
+
     def _add(self, keys: Tensor, ids: Tensor) -> None:
-        self._index.add_with_ids(self._vectors(keys).numpy(), ids.numpy())
+        self._index.add_with_ids(self._entries(keys).numpy(), ids.numpy())
 
     def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         vectors = self._vectors(queries)
@@ -240,10 +247,12 @@ class FaissIvfEngine(FaissEngine):
                 f"faiss_ivf: {len(keys)} keys are too few to train {nlist} lists; give at least "
                 f"{POINTS_PER_LIST * nlist}, or use exact"
             )
+        vectors = self._entries(keys)
         quantizer = faiss.IndexFlat(self.dim, self.faiss_metric)
-        self._index = faiss.IndexIVFFlat(quantizer, self.dim, nlist, self.faiss_metric)
-        self._index.nprobe = min(nlist, self.nprobe or max(32, nlist // 16))
-        self._index.train(self._vectors(keys).numpy())
+        index = faiss.IndexIVFFlat(quantizer, self.dim, nlist, self.faiss_metric)
+        index.nprobe = min(nlist, self.nprobe or max(32, nlist // 16))
+        index.train(vectors.numpy())
+        self._index = index
 
     def _new_index(self) -> Any:
         _faiss()

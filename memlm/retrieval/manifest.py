@@ -93,7 +93,8 @@ def commit(folder: Path, kind: str, content: Content) -> None:
         content: of the manifest, with `shards`: each a Shard as a dictionary; and `index`, where
             there is one: with its `folder`.
     """
-    content = {"format": FORMAT, "schema": SCHEMA, "class": kind, **content}
+    # The checksum is that of what JSON makes of it, such as names of numbers.
+    content = json.loads(json.dumps({"format": FORMAT, "schema": SCHEMA, "class": kind, **content}))
     text = json.dumps({**content, "sha256": _checksum(content)}, indent=1)
     temporary = folder / f"{MANIFEST_FILE}.partial"
     temporary.write_text(text, encoding="utf-8")
@@ -189,14 +190,19 @@ def load_current(folder: Path, kind: str, load: Callable[[Content], Loaded]) -> 
 def lock_for_writing(folder: Path) -> FileLock:
     """The right to write into a store, until it is released or the process ends in whatever way.
 
+    The folder is made if it is missing.
+
     Raises:
-        UserError: while another writer holds it.
+        UserError: while another writer holds it, or where no folder can be made or written.
     """
     lock = FileLock(folder / _LOCK_FILE, thread_local=False)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout as error:
         raise UserError(f"{folder}: another writer has this store open") from error
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     return lock
 
 

@@ -47,12 +47,11 @@ def save_store(
         shard_bytes: bytes of one file, headers apart.
 
     Raises:
-        UserError: for an unknown metric, for a folder that holds something else, or while another
-            writer has it open.
+        UserError: for an unknown metric, for a folder that holds something else or cannot be
+            written, or while another writer has it open.
     """
     check_metric(metric)
     folder, kind = Path(folder), type(store).__name__
-    folder.mkdir(parents=True, exist_ok=True)
     with lock_for_writing(folder):
         previous = previous_content(folder, kind)
         number = previous["next_shard"] if previous else 0

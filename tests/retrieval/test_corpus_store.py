@@ -92,6 +92,7 @@ def test_searches_base_and_tail_as_one_store(tmp_path, metric, key_type):
     assert torch.equal(ids, expected[1][0])
     assert torch.equal(store.take("next_token", ids).long(), ids)
     assert torch.equal(store.take("pair", ids), values["pair"][ids])
+    assert store.take("next_token", ids[0, 0]).item() == ids[0, 0]
     assert torch.equal(store.values["pair"], values["pair"])
 
 
@@ -122,6 +123,14 @@ def test_comes_back(tmp_path):
         again.commit()
         assert again.progress == {"documents": 3} and again.progress_tensors == {}
     assert files_of(tmp_path) == named_files(tmp_path)
+
+
+def test_a_note_comes_back_as_json_has_it(tmp_path):
+    store = create(tmp_path)
+    store.commit({"sizes": {2: (1, 2), 10: None}})
+    for verify in (False, True):
+        again = CorpusStore.open(tmp_path, verify=verify)
+        assert again.progress == {"sizes": {"2": [1, 2], "10": None}}
 
 
 def test_what_was_not_committed_is_not_written(tmp_path):
@@ -240,8 +249,11 @@ def test_removed_entries_are_never_found(tmp_path):
     left = set(CorpusStore.open(tmp_path).search(torch.eye(SIZE), 63)[1][0].tolist())
     assert left == set(range(63)) - set(gone.tolist()) - {60} | {-1}
     assert files_of(tmp_path) == named_files(tmp_path)
-    with pytest.raises(UserError, match=r"ids to remove must be in 0 .. 62"):
+    with pytest.raises(UserError, match=r"ids to remove must be int64 in 0 .. 62"):
         store.remove(torch.tensor([63]))
+    for wrong in (torch.ones(63).bool(), torch.tensor([1.5]), torch.tensor([[1]])):
+        with pytest.raises(UserError, match=r"ids to remove must be int64 in 0 .. 62"):
+            store.remove(wrong)
 
 
 def test_compaction(tmp_path, small_shards):
@@ -273,6 +285,30 @@ def test_compaction_of_everything(tmp_path):
     store.compact()
     assert len(store) == 0 and files_of(tmp_path) == []
     assert (store.search(torch.eye(SIZE), 2)[1] == -1).all()
+
+
+def test_what_could_not_be_written_leaves_the_store(tmp_path, monkeypatch):
+    store = create(tmp_path)
+    fill(store, 50, (50,))
+    store.build_index("faiss_flat")
+    fill(store, 7, (), seed=1)
+    expected = store.search(torch.eye(SIZE), 9)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(manifest, "save_file", full)
+        for action in (store.commit, store.compact, store.build_index):
+            with pytest.raises(OSError, match="No space left"):
+                action()
+            assert store.engine == "faiss_flat" and len(store) == 57
+            assert all(map(torch.equal, store.search(torch.eye(SIZE), 9), expected))
+            assert len(CorpusStore.open(tmp_path, verify=True, engine="faiss_flat")) == 50
+    store.commit()
+    again = CorpusStore.open(tmp_path, verify=True, engine="faiss_flat")
+    assert all(map(torch.equal, again.search(torch.eye(SIZE), 9), expected))
+    assert files_of(tmp_path) == named_files(tmp_path)
 
 
 def test_large_commits_are_cut_into_shards(tmp_path, small_shards):
@@ -342,6 +378,8 @@ def test_auto_is_exact_until_exact_is_slower(tmp_path, monkeypatch):
 
 def test_refuses_an_index_that_there_is_not(tmp_path):
     store = create(tmp_path)
+    with pytest.raises(UserError, match="no retrieval engine 'faiss_flt'"):
+        store.build_index("faiss_flt")  # of an empty store too
     fill(store, 50, (50,))
     with pytest.raises(UserError, match="has no index, not one of 'faiss_ivf'; make one with"):
         CorpusStore.open(tmp_path, engine="faiss_ivf")

@@ -106,6 +106,32 @@ def test_ids_follow_the_highest_ever_stored(name, tmp_path):
     assert load_engine(tmp_path).add(vectors(1)).tolist() == [152]
 
 
+def test_no_id_exceeds_an_int64():
+    engine = ExactEngine(8)
+    engine.add(vectors(1), torch.tensor([(1 << 63) - 1]))
+    with pytest.raises(UserError, match="no ids are left after 9223372036854775807"):
+        engine.add(vectors(1))
+    engine.add(vectors(1), torch.tensor([7]))
+    assert engine.ids.tolist() == [7, (1 << 63) - 1]
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(20).bool(), torch.tensor([1.5])])
+def test_ids_to_remove_are_whole_numbers(wrong):
+    engine = ExactEngine(8)
+    engine.add(vectors(20))
+    with pytest.raises(UserError, match=f"exact: ids to remove must be int64, not {wrong.dtype}"):
+        engine.remove(wrong)
+    assert len(engine) == 20
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_built_over_nothing(name, caplog):
+    with caplog.at_level(logging.INFO):
+        engine = build_engine(name, vectors(0))
+    assert engine.search(vectors(2), 3)[1].eq(-1).all()
+    assert ("exact" if engine.exact else "recall not measured") in caplog.text
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_entries_that_cannot_be_stored(name):
     engine = some_engine(name)
@@ -284,6 +310,9 @@ def test_values_beyond_a_type_are_refused():
     with pytest.raises(UserError, match="too large for float16"):
         engine.add(torch.full((1, 2), 1e5))
     assert len(engine) == 0
+    for name in ("float32", "int8"):
+        with pytest.raises(UserError, match=f"too large for {name}"):
+            ExactEngine(2, dtype=name).add(torch.full((1, 2), 1e300, dtype=torch.float64))
     with pytest.raises(UserError, match="dtype 'float61' .* did you mean 'float16'"):
         ExactEngine(2, dtype="float61")
 

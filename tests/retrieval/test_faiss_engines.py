@@ -81,3 +81,16 @@ def test_options_are_positive():
         FaissIvfEngine(8, nprobe=0)
     with pytest.raises(UserError, match="faiss_hnsw: links is 0"):
         FaissHnswEngine(8, links=0)
+
+
+@pytest.mark.parametrize("name", ["faiss_flat", "faiss_ivf", "faiss_hnsw"])
+def test_keys_whose_squares_overflow_are_refused(name):
+    """faiss would end the process while it places centroids."""
+    large = vectors(400).double()
+    for size in (1e25, 1e200):
+        engine = create_engine(name, 8, "cosine")
+        with pytest.raises(UserError, match=f"{name}: keys are too large"):
+            engine.add(size * large)
+        assert len(engine) == 0
+        engine.add(vectors(400))
+        assert engine.search(vectors(400)[:1], 1)[1].item() == 0

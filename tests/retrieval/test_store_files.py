@@ -255,6 +255,16 @@ def test_refuses_what_is_no_store(saved, tmp_path):
             save(make_store(0), tmp_path / "empty")
 
 
+def test_a_place_that_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"(file|below): cannot be written \("):
+            save(make_store(0), place)
+        with pytest.raises(UserError, match="there is no such store"):
+            load(place)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_refuses_an_unknown_schema(saved, monkeypatch):
     monkeypatch.setattr(manifest, "SCHEMA", 7)
     save(make_store(0), saved.with_name("newer"))
