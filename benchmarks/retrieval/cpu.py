@@ -1,6 +1,5 @@
 """Exact search against faiss IndexFlatIP, and the engines against each other."""
 
-import os
 import statistics
 import time
 from typing import Any
@@ -17,7 +16,6 @@ from memlm.retrieval import create_engine
 
 WIDTHS = (64, 256)
 STORED = (16_384, 65_536, 262_144)
-THREADS = sorted({1, os.cpu_count() or 1})
 ENGINES = ("exact", "faiss_flat", "faiss_ivf", "faiss_hnsw")
 BATCH = 512  # rows that are added at a time to what is there
 MEGABYTE = 1e6
@@ -30,35 +28,30 @@ def run(repeats: int, quick: bool) -> tuple[dict[str, Any], bool]:
     if quick:
         problems = [Problem(2000, 16, 40, 8)]
     exact, engines = [], []
-    for problem in problems:
-        queries, keys = problem.vectors()
-        for threads in THREADS:
-            with measure.threads(threads):
-                exact += _exact(problem, queries, keys, threads, repeats)
-        with measure.threads(1):
+    with measure.one_thread():
+        machine = report.machine()
+        for problem in problems:
+            queries, keys = problem.vectors()
+            exact += _exact(problem, queries, keys, repeats)
             engines += _engines(problem, queries, keys, repeats)
-        print(".", end="", flush=True)
+            print(".", end="", flush=True)
     _print_exact(exact)
     _print_engines(engines)
     agree = all(row["agreement"].within_rounding for row in exact if "agreement" in row)
     verdict = "All find the same" if agree else "RESULTS DIFFER"
     print(f"\n{verdict}; scores equal within {measure.ROUNDING} may change places")
-    return {"machine": report.machine(), "exact": exact, "engines": engines}, agree
+    return {"machine": machine, "exact": exact, "engines": engines}, agree
 
 
-def _exact(
-    problem: Problem, queries: Tensor, keys: Tensor, threads: int, repeats: int
-) -> list[dict[str, Any]]:
+def _exact(problem: Problem, queries: Tensor, keys: Tensor, repeats: int) -> list[dict[str, Any]]:
     searches = {name: measure.search_of(problem, name, queries, keys) for name in NAMES}
     found = {name: search() for name, search in searches.items()}
     times = measure.time_in_turns(searches, repeats)
     searches.clear()
     rows = []
     for name in NAMES:
-        row: dict[str, Any] = {"problem": problem, "name": name, "threads": threads}
-        row["seconds"] = times[name]
-        if threads == 1:
-            row["peak_bytes"] = measure.peak_memory(problem, name)
+        row: dict[str, Any] = {"problem": problem, "name": name, "seconds": times[name]}
+        row["peak_bytes"] = measure.peak_memory(problem, name)
         if name != PEER:
             row["faster"] = ratio(times[PEER].processor, times[name].processor)
             row["faster_wall"] = ratio(times[PEER].wall, times[name].wall)
@@ -71,28 +64,30 @@ def _exact(
 
 def _print_exact(rows: list[dict[str, Any]]) -> None:
     one = rows[0]["problem"]
-    print(f"\n\nExact search: {one.queries} queries, k={one.k}, inner product; medians, and peak")
-    print(f"memory of the search alone. faster: than {PEER} with as many threads")
-    header = ("entries", "d", "search", "threads", "processor ms", "faster", "wall ms")
-    header += ("faster, wall", "same indices", "same lists", "recall", "peak MB")
+    print(
+        f"\n\nExact search: {one.queries} queries, k={one.k}, inner product, 1 thread; medians, ",
+        end="",
+    )
+    print(f"and peak\nmemory of the search alone. faster: than {PEER}")
+    header = ("entries", "d", "search", "processor ms", "faster", "wall ms", "faster, wall")
+    header += ("same indices", "same lists", "recall", "peak MB")
     shown = []
     for row in rows:
         same = row.get("agreement")
-        peak = row.get("peak_bytes")
         processor, wall = row["seconds"].milliseconds
         shown.append(
             [
-                *(row["problem"].stored, row["problem"].width, row["name"], row["threads"]),
+                *(row["problem"].stored, row["problem"].width, row["name"]),
                 *(processor, row.get("faster"), wall, row.get("faster_wall")),
                 *(same and same.indices, same and same.lists, row.get("recall")),
-                None if peak is None else peak / MEGABYTE,
+                row["peak_bytes"] / MEGABYTE,
             ]
         )
     print(report.table(header, shown))
-    ours = [row for row in rows if row["name"] == next(iter(OURS)) and row["threads"] == 1]
+    ours = [row for row in rows if row["name"] == next(iter(OURS))]
     least = min(row["faster"].median for row in ours)
     most = max(row["peak_bytes"] for row in ours) / MEGABYTE
-    print(f"\n{ours[0]['name']}, 1 thread: at least {least:.2f}x (wanted: {FASTER}), ", end="")
+    print(f"\n{ours[0]['name']}: at least {least:.2f}x (wanted: {FASTER}), ", end="")
     print(f"at most {most:.1f} MB (wanted: {MEGABYTES})")
 
 

@@ -12,6 +12,7 @@ import faiss
 import torch
 from torch import Tensor
 
+from benchmarks import library
 from benchmarks.library import Run, resident_growth
 from benchmarks.product_key.problem import kernels
 from benchmarks.retrieval.problem import Problem
@@ -40,16 +41,15 @@ NAMES = (PEER, *OURS)
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let torch and faiss use `count` threads."""
-    before = torch.get_num_threads(), faiss.omp_get_max_threads()
-    torch.set_num_threads(count)
-    faiss.omp_set_num_threads(count)
+def one_thread() -> Iterator[None]:
+    """Let torch and faiss use one thread."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
     try:
-        yield
+        with library.one_thread():
+            yield
     finally:
-        torch.set_num_threads(before[0])
-        faiss.omp_set_num_threads(before[1])
+        faiss.omp_set_num_threads(before)
 
 
 def search_of(problem: Problem, name: str, queries: Tensor, keys: Tensor) -> Callable[[], Tensor]:
@@ -80,7 +80,7 @@ class Times:
 
     @property
     def milliseconds(self) -> tuple[float, float]:
-        """Medians of processor time (of all threads together) and of wall time."""
+        """Medians of processor time and of wall time."""
         return 1000 * statistics.median(self.processor), 1000 * statistics.median(self.wall)
 
 
@@ -140,7 +140,7 @@ def peak_memory(problem: Problem, name: str) -> int:
 
 def peak_growth(problem: Problem, name: str) -> int:
     """`peak_memory` in this process."""
-    with threads(1):
+    with one_thread():
         small = Problem(256, problem.width, 32, problem.k)
         search_of(small, name, *small.vectors())()  # what libraries load at their first use
         search: Callable[[], Tensor] = search_of(problem, name, *problem.vectors())

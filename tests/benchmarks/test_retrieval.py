@@ -62,17 +62,18 @@ def test_other_results_are_no_agreement():
 
 
 def test_threads_are_set_back():
-    before = torch.get_num_threads(), measure.faiss.omp_get_max_threads()
-    with measure.threads(3):
-        assert torch.get_num_threads() == measure.faiss.omp_get_max_threads() == 3
-    assert (torch.get_num_threads(), measure.faiss.omp_get_max_threads()) == before
+    before = measure.faiss.omp_get_max_threads()
+    measure.faiss.omp_set_num_threads(3)
+    with measure.one_thread():
+        assert torch.get_num_threads() == measure.faiss.omp_get_max_threads() == 1
+    assert measure.faiss.omp_get_max_threads() == 3
+    measure.faiss.omp_set_num_threads(before)
 
 
 @needs_native
 def test_quick_run(tmp_path, capsys, monkeypatch):
     # Memory without processes of their own, which take seconds to start.
     monkeypatch.setattr(measure, "peak_memory", measure.peak_growth)
-    monkeypatch.setattr(cpu, "THREADS", [1])
     arguments = ["--device", "cpu", "--quick", "--repeats", "2", "--output", str(tmp_path)]
     assert command.main(arguments) == 0
     (path,) = tmp_path.glob("*/retrieval_cpu_quick.json")
@@ -93,7 +94,6 @@ def test_quick_run(tmp_path, capsys, monkeypatch):
 @needs_native
 def test_results_that_differ_end_with_1(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "peak_memory", lambda problem, name: 0)
-    monkeypatch.setattr(cpu, "THREADS", [1])
     monkeypatch.setattr(measure, "ROUNDING", -1.0)
     arguments = ["--device", "cpu", "--quick", "--repeats", "1", "--output", str(tmp_path)]
     assert command.main(arguments) == 1
