@@ -16,6 +16,8 @@ from memlm.retrieval.faiss_engines import FaissFlatEngine, FaissHnswEngine, Fais
 
 EXACT_LIMIT = 262_144  # entries up to which exact search costs no more than the others
 SAMPLE = 256  # queries of which recall is measured
+ROUNDING = 1e-6  # scores that differ by less than this part of them are equal
+Found = tuple[Tensor, Tensor]  # scores float32 [N, k] and ids int64 [N, k]
 
 ENGINES: dict[str, type[RetrievalEngine]] = {
     engine.name: engine
@@ -101,18 +103,35 @@ def build_engine(
 def measure_recall(
     engine: RetrievalEngine, keys: Tensor, ids: Tensor | None, queries: Tensor, k: int
 ) -> float:
-    """The share of the k best entries that the engine finds, in [0, 1].
+    """The share of the k best entries that the engine finds, in [0, 1]; see `recall_of`.
 
     Args:
-        engine: that holds the entries.
+        engine: that holds the entries, in float32.
         keys, ids: its entries, as they were added.
         queries: [N, dim], N > 0.
         k: results per query.
     """
-    _, best = topk_search(queries[None].float(), keys[None], min(k, len(keys)), engine.metric)
-    best = best[0] if ids is None else ids.to(best.device)[best[0]]
-    _, found = engine.search(queries, k)
-    return (best[:, :, None] == found[:, None]).any(-1).float().mean().item()
+    best, places = topk_search(queries[None].float(), keys[None], min(k, len(keys)), engine.metric)
+    best_ids = places[0] if ids is None else ids.to(places.device)[places[0]]
+    return recall_of((best[0], best_ids), engine.search(queries, k))
+
+
+def recall_of(best: Found, found: Found) -> float:
+    """The share of the best entries that were found, in [0, 1].
+
+    An entry that scores like the last of the best counts as one of them: where a corpus repeats
+    itself, which of many copies are the best is a matter of rounding.
+
+    Args:
+        best: scores and ids [N, k] of an exact search, -inf and -1 where there are fewer.
+        found: scores and ids [N, K] of the search that is judged.
+    """
+    there = best[0] > -torch.inf
+    last = best[0].masked_fill(~there, torch.inf).amin(1, keepdim=True)
+    right = (found[1][:, :, None] == best[1][:, None]).any(-1)
+    right |= found[0] >= last - ROUNDING * last.abs()
+    right &= found[1] >= 0
+    return float(right.sum(1).minimum(there.sum(1)).sum() / there.sum())
 
 
 def load_engine(

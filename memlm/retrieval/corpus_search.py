@@ -10,7 +10,14 @@ from torch import Tensor
 from memlm.cuda import topk_search
 from memlm.cuda.ordered_topk import ordered_topk
 from memlm.errors import UserError
-from memlm.retrieval.choice import SAMPLE, choose_engine, create_engine, load_engine
+from memlm.retrieval.choice import (
+    SAMPLE,
+    Found,
+    choose_engine,
+    create_engine,
+    load_engine,
+    recall_of,
+)
 from memlm.retrieval.corpus_layout import CorpusLayout, Part, cut
 from memlm.retrieval.engine import RetrievalEngine
 from memlm.retrieval.faiss_engines import FaissIvfEngine
@@ -20,8 +27,6 @@ _TRAINING_KEYS = 1 << 18  # the most keys from which centroids are made
 _ADDED = 1 << 16  # entries handed to an engine at a time
 _RECALL_AT = 32
 logger = logging.getLogger(__name__)
-
-Found = tuple[Tensor, Tensor]  # scores float32 [N, k] and ids int64 [N, k]
 
 
 def search_parts(
@@ -92,10 +97,8 @@ def build_index(
     for ids in kept.split(_ADDED):
         engine.add(_keys_at(parts, ids), ids)
     sample = _keys_at(parts, _spread(kept, SAMPLE)) if queries is None else queries
-    _, best = search_parts(sample, parts, _RECALL_AT, layout.metric, hidden)
-    _, found = engine.search(sample, _RECALL_AT)
-    right = (best[:, :, None] == found[:, None]).any(-1) & (best >= 0)
-    recall = float(right.sum() / (best >= 0).sum())
+    best = search_parts(sample, parts, _RECALL_AT, layout.metric, hidden)
+    recall = recall_of(best, engine.search(sample, _RECALL_AT))
     kind = "keys" if queries is None else "queries"
     logger.info(
         "retrieval: %s, %d entries, recall@%d %.4f of %d %s",

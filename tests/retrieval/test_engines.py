@@ -18,6 +18,7 @@ from memlm.retrieval.choice import (
     create_engine,
     load_engine,
     measure_recall,
+    recall_of,
 )
 from memlm.retrieval.exact_engine import ExactEngine
 
@@ -353,6 +354,23 @@ def test_auto_logs_the_recall_it_measured(monkeypatch, caplog):
     assert 0.1 < recall < 0.95  # two lists of many: some are missed
     assert f"faiss_ivf, 2000 entries, recall@10 {recall:.4f} of 50 queries" in caplog.text
     assert measure_recall(build_engine("exact", keys), keys, None, queries, 10) == 1
+
+
+def test_recall_counts_copies_as_good_as_the_last_of_the_best():
+    scores, none = torch.tensor([[5.0, 3.0, 3.0], [2.0, -torch.inf, -torch.inf]]), -torch.inf
+    best = scores, torch.tensor([[0, 4, 7], [1, -1, -1]])
+    for found_scores, ids, recall in (
+        ([[5.0, 3.0, 3.0], [2.0, none, none]], [[0, 7, 4], [1, -1, -1]], 1),
+        ([[5.0, 3.0, 2.9999995], [2.0, none, none]], [[0, 8, 9], [1, -1, -1]], 1),
+        ([[5.0, 3.0, 2.999], [none, none, none]], [[0, 8, 9], [-1, -1, -1]], 2 / 4),
+        ([[3.0, 3.0, none], [1.0, none, none]], [[8, 9, -1], [5, -1, -1]], 2 / 4),
+    ):
+        found = torch.tensor(found_scores), torch.tensor(ids)
+        assert recall_of(best, found) == recall
+    copies = vectors(10).repeat(40, 1)
+    engine = some_engine("faiss_flat", "l2")
+    engine.add(copies)
+    assert measure_recall(engine, copies, None, copies[:10], 5) == 1
 
 
 def test_names_and_options_that_are_not_there():
