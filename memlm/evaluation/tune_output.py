@@ -273,7 +273,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     add("--out", required=True, type=Path, help="JSON file for the results")
     add(
         "--output",
-        type=yaml.safe_load,
+        type=_entry,
         help="the output memory, a name or {type: NAME, ...}; default: the model's own",
     )
     add("--tokenizer", help="default: the one beside the model")
@@ -289,8 +289,19 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+def _entry(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not YAML") from error
+
+
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        message = f"{text!r} is not numbers with commas between them"
+        raise argparse.ArgumentTypeError(message) from error
 
 
 def _count(text: str) -> int:
@@ -302,6 +313,10 @@ def _count(text: str) -> int:
 def _main(options: argparse.Namespace) -> None:
     if options.out.exists():
         raise UserError(f"--out: {options.out} exists already")
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # now, not when all is read
+        raise UserError(f"--out: {options.out} cannot be written ({error.strerror})") from error
     model = load_model(options.model)
     attached = isinstance(model, AttachedMixin)
     if options.output is not None:
@@ -329,7 +344,6 @@ def _main(options: argparse.Namespace) -> None:
         **dataclasses.asdict(tuning),
         "best": tuning.best,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = options.out.with_name(options.out.name + ".unfinished")
     unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(options.out)

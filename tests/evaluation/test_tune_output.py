@@ -175,5 +175,14 @@ def test_the_command_on_a_saved_attached_memory(tmp_path, capsys):
 def test_unknown_options():
     with pytest.raises(UserError, match="unknown option --weight; did you mean '--weights'"):
         parse_arguments(["--model", "m", "--out", "o", "--weight", "0.1"])
-    with pytest.raises(UserError, match="weights"):
+    with pytest.raises(UserError, match="--weights: 'a,b' is not numbers with commas"):
         parse_arguments(["--model", "m", "--out", "o", "--weights", "a,b"])
+    with pytest.raises(UserError, match="--output: '{type: knn_lm' is not YAML"):
+        parse_arguments(["--model", "m", "--out", "o", "--output", "{type: knn_lm"])
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    words = ["--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "file" / "out.json")]
+    assert main(words) == 2
+    assert "out.json cannot be written (" in capsys.readouterr().err
