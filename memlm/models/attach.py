@@ -59,6 +59,7 @@ def attach_memory(
     layers = decoder_layers(model)
     if hasattr(model, "memory"):
         raise UserError(f"{type(model).__name__} has an attribute `memory` of its own")
+    check_weights(model)
     checkpoints = {
         module: CallCheckpoint(module._gradient_checkpointing_func)
         for module in model.modules()
@@ -103,6 +104,21 @@ def attach_memory(
     for module, function in checkpoints.items():
         module._gradient_checkpointing_func = function
     return model
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise UserError unless all weights are the model's own and have values."""
+    for name, parameter in model.named_parameters():
+        if is_lora_name(name):
+            raise UserError(
+                f"the model has adapters of its own ({name}); merge or unload them first, and let "
+                "`lora` in the config make new ones"
+            )
+        if parameter.is_meta:
+            raise UserError(
+                f"{name} has no values (it is on the meta device); load the model's weights into "
+                "memory first"
+            )
 
 
 def _build_memory(

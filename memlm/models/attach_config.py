@@ -41,8 +41,12 @@ class AttachConfig:
         """A config from plain values, checked strictly.
 
         Raises:
-            UserError: for an unknown key (with the nearest name) or a wrong value.
+            UserError: for an unknown key (with the nearest name), a wrong value or no mapping.
         """
+        if not isinstance(values, Mapping):
+            raise UserError(
+                f"{where}: expected a mapping such as {{'memory': NAME}}, got {values!r}"
+            )
         values = dict(values)
         memory = values.get("memory")
         if isinstance(memory, str):

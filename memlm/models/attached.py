@@ -252,7 +252,8 @@ class AttachedMixin:
         del self.memory, self.attachment
         self.__class__ = attachment.base_class
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(attachment.requires_grad[name])
+            # Wrappers may have renamed some of them, or added their own, since.
+            parameter.requires_grad_(attachment.requires_grad.get(name, parameter.requires_grad))
         for module in self.modules():
             function = getattr(module, "_gradient_checkpointing_func", None)
             if isinstance(function, CallCheckpoint):
@@ -348,6 +349,7 @@ class AttachedMixin:
 
     weights_fingerprint = MemLMForCausalLM.weights_fingerprint
     _prepare_cache_for_generation = MemLMForCausalLM._prepare_cache_for_generation
+    _prepare_position_ids_for_generation = MemLMForCausalLM._prepare_position_ids_for_generation
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs: Any

@@ -147,7 +147,10 @@ def read_attached(
             f"{source}: written with schema {config.get('schema')!r}; this version of memlm reads "
             f"schema {SCHEMA}"
         )
-    missing = _FIELDS - config.keys() or _BASE_FIELDS - config["base_model"].keys()
+    missing = _FIELDS - config.keys()
+    if not missing and not isinstance(config["base_model"], dict):
+        raise UserError(f"{source}: 'base_model' in {CONFIG_FILE} is no mapping")
+    missing = missing or _BASE_FIELDS - config["base_model"].keys()
     if missing:
         raise UserError(f"{source}: {CONFIG_FILE} has no {sorted(missing)[0]!r}")
     weights = _find(source, WEIGHTS_FILE, revision)

@@ -96,7 +96,11 @@ class Branch(nn.Module):
         if state is not None:
             new_states[name] = state
         output = self.post_norm(output)
-        return (output if self.gate is None else output * self.gate), new_states
+        if self.gate is not None:
+            # A closed channel adds nothing, also where the module overflows: 0 * inf is NaN.
+            closed = (self.gate == 0) & ~output.isfinite()
+            output = output.masked_fill(closed, 0) * self.gate
+        return output, new_states
 
 
 def attention_state_name(name: str) -> str:

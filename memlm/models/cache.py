@@ -7,6 +7,7 @@ and every rearrangement that generation asks for is passed to it.
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from memlm.errors import UserError
 from memlm.layers.state import MemoryState
 
 
@@ -46,6 +47,12 @@ class StateLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.state = self.state.select(indices)
 
+    def crop(self, max_length: int) -> None:
+        raise UserError(
+            "a memory cannot take tokens back, as assisted decoding asks for; generate without "
+            "assisted decoding"
+        )
+
     def offload(self) -> None:
         raise ValueError("the states of this model cannot be offloaded")
 
@@ -74,6 +81,25 @@ class MemLMCache(Cache):
             for name, layer in zip(self.names, self.layers, strict=True):
                 layer.state = states[name]
         self.columns += columns
+
+    def continued_positions(self, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Positions for generate(), which itself counts them from the first column it is given.
+
+        The states may have read tokens that are not among its columns, or have been reset: the
+        next token of a row gets the position that follows in its document.
+
+        Args:
+            position_ids: int64 [B or 1, columns], as generate() counts.
+            attention_mask: [B, columns]; None = no padding.
+        """
+        states = self.states
+        if states is None:
+            return position_ids
+        following = states["position"].next_position
+        read = self.columns
+        if attention_mask is not None:
+            read = attention_mask[:, : self.columns].sum(1).to(following.device)
+        return position_ids + (following - read)[:, None].to(position_ids.device)
 
     @property
     def nbytes(self) -> int:

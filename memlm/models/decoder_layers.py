@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -16,6 +17,7 @@ CACHE_ARGUMENTS = ("past_key_values", "layer_past")  # the older models have the
 _MODEL_ARGUMENTS = ("input_ids", "inputs_embeds", "position_ids", "labels", "logits_to_keep")
 # Rotary positions whose frequencies change with the length of the text.
 _CHANGING_ROPE = ("dynamic", "longrope")
+_FULL_PRECISION = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +149,13 @@ def _windows(model: PreTrainedModel, count: int) -> list[int | None]:
 
 
 def _weight(attention: nn.Module, name: str) -> Tensor | None:
-    """The weight of a linear layer as [out, in]."""
+    """The weight of a linear layer as [out, in]; None for a quantized one: its scales are apart."""
     linear = getattr(attention, name, None)
     linear = getattr(linear, "base_layer", linear)  # inside an adapter
-    if isinstance(linear, Conv1D):
-        return linear.weight.detach().T
-    return linear.weight.detach() if isinstance(linear, nn.Linear) else None
+    if not isinstance(linear, nn.Linear | Conv1D) or linear.weight.dtype not in _FULL_PRECISION:
+        return None
+    weight = linear.weight.detach()
+    return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def _not_standard(model: PreTrainedModel, wanted: str) -> UserError:

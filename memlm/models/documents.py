@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memlm.errors import UserError
 from memlm.layers.state import MemoryState
 
 
@@ -53,7 +54,15 @@ def find_documents(
 
     A document starts where segment_ids change between two tokens of a row and where a given
     position is 0. The first token of a row otherwise continues the carried document.
+
+    Raises:
+        UserError: for states of another number of rows.
     """
+    if len(next_position) != len(valid):
+        raise UserError(
+            f"the states are those of {len(next_position)} rows, but the call has {len(valid)}; "
+            "choose rows of states with their select()"
+        )
     starts = torch.zeros_like(valid)
     if segment_ids is not None:
         # Compare with the last token that was not padding.

@@ -209,6 +209,9 @@ class KeyValues:
 
 def _alone(tensor: Tensor) -> Tensor:
     """The tensor, copied if it is a part of a larger one: that would be kept alive."""
-    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+    if (
+        tensor.is_contiguous()
+        and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    ):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memlm.errors import UserError
-from memlm.models.attach import attach_memory
+from memlm.models.attach import attach_memory, check_weights
 from memlm.models.attached import AttachedMixin
 from memlm.models.attached_files import (
     CONFIG_FILE,
@@ -98,6 +98,7 @@ def _check_base(model: PreTrainedModel, base: dict[str, Any], source: str | os.P
             f"{source}: this memory belongs to a {base['model_type']} model ({name}), not to a "
             f"{model.config.model_type} model"
         )
+    check_weights(model)
     if base_fingerprint(model) == base["weights"]:
         return
     dtype = str(model.dtype).removeprefix("torch.")

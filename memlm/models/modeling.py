@@ -337,6 +337,15 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
             )
         model_kwargs["past_key_values"] = MemLMCache()
 
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict):
+        position_ids = GenerationMixin._prepare_position_ids_for_generation(
+            self, inputs_tensor, model_kwargs
+        )
+        cache = model_kwargs.get("past_key_values")
+        if not isinstance(cache, MemLMCache):  # refused by the call
+            return position_ids
+        return cache.continued_positions(position_ids, model_kwargs.get("attention_mask"))
+
     def set_output_memory(self, output: str | dict[str, Any] | None) -> None:
         """Put another output memory behind the head, or none; `config.output` says so then.
 

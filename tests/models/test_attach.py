@@ -181,6 +181,7 @@ def test_weights_of_unknown_names_are_not_guessed():
         ({"memory": {"type": "min_gru", "gates": 1.0}}, "did you mean 'gate'"),
         ({"layers": [1]}, "attach.memory: expected a name or a mapping"),
         ({"memory": 3}, "attach.memory: expected a name or a mapping"),
+        ("knn_cache", "attach: expected a mapping such as {'memory': NAME}, got 'knn_cache'"),
         ({"memory": "min_gru", "layers": [3]}, "no layer 3; the model has 0 to 2"),
         ({"memory": "min_gru", "layers": [-1]}, "no layer -1"),
         ({"memory": "min_gru", "layers": []}, "at least one layer"),

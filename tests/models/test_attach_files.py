@@ -138,6 +138,8 @@ def alter(folder, **values):
         ({"format": "other"}, "not that of an attached memory"),
         ({"schema": 2}, "schema 2; this version of memlm reads schema 1"),
         ({"base_model": {"name": ""}}, "has no 'dtype'"),
+        ({"base_model": 3}, "'base_model' in memory_config.json is no mapping"),
+        ({"attach": None}, "attach: expected a mapping"),
         ({"attach": {"memory": "knn_cash"}}, "did you mean 'knn_cache'"),
     ],
 )

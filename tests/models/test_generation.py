@@ -155,6 +155,29 @@ def test_frozen_memory_in_generation_reads_what_was_written_before(model):
     assert cache.states["0.mixer"] is not states["0.mixer"]
 
 
+def test_generation_goes_on_from_states(model):
+    ids = tokens(2, 12)
+    states = model(ids[:, :8], return_memory_states=True).memory_states
+    continued = model.generate(ids[:, 8:], past_key_values=MemLMCache(states), **GREEDY)
+    assert torch.equal(continued, model.generate(ids, **GREEDY)[:, 8:])
+    alone = model.generate(ids[:, 8:], **GREEDY)
+    assert not torch.equal(continued, alone)
+    # Rows that were reset begin a document; padding in front of a prompt counts for nothing.
+    reset = {name: s.reset(torch.tensor([True, False])) for name, s in states.items()}
+    prompt = torch.nn.functional.pad(ids[:, 8:], (2, 0))
+    mask = torch.ones_like(prompt)
+    mask[:, :2] = 0
+    cache = MemLMCache(reset)
+    mixed = model.generate(prompt, attention_mask=mask, past_key_values=cache, **GREEDY)[:, 2:]
+    assert torch.equal(mixed, torch.stack([alone[0], continued[1]]))
+
+
+def test_states_of_other_rows_are_refused(model):
+    states = model(tokens(2, 6), return_memory_states=True).memory_states
+    with pytest.raises(UserError, match="those of 2 rows, but the call has 3"):
+        model(tokens(3, 6), memory_states=states)
+
+
 def test_assisted_decoding_is_refused(model):
     with pytest.raises(ValueError, match="[Aa]ssisted"):
         model.generate(tokens(1, 6), assistant_model=build_model(LAYERS), **GREEDY)
