@@ -106,7 +106,9 @@ def commit(folder: Path, kind: str, content: Content) -> None:
     for path in sorted(folder.iterdir()):
         if path.name in named:
             continue
-        if _SHARD_FILE.fullmatch(path.name):
+        if _SHARD_FILE.fullmatch(path.name) or (
+            _INDEX_FOLDER.fullmatch(path.name) and path.is_symlink()  # to another disk
+        ):
             path.unlink()
         elif _INDEX_FOLDER.fullmatch(path.name):
             shutil.rmtree(path)

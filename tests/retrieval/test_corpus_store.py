@@ -355,6 +355,19 @@ def test_an_index_and_the_entries_added_after_it(tmp_path, caplog, engine, key_t
     assert reader.engine == engine and len(reader.search(queries, 9)[1]) == 64
 
 
+def test_files_that_were_moved_to_another_disk(tmp_path):
+    store = create(tmp_path / "store")
+    fill(store, 50, (50,))
+    store.build_index("faiss_flat")
+    index = tmp_path / "store" / store.index["folder"]
+    shutil.move(index, tmp_path / "elsewhere")
+    index.symlink_to(tmp_path / "elsewhere")
+    expected = CorpusStore.open(tmp_path / "store", engine="faiss_flat").search(torch.eye(SIZE), 9)
+    assert all(map(torch.equal, store.search(torch.eye(SIZE), 9), expected))
+    store.build_index("faiss_flat")
+    assert not index.is_symlink() and list((tmp_path / "elsewhere").iterdir())  # not ours to empty
+
+
 def test_an_index_over_what_was_not_removed(tmp_path):
     store = create(tmp_path)
     fill(store, 200, (100,))
