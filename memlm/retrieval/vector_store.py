@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from memlm.cuda import topk_search
 from memlm.cuda.ordered_topk import ordered_topk
-from memlm.errors import UserError
+from memlm.errors import UserError, nearest
 from memlm.layers.state import MemoryState
 
 Eviction = Literal["fifo", "lru"]
@@ -74,8 +74,12 @@ class VectorStore(MemoryState):
         """A store without entries; all its memory, `bytes_of` the same sizes, is taken now.
 
         Raises:
-            UserError: for keys that are no floating point numbers.
+            UserError: for keys that are no floating point numbers, or an unknown eviction.
         """
+        if eviction not in get_args(Eviction):
+            raise UserError(
+                f"eviction {eviction!r} is not one of fifo, lru{nearest(eviction, ('fifo', 'lru'))}"
+            )
         if dtype is not None and not dtype.is_floating_point:
             raise UserError(f"keys of {dtype} would lose what they are; use a floating point type")
 

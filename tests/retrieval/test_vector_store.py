@@ -212,3 +212,8 @@ def test_nothing_is_written_to_no_slots_and_found_there():
 def test_keys_of_whole_numbers_are_refused():
     with pytest.raises(UserError, match="keys of torch.int8 would lose what they are"):
         VectorStore.empty(1, CAPACITY, SIZE, dtype=torch.int8)
+
+
+def test_an_unknown_eviction_is_refused():
+    with pytest.raises(UserError, match="eviction 'lru2' is not one of fifo, lru; .*lru"):
+        store(eviction="lru2")
