@@ -66,7 +66,7 @@ def comparisons(runs: Runs, seed: int) -> str:
 
 
 def plot(runs: Runs, path: Path) -> None:
-    """Perplexity by size of the cache, and the bits saved by position in the document."""
+    """Perplexity by size of the cache, and bits saved against the model without one by position."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,25 +75,31 @@ def plot(runs: Runs, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for seed in _seeds(runs):
         cached = [size for kind, size in _readings(runs, seed) if kind == CACHE]
-        means = [bootstrap_mean(_read(runs, seed, CACHE, s)["bits_per_byte"]) for s in cached]
+        found = [bootstrap_mean(_read(runs, seed, CACHE, s)["bits_per_byte"]) for s in cached]
         places = range(len(cached))
-        left.plot(places, [2**mean.value for mean in means], "o-", label=f"{CACHE}, seed {seed}")
+        values, lows, highs = np.exp2([(one.value, one.low, one.high) for one in found]).T
+        bars = [values - lows, highs - values]
+        left.errorbar(places, values, bars, fmt="o-", capsize=3, label=f"{CACHE}, seed {seed}")
         base = bootstrap_mean(_read(runs, seed, BASE, 0)["bits_per_byte"])
         left.axhline(2**base.value, ls="--", color="gray", label=f"{BASE}, seed {seed}")
-        off = _read(runs, seed, CACHE, 0)["by_position"]
+        window = _read(runs, seed, BASE, 0)["by_position"]
         for size in cached[1:]:
-            found = _read(runs, seed, CACHE, size)["by_position"]
-            saved = [off[low] - found[low] for low in off]
-            right.plot(range(len(off)), saved, "o-", label=f"{size} entries, seed {seed}")
+            bits = _read(runs, seed, CACHE, size)["by_position"]
+            saved = [window[low] - bits[low] for low in window]
+            right.plot(range(len(window)), saved, "o-", label=f"{size} entries, seed {seed}")
     left.set_xticks(list(places), ["off" if size == 0 else str(size) for size in cached])
     left.set(xlabel="entries of the cache", ylabel="perplexity per byte (2^mean bits)")
-    right.set_xticks(range(len(off)), [f"from {low}" for low in off])
-    right.set(xlabel="position in the document (bytes)", ylabel="bits per byte saved by the cache")
+    right.set_xticks(range(len(window)), [f"from {low}" for low in window])
+    right.set(
+        xlabel="position in the document (bytes)",
+        ylabel="bits per byte less than the model without",
+    )
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     right.axhline(0, color="black", lw=0.5)
-    figure.suptitle("Held-out documents, attention of 256 bytes and a kNN cache")
+    left.set_title("Held-out documents")
+    right.set_title("Against the model without a cache")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
