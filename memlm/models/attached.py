@@ -104,8 +104,8 @@ class AttachedMixin:
         states hold the keys and values of the model's attention under the name `base`.
 
         Raises:
-            UserError: when the model does not allow so long a context, or for a Cache that cannot
-                hold memories.
+            UserError: when the model does not allow so long a context, for a Cache that cannot hold
+                memories, or for states of another memory or number of rows.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -125,6 +125,12 @@ class AttachedMixin:
 
         tokens = inputs_embeds if input_ids is None else input_ids
         states = self.init_states(tokens.shape[0]) if given is None else given
+        names = self.memory_state_names()
+        if states.keys() != {"base", "position", *names}:
+            raise UserError(
+                f"the states are those of another model or memory: they are {sorted(states)}, but "
+                f"this one has {sorted(['base', 'position', *names])}"
+            )
         masks = (attention_mask, segment_ids, position_ids)
         context = self._call_context(tokens, *masks, given, input_ids, write_memory)
         attachment, layout = self.attachment, context.layout
@@ -136,7 +142,7 @@ class AttachedMixin:
             self.config._attn_implementation,
         )
         carries = wants_states or past_key_values is not None
-        memory_states = {name: states[name] for name in self.memory_state_names()}
+        memory_states = {name: states[name] for name in names}
         call = AttachedCall(
             self.memory.layers, memory_states, context, key_values, carries, use_memory
         )
@@ -268,18 +274,19 @@ class AttachedMixin:
             "position": PositionState(torch.zeros(batch_size, dtype=torch.int64, device=device)),
             "base": KeyValueState.empty(batch_size, sizes, device, dtype),
         }
-        for index, branch in self.memory.layers.items():
-            states.update(branch.init_states(state_name(int(index)), batch_size, device, dtype))
-        return states | init_output_states(self.memory.output, batch_size, device, dtype)
+        return states | self._memory_states(batch_size, device, dtype)
 
     def memory_state_names(self) -> list[str]:
         """The names in `memory_states` that belong to memories."""
-        names = [
-            name
-            for index, branch in self.memory.layers.items()
-            for name in branch.init_states(state_name(int(index)), 1)
-        ]
-        return [*names, *init_output_states(self.memory.output, 1)]
+        return list(self._memory_states(1, torch.device("meta")))  # a store can be large
+
+    def _memory_states(
+        self, batch_size: int, device: torch.device, dtype: torch.dtype | None = None
+    ) -> States:
+        states: States = {}
+        for index, branch in self.memory.layers.items():
+            states.update(branch.init_states(state_name(int(index)), batch_size, device, dtype))
+        return states | init_output_states(self.memory.output, batch_size, device, dtype)
 
     def memories(self) -> dict[str, MemoryModule | OutputMemory]:
         """All memory modules by the name of their site."""

@@ -112,3 +112,28 @@ def test_compiled_calls_carry_states():
     logits = torch.cat([first.logits, second.logits], 1)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(compiled(IDS[:, :13]).logits, expected[:, :13])
+
+
+@torch.no_grad()
+def test_states_of_another_memory_are_refused():
+    model = attached("llama", "knn_cache")
+    states = model.init_states(2)
+    for wrong in ({"position": states["position"]}, states | {"1.memory": states["0.memory"]}):
+        with pytest.raises(UserError, match="states are those of another model or memory"):
+            model(IDS, memory_states=wrong)
+
+
+def test_a_call_makes_no_second_store(monkeypatch):
+    model = attached("llama", "knn_cache")
+    states = model(IDS, return_memory_states=True).memory_states
+    made, zeros = [], torch.zeros
+
+    def counted(*args, **kwargs):
+        made.append(zeros(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "zeros", counted)
+    model(IDS[:, :1], memory_states=states)
+    shape = states["0.memory"].keys.shape
+    assert any(tensor.shape[1:] == shape[1:] for tensor in made)  # the names are those of states
+    assert all(tensor.is_meta for tensor in made if tensor.shape[1:] == shape[1:])
