@@ -172,7 +172,7 @@ class Retriever:
         # [B, T, top_k, neighborhood, r]; a NaN in a free slot would pass through a weight of zero.
         entries = take_rows(keys, index).masked_fill(~exists.unsqueeze(-1), 0)
         at_hit = entries[:, :, :, (config.neighborhood - 1) // 2]
-        similarity = self._similarity(z, keys, hits, at_hit).unsqueeze(-1).expand(index.shape)
+        similarity = self._similarity(z, hits, at_hit).unsqueeze(-1).expand(index.shape)
         parts = (part.flatten(2, 3) for part in (entries, similarity, exists))
         return Found(*parts), index.flatten(2)
 
@@ -195,23 +195,20 @@ class Retriever:
         z = self.compressor(store.values[0].flatten(0, 1)[read]).to(store.keys.dtype)
         return store.keys.flatten(0, 1).index_put((read,), z).view_as(store.keys)
 
-    def _similarity(self, z: Tensor, keys: Tensor, hits: Tensor, at_hit: Tensor) -> Tensor:
+    def _similarity(self, z: Tensor, hits: Tensor, at_hit: Tensor) -> Tensor:
         """Of tokens [B, T, r] and their hits, [B, T, k]; on the scale of a cosine for every metric.
 
         Args:
             z: [B, T, r].
-            keys: the store [B, M, r].
-            hits: int64 [B, T, k] into M.
+            hits: int64 [B, T, k] into the store, -1 for none.
             at_hit: the entries there, [B, T, k, r].
         """
         wide = torch.promote_types(z.dtype, torch.float32)
-        z, keys, at_hit = (part.to(wide) for part in (z, keys, at_hit))
+        z, at_hit = z.to(wide), at_hit.to(wide)
         scores = (at_hit @ z.unsqueeze(-1)).squeeze(-1)
         if self.config.metric == "dot":
             return scores / z.shape[-1]
-        # Once per entry of the store instead of once per hit.
-        squares = keys.square().sum(-1).gather(1, hits.clamp(min=0).flatten(1)).view_as(hits)
-        squares = squares.masked_fill(hits < 0, 1)
+        squares = at_hit.square().sum(-1).masked_fill(hits < 0, 1)
         if self.config.metric == "l2":
             return (2 * scores - squares) / z.shape[-1]
         return scores * (squares * z.square().sum(-1, keepdim=True)).clamp(min=1e-24).rsqrt()

@@ -197,7 +197,15 @@ def read_store(
         new = new + _Entries((keys, *values), token_places)
     # Rows start with free slots of the pending part; leave out those that all rows have.
     new = new.without_first(int((state.pending_positions < 0).sum(1).min()))
-    ring = Store(state.keys, state.values, stored, state.start, positions, token_base)
+    live = max(1, int(state.count.max()))  # slots behind have never been written
+    ring = Store(
+        state.keys[:, :live],
+        tuple(part[:, :live] for part in state.values),
+        stored[:, :live],
+        state.start,
+        positions,
+        token_base,
+    )
     if new.places.shape[1] == 0:
         return ring, state
 
