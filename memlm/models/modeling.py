@@ -264,7 +264,7 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
             memory_states: what an earlier call returned; the tokens continue its rows.
             past_key_values: the same as a Cache, as generate() uses it.
             use_memory: False = every memory branch is exactly zero and no memory is written; one
-                that contains attention (titans mac, mag, mal; memorizing_attention) goes on without it.
+                that contains attention (`AttendingMemory`) goes on attending without it.
             write_memory: False = memories are read, never written.
             logits_to_keep: logits of the last so many tokens only (0 = all), or their indices.
             return_memory_states: return the states also when none were passed.
