@@ -28,6 +28,7 @@ from memlm.models import (
     attach_memory,
     load_memory,
 )
+from memlm.models.attached import AttachedMixin
 from memlm.training.checkpoint import check_architecture, find_checkpoint
 from memlm.training.logs import check_trackers
 from memlm.training.loss import RowLoss
@@ -258,6 +259,11 @@ def prepare(
     if accelerator.ddp_handler is not None:
         # A memory's parameters have no gradient in a step whose rows never reach them.
         accelerator.ddp_handler.find_unused_parameters = bool(row_loss.model.memories())
+    if accelerator.is_fsdp2 and isinstance(row_loss.model, AttachedMixin):
+        # The units of sharding: the decoder layers of the pretrained model, not our blocks.
+        layers = row_loss.model.attachment.layers
+        names = {type(row_loss.model.get_submodule(layer.name)).__name__ for layer in layers}
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(names)
     with warnings.catch_warnings(), tables_apart(row_loss, accelerator.device):
         # The name that replaces it in torch 2.13 does not exist in torch 2.11.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

@@ -69,9 +69,7 @@ def test_only_an_open_memory_is_worth_something(name, text_file, tmp_path):
     other.write_text(text_file.read_text().upper())
     files = [str(text_file), str(other)]
     model = attach_memory(mistral(), {"memory": MEMORIES[name], "layers": [0, 1, 2]})
-    options = PerplexityOptions(
-        length=192, documents=2, segment=48, files=[str(text_file), str(other)]
-    )
+    options = PerplexityOptions(length=192, documents=2, segment=48, files=files)
     config = EvaluationConfig(tasks=["perplexity"], perplexity=options)
 
     def losses() -> dict[str, float]:
