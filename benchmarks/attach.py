@@ -100,10 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.runs / "base"
     with one_thread():
         pretrain(BASE, folder)
-        configs = {name: variant_config(name, options.config, folder) for name in VARIANTS}
-        judge_base(configs["knn_cache"], BASE, folder, path)
+        judge_base(variant_config("knn_cache", options.config, folder), BASE, folder, path)
         for name in options.variants:
-            run(name, configs[name], options.runs, path)
+            run(name, variant_config(name, options.config, folder), options.runs, path)
     print(f"\n{table(load_runs(path))}\n\n{path}")
     return 0
 
