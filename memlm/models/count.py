@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memlm.cli import run_entry_point
+from memlm.errors import UserError
 from memlm.layers.attention import Attention
 from memlm.memory.value_table import ValueTable
 from memlm.models.configuration import MemLMConfig
@@ -103,6 +104,10 @@ def _print_count(argv: Sequence[str] | None) -> None:
     options, overrides = parser.parse_known_args(argv)
     run = load_config(options.config, overrides, options.preset)
     sizes = run.model
+    if "pretrained" in sizes:
+        raise UserError(
+            f"{options.config}: only whole models are counted, not a memory for a pretrained one"
+        )
     if "vocab_size" not in sizes:
         sizes = {"vocab_size": len(load_tokenizer(run.data.tokenizer))} | sizes
     result = count(MemLMConfig.from_mapping(sizes), run.train.stages()[-1].length)

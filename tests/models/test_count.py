@@ -8,7 +8,7 @@ from memlm.config import load_config
 from memlm.models.count import ModelCount, count, main
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-PAPER_SIZE = [path for path in CONFIGS if path.stem not in ("demo", "titans_needle")]
+PAPER_SIZE = [path for path in CONFIGS if path.stem not in ("demo", "titans_needle", "attach")]
 
 
 def counted(path: Path, preset: str | None = None) -> ModelCount:
@@ -114,3 +114,9 @@ def test_a_mistake_is_one_line_and_exit_code_two(capsys: pytest.CaptureFixture) 
     error = capsys.readouterr().err
     assert "hidden_size" in error
     assert error.count("\n") == 1
+
+
+def test_a_memory_for_a_pretrained_model_is_not_counted(capsys) -> None:
+    path = CONFIGS[0].with_name("attach.yaml")
+    assert main([str(path), "--preset", "tiny"]) == 2
+    assert f"error: {path}: only whole models are counted" in capsys.readouterr().err
