@@ -24,7 +24,7 @@ from memlm.memory.output_memory import (
 from memlm.models.attach_config import AttachConfig
 from memlm.models.attached_call import AttachedCall, CallCheckpoint, state_name
 from memlm.models.attached_files import save_attached
-from memlm.models.cache import MemLMCache
+from memlm.models.cache import MemLMCache, carried
 from memlm.models.decoder_layers import DecoderLayer, attention_sizes
 from memlm.models.documents import PositionState, advance, find_documents, valid_tokens
 from memlm.models.key_values import KeyValues, KeyValueState
@@ -109,19 +109,9 @@ class AttachedMixin:
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if past_key_values is not None and not isinstance(past_key_values, MemLMCache):
-            raise UserError(
-                f"past_key_values is a {type(past_key_values).__name__}, which cannot hold "
-                "memories; pass a memlm.models.MemLMCache, or nothing"
-            )
-        if past_key_values is not None and memory_states is not None:
-            raise ValueError("give memory_states or past_key_values, not both")
-        wants_states = return_memory_states or memory_states is not None
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and not wants_states
-        if use_cache and past_key_values is None and memory_states is None:
-            past_key_values = MemLMCache()
-        given = past_key_values.states if past_key_values is not None else memory_states
+        caches = self.config.use_cache and not self.training
+        going = carried(memory_states, past_key_values, return_memory_states, use_cache, caches)
+        given = going.states
 
         tokens = inputs_embeds if input_ids is None else input_ids
         states = self.init_states(tokens.shape[0]) if given is None else given
@@ -141,7 +131,7 @@ class AttachedMixin:
             attachment.window,
             self.config._attn_implementation,
         )
-        carries = wants_states or past_key_values is not None
+        carries = going.returns_states or going.cache is not None
         memory_states = {name: states[name] for name in names}
         call = AttachedCall(
             self.memory.layers, memory_states, context, key_values, carries, use_memory
@@ -175,15 +165,15 @@ class AttachedMixin:
         if carries:
             new_states["base"] = key_values.finish()
             new_states["position"] = advance(states["position"], context.position_ids, layout.valid)
-        if past_key_values is not None:
-            past_key_values.store(new_states, tokens.shape[1])
+        if going.cache is not None:
+            going.cache.store(new_states, tokens.shape[1])
         output = MemLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values if use_cache else None,
+            past_key_values=going.cache if going.returns_cache else None,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
-            memory_states=new_states if wants_states else None,
+            memory_states=new_states if going.returns_states else None,
         )
         return output.to_tuple() if return_dict is False else output
 

@@ -4,6 +4,8 @@ One cache layer holds one named state (an attention's keys and values, a memory,
 and every rearrangement that generation asks for is passed to it.
 """
 
+import dataclasses
+
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -113,3 +115,54 @@ class MemLMCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.columns = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """What a call goes on from, and what it gives back.
+
+    Attributes:
+        states: the states at its start; None = before the first token.
+        cache: where the new states go; None = nowhere.
+        returns_states: whether they are returned as `memory_states`.
+        returns_cache: whether the cache is returned.
+    """
+
+    states: dict[str, MemoryState] | None
+    cache: MemLMCache | None
+    returns_states: bool
+    returns_cache: bool
+
+
+def carried(
+    memory_states: dict[str, MemoryState] | None,
+    past_key_values: MemLMCache | None,
+    return_memory_states: bool,
+    use_cache: bool | None,
+    caches: bool,
+) -> Carried:
+    """What the arguments of a model's `forward` ask for.
+
+    Args:
+        memory_states, past_key_values, return_memory_states, use_cache: see
+            `MemLMForCausalLM.forward`.
+        caches: `use_cache` where it is None and no states are asked for.
+
+    Raises:
+        UserError: for a Cache that cannot hold memories.
+        ValueError: for states given twice.
+    """
+    if past_key_values is not None and not isinstance(past_key_values, MemLMCache):
+        raise UserError(
+            f"past_key_values is a {type(past_key_values).__name__}, which cannot hold "
+            "memories; pass a memlm.models.MemLMCache, or nothing"
+        )
+    if past_key_values is not None and memory_states is not None:
+        raise ValueError("give memory_states or past_key_values, not both")
+    returns_states = return_memory_states or memory_states is not None
+    if use_cache is None:
+        use_cache = caches and not returns_states
+    if use_cache and past_key_values is None and memory_states is None:
+        past_key_values = MemLMCache()
+    states = past_key_values.states if past_key_values is not None else memory_states
+    return Carried(states, past_key_values, returns_states, use_cache)

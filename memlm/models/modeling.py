@@ -24,7 +24,7 @@ from memlm.memory.output_memory import (
 )
 from memlm.memory.titans_memory import TitansMemory
 from memlm.models.block import Block, build_shared
-from memlm.models.cache import MemLMCache
+from memlm.models.cache import MemLMCache, carried
 from memlm.models.configuration import MemLMConfig
 from memlm.models.documents import PositionState, advance, find_documents, valid_tokens
 from memlm.models.start_values import init_module
@@ -273,19 +273,9 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
             UserError: when full attention does not allow so long a context, or for a Cache that
                 cannot hold memories.
         """
-        if past_key_values is not None and not isinstance(past_key_values, MemLMCache):
-            raise UserError(
-                f"past_key_values is a {type(past_key_values).__name__}, which cannot hold "
-                "memories; pass a memlm.models.MemLMCache, or nothing"
-            )
-        if past_key_values is not None and memory_states is not None:
-            raise ValueError("give memory_states or past_key_values, not both")
-        wants_states = return_memory_states or memory_states is not None
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training and not wants_states
-        if use_cache and past_key_values is None and memory_states is None:
-            past_key_values = MemLMCache()
-        given = past_key_values.states if past_key_values is not None else memory_states
+        caches = self.config.use_cache and not self.training
+        going = carried(memory_states, past_key_values, return_memory_states, use_cache, caches)
+        given = going.states
 
         hidden, states = self.model(
             input_ids,
@@ -307,16 +297,16 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
                 self.output_memory, hidden, logits, given, context, use_memory, logits_to_keep
             )
             states.update(output_states)
-        if past_key_values is not None:
-            past_key_values.store(states, hidden.shape[1])
+        if going.cache is not None:
+            going.cache.store(states, hidden.shape[1])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return MemLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values if use_cache else None,
-            memory_states=states if wants_states else None,
+            past_key_values=going.cache if going.returns_cache else None,
+            memory_states=states if going.returns_states else None,
         )
 
     def _prepare_cache_for_generation(
