@@ -1,0 +1,1 @@
+"""What BABILong is made of: its prompts and labels, and stories in the manner of bAbI."""
