@@ -4,6 +4,9 @@ Definition: keys 1 .. V/2-1 and values V/2 .. V-1 are drawn without replacement;
 with key value key value ..., and every key is asked for once more behind them, at even offsets
 drawn without replacement with p proportional to a * g**(a - 1). The target at a query is its
 value; no other position has a target, and the value itself never follows the query.
+
+In the overwrite variant some keys are written twice and the last value is right, so that a memory
+that only adds what it reads gives itself away by naming the first one.
 """
 
 from dataclasses import dataclass
@@ -21,7 +24,8 @@ class MqarExample:
 
     input_ids: np.ndarray  # int64 [length]
     labels: np.ndarray  # int64 [length], the value at each query, -100 elsewhere
-    context_length: int  # 2 * pairs
+    stale: np.ndarray  # int64 [length], at queries of rewritten keys the first value, else -100
+    context_length: int  # 2 * pairs, and 2 for every pair that is written again
 
 
 def make_mqar(
@@ -43,18 +47,74 @@ def make_mqar(
     keys = 1 + rng.choice(half - 1, size=pairs, replace=False)
     values = half + rng.choice(vocab_size - half, size=pairs, replace=False)
     context = 2 * pairs
-    space = (length - context) // 2
-    weights = power * np.arange(1, space + 1, dtype=np.float64) ** (power - 1)
-    gaps = rng.choice(space, size=pairs, replace=False, p=weights / weights.sum())
+    queries = _query_places(context, length, pairs, rng, power)
     if random_filler:
         input_ids = rng.integers(0, vocab_size, size=length)
     else:
         input_ids = np.zeros(length, dtype=np.int64)
     labels = np.full(length, IGNORED, dtype=np.int64)
     input_ids[0:context:2], input_ids[1:context:2] = keys, values
-    queries = context + 2 * gaps
     input_ids[queries], labels[queries] = keys, values
-    return MqarExample(input_ids, labels, context)
+    return MqarExample(input_ids, labels, np.full(length, IGNORED, dtype=np.int64), context)
+
+
+def make_mqar_overwrite(
+    vocab_size: int,
+    length: int,
+    pairs: int,
+    rng: np.random.Generator,
+    power: float = 0.01,
+    overwritten: float = 0.5,
+) -> MqarExample:
+    """One MQAR sequence in which some keys get a second value, the right one at their queries.
+
+    The `rewritten_keys(pairs, overwritten)` keys are drawn at random, and all orders of the writes
+    are equally likely: a rewrite stands anywhere behind the first write of its key. The values of
+    all writes differ, so a first value (`stale`) and a wrong one can be told apart. After zoology's
+    forgetting MQAR, which writes all second values behind all first ones and may repeat values.
+
+    Args:
+        vocab_size: ids are in 0 .. vocab_size - 1.
+        length: tokens of the sequence, a write and a query taking two each.
+        pairs: different keys.
+        rng: of everything that is drawn.
+        power: exponent a of the gap distribution (small: queries close to the pairs).
+        overwritten: share of the keys that are written twice, in (0, 1].
+
+    Raises:
+        UserError: when writes and queries do not fit the length or the vocabulary.
+    """
+    check_mqar_overwrite(vocab_size, length, pairs, overwritten)
+    twice = rewritten_keys(pairs, overwritten)
+    half, writes = vocab_size // 2, pairs + twice
+    keys = 1 + rng.choice(half - 1, size=pairs, replace=False)
+    values = half + rng.choice(vocab_size - half, size=writes, replace=False)
+    # Keys are in random order already, so the first of them stand for any.
+    order = rng.permutation(np.concatenate([np.arange(pairs), np.arange(twice)]))
+    first, last = np.full(pairs, IGNORED), np.full(pairs, IGNORED)
+    for key, value in zip(order, values, strict=True):
+        first[key], last[key] = last[key], value
+    context = 2 * writes
+    queries = _query_places(context, length, pairs, rng, power)
+    input_ids = np.zeros(length, dtype=np.int64)
+    labels, stale = (np.full(length, IGNORED, dtype=np.int64) for _ in range(2))
+    input_ids[0:context:2], input_ids[1:context:2] = keys[order], values
+    input_ids[queries], labels[queries], stale[queries] = keys, last, first
+    return MqarExample(input_ids, labels, stale, context)
+
+
+def rewritten_keys(pairs: int, overwritten: float) -> int:
+    """How many of `pairs` keys are written twice: the share `overwritten`, at least one."""
+    return max(1, int(pairs * overwritten + 0.5))
+
+
+def _query_places(
+    context: int, length: int, pairs: int, rng: np.random.Generator, power: float
+) -> np.ndarray:
+    """Where the keys are asked for, int64 [pairs]: even offsets behind the context."""
+    space = (length - context) // 2
+    weights = power * np.arange(1, space + 1, dtype=np.float64) ** (power - 1)
+    return context + 2 * rng.choice(space, size=pairs, replace=False, p=weights / weights.sum())
 
 
 def check_mqar(vocab_size: int, length: int, pairs: int) -> None:
@@ -67,6 +127,20 @@ def check_mqar(vocab_size: int, length: int, pairs: int) -> None:
         )
     if length < 4 * pairs:
         raise UserError(f"mqar: {pairs} pairs need {4 * pairs} tokens, got rows of {length}")
+
+
+def check_mqar_overwrite(vocab_size: int, length: int, pairs: int, overwritten: float) -> None:
+    """Raise UserError unless the writes and queries fit into the vocabulary and the length."""
+    if not 0 < overwritten <= 1:
+        raise UserError(f"mqar: overwritten must be in (0, 1], got {overwritten}")
+    check_mqar(vocab_size, length, pairs)
+    twice = rewritten_keys(pairs, overwritten)
+    writes = pairs + twice
+    what = f"{pairs} pairs, {twice} of them written twice,"
+    if vocab_size - vocab_size // 2 < writes:
+        raise UserError(f"mqar: {what} need a vocabulary of {2 * writes - 1}, got {vocab_size}")
+    if length < 2 * writes + 2 * pairs:
+        raise UserError(f"mqar: {what} need {2 * writes + 2 * pairs} tokens, got rows of {length}")
 
 
 class MqarRows:
