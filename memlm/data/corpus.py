@@ -78,7 +78,7 @@ def encode_documents(
             if text:
                 yield tokenizer.encode_bytes(text.encode("utf-8", errors="replace"))
         return
-    prefix = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
+    prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     documents = iter(texts)
     while batch := list(islice(documents, _BATCH)):
         encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
@@ -87,7 +87,8 @@ def encode_documents(
                 yield np.asarray(prefix + ids, dtype=dtype)
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself starts every text with a bos."""
     ids = tokenizer("a")["input_ids"]
     return tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 

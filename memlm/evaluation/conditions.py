@@ -1,4 +1,4 @@
-"""The ways a model's memory is taken away, to see what it is worth.
+"""The ways a memory or a prompt is changed, to see what the memory is worth.
 
 `on`        as trained.
 `off`       every memory branch gives zero, from the first token on; one that contains attention
@@ -6,12 +6,14 @@
 `reset`     the context is read with the memory; before the question the memories are as new.
 `swapped`   before the question each row gets the memories of another row: another document's.
 `zeroed`    for a memory without a state (a table of learned values): its values count as zero.
+`changed`   the prompt holds another value in the same place: the answer has to follow.
+`absent`    the prompt holds nothing to be found: the answer of `on` must not come.
 
 Reset and swapped touch the memories only: attention tails and positions stay, so the text must be
 further away than attention reaches for these two to show anything.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +21,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from memlm.evaluation.streaming import States
+from memlm.evaluation.config import ALL_CONDITIONS
 from memlm.layers.attention import Attention
+from memlm.layers.state import MemoryState
 from memlm.memory.output_memory import OutputMemory
 from memlm.memory.value_table import zeroed_values
 from memlm.models.attached import AttachedMixin
 
-ALL_CONDITIONS = ("on", "off", "reset", "swapped", "zeroed")
+States = dict[str, MemoryState]
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class Pass:
         conditions: asked on the states of this reading; the first one leaves them as they are.
         use_memory: False = memories give zero.
         ablation: a context in which the whole pass runs.
+        variant: which prompt is read: "plain", "changed" or "absent".
     """
 
     conditions: tuple[str, ...]
     use_memory: bool = True
     ablation: Callable[[], AbstractContextManager] = nullcontext
+    variant: str = "plain"
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class Plan:
         found = {name for one in self.passes for name in one.conditions}
         return tuple(name for name in ALL_CONDITIONS if name in found)
 
+    @property
+    def swaps(self) -> bool:
+        """Whether rows are swapped, so that a batch needs two."""
+        return "swapped" in self.conditions
+
     def ablate(self, states: States, condition: str) -> States:
         """The states that `condition` goes on from; `states` itself is left as it was.
 
@@ -82,8 +92,13 @@ class Plan:
         return states
 
 
-def make_plan(model: nn.Module) -> Plan:
-    """The conditions that apply to `model`."""
+def control_passes(wanted: Sequence[str]) -> list[Pass]:
+    """The passes over other prompts, for any model."""
+    return [Pass((name,), variant=name) for name in ("changed", "absent") if name in wanted]
+
+
+def make_plan(model: nn.Module, wanted: Sequence[str] = ALL_CONDITIONS) -> Plan:
+    """Those of the conditions `wanted` that apply to a model with memories; "on" always does."""
     memories = model.memories()
     names = tuple(model.memory_state_names())
     stateless = sorted(
@@ -95,13 +110,14 @@ def make_plan(model: nn.Module) -> Plan:
         }
     )
     reach = attention_reach(model)
-    passes = [Pass(("on", "reset", "swapped") if names else ("on",))]
+    ablated = [name for name in ("reset", "swapped") if names and name in wanted]
+    passes = [Pass(("on", *ablated))]
     notes = []
     if not memories:
         notes.append("The model has no memory: off, reset and swapped do not apply.")
-    else:
+    elif "off" in wanted:
         passes.append(Pass(("off",), use_memory=False))
-    if stateless:
+    if stateless and "zeroed" in wanted:
         passes.append(Pass(("zeroed",), ablation=partial(zeroed_values, model)))
         listed = ", ".join(stateless)
         notes.append(
@@ -112,7 +128,7 @@ def make_plan(model: nn.Module) -> Plan:
         notes.append(
             "Attention reaches the whole context: without the memory the model can still look back."
         )
-    return Plan(tuple(passes), names, reach, tuple(notes))
+    return Plan((*passes, *control_passes(wanted)), names, reach, tuple(notes))
 
 
 def attention_reach(model: nn.Module) -> int | None:

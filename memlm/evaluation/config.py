@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 
 from memlm.errors import UserError, nearest
+from memlm.evaluation.lengths import parse_length, parse_lengths
 
-TASK_NAMES = ("needle", "mqar", "perplexity")
+ALL_CONDITIONS = ("on", "off", "reset", "swapped", "zeroed", "changed", "absent")
 
 
 def _at_least(minimum: int, where: str, *values: int) -> None:
@@ -18,31 +19,39 @@ class NeedleOptions:
     """A pass key hidden in real text, asked for at the end.
 
     Attributes:
-        lengths: whole prompts in tokens, question and answer included.
         depths: how many places from the start of the text to the last one allowed.
-        trials: prompts per length, spread over the depths.
         digits: digits of a pass key.
         distance: least tokens between the needle and the question; None = just further than
             attention reaches, 0 for a model whose attention reaches everything.
-        files: text files for the haystack; empty = the standard library's held-out sources.
     """
 
-    lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096])
     depths: int = 5
-    trials: int = 96
     digits: int = 5
     distance: int | None = None
-    files: list[str] = field(default_factory=list)
 
     def validate(self) -> None:
         """Raise UserError for a size that cannot work."""
-        if not self.lengths:
-            raise UserError("needle.lengths: empty; give at least one length in tokens")
-        _at_least(64, "needle.lengths", *self.lengths)
         _at_least(1, "needle.depths", self.depths)
         _at_least(1, "needle.digits", self.digits)
         _at_least(0, "needle.distance", self.distance or 0)
-        _at_least(max(2, self.depths), "needle.trials", self.trials)
+
+
+@dataclass
+class NiahOptions:
+    """Needle in a haystack (Kamradt, 2023).
+
+    Attributes:
+        depths: how many depths from 0 to 100 % of the context.
+        needles: facts hidden in one context, each asked for by its own question.
+    """
+
+    depths: int = 5
+    needles: int = 1
+
+    def validate(self) -> None:
+        """Raise UserError for a size that cannot work."""
+        _at_least(1, "niah.depths", self.depths)
+        _at_least(1, "niah.needles", self.needles)
 
 
 @dataclass
@@ -53,11 +62,16 @@ class MqarOptions:
         length: tokens of a row, pairs and questions together.
         pairs: key-value pairs per row, one setting each.
         rows: rows per setting.
+        power: exponent of the power law that draws the gaps before the questions.
+        overwritten: of mqar_overwrite: the share of the keys that get a second value, which is the
+            right one.
     """
 
     length: int = 512
     pairs: list[int] = field(default_factory=lambda: [4, 8, 16])
     rows: int = 96
+    power: float = 0.01
+    overwritten: float = 0.5
 
     def validate(self) -> None:
         """Raise UserError for a size that cannot work."""
@@ -66,6 +80,10 @@ class MqarOptions:
         _at_least(1, "mqar.pairs", *self.pairs)
         _at_least(2, "mqar.rows", self.rows)
         _at_least(4 * max(self.pairs), "mqar.length", self.length)
+        if not self.power > 0:
+            raise UserError(f"mqar.power: {self.power} is too small; it must be above 0")
+        if not 0 < self.overwritten <= 1:
+            raise UserError(f"mqar.overwritten: {self.overwritten} is no share in (0, 1]")
 
 
 @dataclass
@@ -92,34 +110,116 @@ class PerplexityOptions:
 
 
 @dataclass
+class RulerOptions:
+    """Corpora of RULER's question answering (Hsieh et al., 2024).
+
+    Attributes:
+        squad: a SQuAD 2.0 JSON file (qa_1), or the name of a Hub data set.
+        hotpotqa: a HotpotQA file, JSON as published or in the Hub's columns (qa_2), or the name of
+            a Hub data set.
+    """
+
+    squad: str = "rajpurkar/squad_v2"
+    hotpotqa: str = "hotpotqa/hotpot_qa"
+
+    def validate(self) -> None:
+        """Nothing that can be told from the values alone."""
+
+
+@dataclass
+class BabilongOptions:
+    """bAbI stories in book text (Kuratov et al., 2024).
+
+    Attributes:
+        stories: a folder with bAbI's files, such as en-10k; None = stories of a simulated world
+            with the same question types.
+    """
+
+    stories: str | None = None
+
+    def validate(self) -> None:
+        """Nothing that can be told from the values alone."""
+
+
+@dataclass
+class RetentionOptions:
+    """A fact, then unrelated text, then the question.
+
+    Attributes:
+        facts: a SQuAD JSON file, or the name of a Hub data set.
+    """
+
+    facts: str = "rajpurkar/squad_v2"
+
+    def validate(self) -> None:
+        """Nothing that can be told from the values alone."""
+
+
+@dataclass
 class EvaluationConfig:
     """One evaluation.
 
     Attributes:
-        tasks: any of needle, mqar, perplexity.
+        tasks: names of tasks or groups of them; `memlm.evaluation.tasks` lists them.
+        lengths: of whole prompts in tokens, question and answer included: 4096, 4k, 1M or a range
+            that doubles, 4k..64k. mqar and perplexity have sizes of their own.
+        trials: prompts per length.
+        long_trials: prompts of lengths beyond `long_length`; None = `trials`.
+        long_length: see `long_trials`.
+        conditions: those that are measured, where they apply.
+        haystack: text files, folders and globs that things are hidden in; empty = the standard
+            library's held-out sources.
         batch_size: rows that are read together; another row gives the swapped memory.
         segment: tokens of a context read at a time; bounds the memory used, not the result.
-        seed: of the needles, places and synthetic rows.
+        seed: of everything that is drawn.
     """
 
-    tasks: list[str] = field(default_factory=lambda: list(TASK_NAMES))
+    tasks: list[str] = field(default_factory=lambda: ["needle", "mqar", "perplexity"])
+    lengths: list[int | str] = field(default_factory=lambda: ["512..4k"])
+    trials: int = 96
+    long_trials: int | None = None
+    long_length: int | str = "64k"
+    conditions: list[str] = field(default_factory=lambda: list(ALL_CONDITIONS))
+    haystack: list[str] = field(default_factory=list)
     needle: NeedleOptions = field(default_factory=NeedleOptions)
+    niah: NiahOptions = field(default_factory=NiahOptions)
+    ruler: RulerOptions = field(default_factory=RulerOptions)
+    babilong: BabilongOptions = field(default_factory=BabilongOptions)
+    retention: RetentionOptions = field(default_factory=RetentionOptions)
     mqar: MqarOptions = field(default_factory=MqarOptions)
     perplexity: PerplexityOptions = field(default_factory=PerplexityOptions)
     batch_size: int = 32
     segment: int = 256
     seed: int = 0
 
+    @property
+    def all_lengths(self) -> list[int]:
+        """Lengths in tokens, ascending."""
+        return parse_lengths(self.lengths, "lengths")
+
+    def trials_at(self, length: int) -> int:
+        """Prompts of a length."""
+        long = length > parse_length(self.long_length, "long_length")
+        return self.long_trials if long and self.long_trials is not None else self.trials
+
     def validate(self) -> None:
-        """Raise UserError for an unknown task or a size that cannot work."""
-        if not self.tasks:
-            raise UserError(f"tasks: empty; choose from {', '.join(TASK_NAMES)}")
-        for name in self.tasks:
-            if name not in TASK_NAMES:
+        """Raise UserError for an unknown task or condition, or a size that cannot work."""
+        from memlm.evaluation.tasks import expand_tasks
+
+        expand_tasks(self.tasks)
+        _at_least(32, "lengths", *self.all_lengths)
+        parse_length(self.long_length, "long_length")
+        _at_least(2, "trials", self.trials)
+        if self.long_trials is not None:
+            _at_least(2, "long_trials", self.long_trials)
+        for name in self.conditions:
+            if name not in ALL_CONDITIONS:
                 raise UserError(
-                    f"tasks: unknown task {name!r}{nearest(name, TASK_NAMES)} "
-                    f"(valid: {', '.join(TASK_NAMES)})"
+                    f"conditions: unknown condition {name!r}{nearest(name, ALL_CONDITIONS)} "
+                    f"(valid: {', '.join(ALL_CONDITIONS)})"
                 )
+        for name in ("needle", "niah", "ruler", "babilong", "retention", "mqar", "perplexity"):
             getattr(self, name).validate()
         _at_least(2, "batch_size", self.batch_size)
         _at_least(1, "segment", self.segment)
+        _at_least(0, "seed", self.seed)

@@ -9,19 +9,18 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from memlm.cli import run_entry_point
-from memlm.data.tokenizers import load_tokenizer
 from memlm.errors import UserError, nearest
 from memlm.evaluation.config import EvaluationConfig
-from memlm.evaluation.loading import load_model
+from memlm.evaluation.loading import load_subject
+from memlm.evaluation.processes import Processes
 from memlm.evaluation.report import format_table
-from memlm.evaluation.runner import check_output, evaluate
+from memlm.evaluation.results import check_output
+from memlm.evaluation.runner import evaluate_subjects
 
-DESCRIPTION = """Measure recall and loss of a model with its memory on, off, reset and swapped.
-Writes results.json, plots (PNG) and report.html into the output folder, which must not hold
-results yet, and prints one table."""
+DESCRIPTION = """Measure recall and loss of models with their memories on, off, reset and swapped.
+Writes records, results.json, plots (PNG) and report.html into the output folder and prints one
+table. Started again with the same output folder, an evaluation that was stopped goes on."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,25 +31,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(words: list[str]) -> None:
     options, config = parse_arguments(words)
     config.validate()
+    processes = Processes()
     check_output(options["output"])
-    model = load_model(options["model"])
-    tokenizer = load_tokenizer(options["tokenizer"] or options["model"])
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    results = evaluate(
-        model,
-        tokenizer,
+    names = model_names(options["model"])
+    subjects = [
+        load_subject(source, options["tokenizer"], config, processes.device, name)
+        for source, name in zip(options["model"], names, strict=True)
+    ]
+    results = evaluate_subjects(
+        subjects,
         config,
         options["output"],
         command=shlex.join(["python", "eval.py", *words]),
-        name=Path(options["model"]).name,
+        processes=processes,
     )
-    print(format_table(results))
-    print(f"\nReport: {Path(options['output']) / 'report.html'}")
+    if processes.main:
+        print(format_table(results))
+        print(f"\nReport: {Path(options['output']) / 'report.html'}")
+
+
+def model_names(sources: Sequence[str]) -> list[str]:
+    """The last parts of folders and Hub ids, numbered where two are the same.
+
+    Raises:
+        UserError: for a model that is named twice.
+    """
+    names: list[str] = []
+    for number, source in enumerate(sources):
+        if source in sources[:number]:
+            raise UserError(f"--model names {source!r} twice")
+        name = Path(source).resolve().name if Path(source).is_dir() else Path(source).name
+        same = sum(name == other or other.startswith(f"{name}-") for other in names)
+        names.append(f"{name}-{same + 1}" if name in names else name)
+    return names
 
 
 def parse_arguments(words: Sequence[str]) -> tuple[dict[str, Any], EvaluationConfig]:
-    """The options model, tokenizer and output, and the evaluation's config.
+    """The options model (a list), tokenizer and output, and the evaluation's config.
 
     Lists are written with commas, as in `--tasks needle,mqar`, or as YAML.
 
@@ -60,12 +77,13 @@ def parse_arguments(words: Sequence[str]) -> tuple[dict[str, Any], EvaluationCon
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog="eval.py", description=DESCRIPTION, exit_on_error=False)
-    parser.add_argument("--model", type=str, help="run folder or Hub id")
-    parser.add_argument("--output", type=str, help="new folder for the results")
-    parser.add_argument("--tokenizer", type=str | None, help="default: the one beside the model")
+    parser.add_argument("--model", type=list[str], help="run folders or Hub ids")
+    parser.add_argument("--output", type=str, help="folder for the results")
+    parser.add_argument("--tokenizer", type=str | None, help="default: those beside the models")
     for key, hint, default in _options(EvaluationConfig):
         parser.add_argument(f"--{key}", type=hint, default=default)
-    words = _checked_words(words, {key: hint for key, hint, _ in _options(EvaluationConfig)})
+    hints = {key: hint for key, hint, _ in _options(EvaluationConfig)} | {"model": list[str]}
+    words = _checked_words(words, hints)
     try:
         parsed = parser.parse_args(words).as_dict()
     except ArgumentError as error:
@@ -73,7 +91,7 @@ def parse_arguments(words: Sequence[str]) -> tuple[dict[str, Any], EvaluationCon
         raise UserError(reason) from error
     options = {name: parsed.pop(name) for name in ("model", "output", "tokenizer")}
     for name in ("model", "output"):
-        if options[name] is None:
+        if not options[name]:
             raise UserError(f"--{name} is needed: {_NEEDED[name]}")
     hints = typing.get_type_hints(EvaluationConfig)
     values = {
@@ -83,7 +101,7 @@ def parse_arguments(words: Sequence[str]) -> tuple[dict[str, Any], EvaluationCon
     return options, EvaluationConfig(**values)
 
 
-_NEEDED = {"model": "a run folder or a Hub id", "output": "a new folder for the results"}
+_NEEDED = {"model": "run folders or Hub ids", "output": "a folder for the results"}
 
 
 def _options(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -100,7 +118,7 @@ def _options(config_class: type, prefix: str = "") -> Iterator[tuple[str, Any, A
 
 def _checked_words(words: Sequence[str], hints: dict[str, Any]) -> list[str]:
     """The words as `--key=value`, with lists in brackets."""
-    known = [*hints, "model", "output", "tokenizer", "help"]
+    known = [*hints, "output", "tokenizer", "help"]
     checked = []
     rest = list(words)
     while rest:

@@ -1,15 +1,12 @@
-"""One evaluation from beginning to end: check, run the tasks, write the files."""
+"""One evaluation from beginning to end: check, run what is not done, sum up, write the files."""
 
 import dataclasses
-import json
+import hashlib
 import math
-import os
 import platform
-import shutil
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,15 +16,20 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from memlm.data.sources import find_files
 from memlm.errors import UserError
-from memlm.evaluation.conditions import Plan, make_plan
 from memlm.evaluation.config import EvaluationConfig
+from memlm.evaluation.costs import Meter, PeakMemory
+from memlm.evaluation.ledger import Batch, Done, Ledger
+from memlm.evaluation.loading import check_tokenizer, make_subject
+from memlm.evaluation.processes import Alone
+from memlm.evaluation.results import check_output, write_results
 from memlm.evaluation.statistics import CONFIDENCE, Estimate
-from memlm.evaluation.tasks import mqar, needle, perplexity
-from memlm.evaluation.tasks.base import Meter
-
-TASKS: dict[str, ModuleType] = {"needle": needle, "mqar": mqar, "perplexity": perplexity}
-RESULTS = "results.json"
+from memlm.evaluation.subject import Subject
+from memlm.evaluation.summary import summarise
+from memlm.evaluation.tasks import expand_tasks, make_task
+from memlm.evaluation.tasks.base import Setting, Task, Tools
+from memlm.fingerprint import fingerprint
 
 
 def evaluate(
@@ -39,109 +41,252 @@ def evaluate(
     name: str = "model",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Run the tasks of `config` on a model and write what they found.
+    """Run the tasks of `config` on one model; see `evaluate_subjects`.
 
     Args:
-        model: a MemLMForCausalLM; its training mode is restored at the end.
+        model: a MemLMForCausalLM, one with an attached memory, or another causal LM of
+            transformers; its training mode is restored at the end.
         tokenizer: what it was trained with.
-        config: the tasks and their sizes.
-        output_dir: folder for results.json, PNGs and report.html, created when everything is
-            done; None = nothing is written. A folder that holds results is never overwritten.
-        command: the command that repeats this evaluation, for the report.
+        config, output_dir, command, progress: as in `evaluate_subjects`.
         name: what the report calls the model.
-        progress: show a bar on stderr.
-
-    Returns:
-        What results.json holds: {"versions", "command", "model", "config", "conditions",
-        "notes", "tasks": {task: {"metric", "axis", "scores": {setting: {condition: {"value",
-        "low", "high", "count"}}}, "memory_gain", "cost", "seconds", ...}}, "seconds"}.
-
-    Raises:
-        UserError: for anything the user can change, before a file is written.
     """
     config.validate()
-    check_output(output_dir)
-    plan = make_plan(model)
-    check_tasks(model, tokenizer, config, plan)
-    start = time.perf_counter()
     training = model.training
     model.eval()
     try:
-        tasks = _run_tasks(model, tokenizer, config, plan, progress)
+        subject = make_subject(model, tokenizer, config, name)
+        return evaluate_subjects([subject], config, output_dir, command, progress)
     finally:
         model.train(training)
-    results = {
-        "model": {
-            "name": name,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "attention_reach_tokens": plan.attention_reach,
-        },
-        "command": command,
+
+
+def evaluate_subjects(
+    subjects: Sequence[Subject],
+    config: EvaluationConfig,
+    output_dir: str | Path | None = None,
+    command: str | None = None,
+    progress: bool = True,
+    processes: Alone | None = None,
+) -> dict[str, Any]:
+    """Run the tasks of `config` on models, and write what they found.
+
+    An evaluation that was stopped goes on where it stood when it is started again with the same
+    output folder.
+
+    Args:
+        subjects: models in evaluation mode with different names.
+        config: the tasks and their sizes.
+        output_dir: folder for records, results.json, PNGs and report.html; None = nothing is
+            written. A folder that holds results is never overwritten.
+        command: the command that repeats this evaluation, for the report.
+        progress: show a bar on stderr.
+        processes: those that share the batches; all of them return the results. None = this one
+            does everything.
+
+    Returns:
+        What results.json holds: {"runs": [{"model", "conditions", "notes", "tasks": {task: see
+        `summarise`}, "ruler"}], "comparisons": see `compare_runs`, "command", "config",
+        "confidence", "seconds", "hashes", "versions"}.
+
+    Raises:
+        UserError: for anything the user can change, before a prompt is read.
+    """
+    config.validate()
+    processes = processes or Alone()
+    if processes.main:
+        check_output(output_dir)
+    tasks = [_make_tasks(subject, subjects, config) for subject in subjects]
+    for subject, own in zip(subjects, tasks, strict=True):
+        check_tasks(subject, own)
+    models = [_describe(subject) for subject in subjects]
+    inputs = input_hashes(config)
+    identity = {
         "config": dataclasses.asdict(config),
-        "conditions": list(plan.conditions),
-        "notes": list(plan.notes),
-        "confidence": CONFIDENCE,
-        "tasks": tasks,
-        "seconds": round(time.perf_counter() - start, 2),
+        "models": models,
+        "tokenizers": [tokenizer_hash(subject.tokenizer) for subject in subjects],
+        "inputs": inputs,
         "versions": versions(),
     }
-    if output_dir is not None:
-        write_results(results, Path(output_dir))
+    folder = None if output_dir is None else Path(output_dir)
+    ledger = Ledger(folder, identity, processes.number)
+    # Nobody writes before everybody has read what is done.
+    processes.wait()
+    try:
+        _run(subjects, tasks, config, ledger, processes, progress)
+    finally:
+        ledger.close()
+    gathered = processes.gather(list(ledger.done.values()))
+    by_key = {one.batch.key: one for part in gathered for one in part}
+    done = [by_key[batch.key] for batch in all_batches(tasks, config)]
+    results = _plain(
+        _results(subjects, models, tasks, done)
+        | {
+            "command": command,
+            "config": dataclasses.asdict(config),
+            "confidence": CONFIDENCE,
+            "seconds": round(sum(one.costs["total_seconds"] for one in done), 2),
+            "hashes": inputs,
+            "versions": versions(),
+        }
+    )
+    if folder is not None and processes.main:
+        write_results(results, folder)
+    processes.wait()
     return results
 
 
-def check_output(output_dir: str | Path | None) -> None:
-    """Raise UserError when results would be overwritten or the folder cannot be one."""
-    if output_dir is None:
-        return
-    folder = Path(output_dir)
-    if (folder / RESULTS).exists():
-        raise UserError(f"output: {folder} already holds {RESULTS}; choose another folder")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"output: {folder} cannot be written ({existing} is no writable folder)")
+def _make_tasks(
+    subject: Subject, subjects: Sequence[Subject], config: EvaluationConfig
+) -> list[Task]:
+    """The tasks for one model; all models hide things out of everyone's reach."""
+    distance = max(other.plan.attention_reach or 0 for other in subjects)
+    tools = Tools(config, subject.tokenizer, distance)
+    return [make_task(name, tools) for name in expand_tasks(config.tasks)]
 
 
-def check_tasks(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: EvaluationConfig, plan: Plan
-) -> None:
-    """Raise UserError when a task does not fit the model or the tokenizer."""
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(
-            f"tokenizer: it has {len(tokenizer)} tokens, the model knows "
-            f"{model.config.vocab_size}; give the one the model was trained with"
-        )
-    for name in config.tasks:
-        length, limit = TASKS[name].longest(config), model.max_context
-        if limit is not None and length > limit:
+def check_tasks(subject: Subject, tasks: Sequence[Task]) -> None:
+    """Raise UserError when a task does not fit the model or its tokenizer."""
+    check_tokenizer(subject)
+    limit = subject.max_context
+    for task in tasks:
+        longest = max(setting.tokens for setting in task.settings())
+        if limit is not None and longest > limit:
             raise UserError(
-                f"{name}: a prompt of {length} tokens is longer than this model's full attention "
-                f"allows ({limit})"
+                f"{task.name}: a prompt of {longest} tokens is longer than the full attention of "
+                f"{subject.name} allows ({limit}); prompts are never cut, choose shorter ones"
             )
-        TASKS[name].check(model, tokenizer, config, plan)
+
+
+def all_batches(tasks: Sequence[Sequence[Task]], config: EvaluationConfig) -> list[Batch]:
+    """Everything there is to run, in order."""
+    return [
+        Batch(number, task.name, setting.label, rows.start, rows.stop)
+        for number, own in enumerate(tasks)
+        for task in own
+        for setting in task.settings()
+        for rows in batches(setting.trials, config.batch_size)
+    ]
+
+
+def batches(count: int, size: int) -> list[range]:
+    """Ranges that cover `count` rows in few batches of about `size`, evenly filled.
+
+    Swapping needs a second row: no batch has a single one, so with a size of two some have three.
+    """
+    number = max(1, min(-(-count // size), count // 2))
+    return [
+        range(count * index // number, count * (index + 1) // number) for index in range(number)
+    ]
 
 
 @torch.inference_mode()
-def _run_tasks(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+def _run(
+    subjects: Sequence[Subject],
+    tasks: Sequence[Sequence[Task]],
     config: EvaluationConfig,
-    plan: Plan,
+    ledger: Ledger,
+    processes: Alone,
     progress: bool,
+) -> None:
+    """Run this process's share of the batches that are not done."""
+    batches_left = processes.share(
+        [batch for batch in all_batches(tasks, config) if batch.key not in ledger.done]
+    )
+    by_name = [{task.name: task for task in own} for own in tasks]
+
+    def tokens(batch: Batch) -> int:
+        task = by_name[batch.subject][batch.task]
+        setting = _setting(task, batch)
+        passes = task.passes(subjects[batch.subject].plan)
+        return passes * setting.tokens * (batch.last - batch.first)
+
+    total = sum(map(tokens, batches_left))
+    disable = not (progress and processes.main)
+    with tqdm(total=total, unit="tok", unit_scale=True, disable=disable) as bar:
+        for batch in batches_left:
+            subject, task = subjects[batch.subject], by_name[batch.subject][batch.task]
+            bar.set_description(f"{subject.name}, {task.name}, {batch.setting}")
+            before = bar.n
+            ledger.add(_run_batch(batch, subject, task, bar))
+            # Prompts that are shorter than their setting says leave a rest.
+            bar.update(before + tokens(batch) - bar.n)
+
+
+def _setting(task: Task, batch: Batch) -> Setting:
+    return next(setting for setting in task.settings() if setting.label == batch.setting)
+
+
+def _run_batch(batch: Batch, subject: Subject, task: Task, bar: tqdm) -> Done:
+    start, peak, meter = time.perf_counter(), PeakMemory(subject.device), Meter(bar)
+    records = task.run(_setting(task, batch), range(batch.first, batch.last), subject, meter)
+    costs = meter.costs() | {
+        "peak_memory_bytes": peak.bytes(),
+        "total_seconds": time.perf_counter() - start,
+    }
+    return Done(batch, records, costs)
+
+
+def _results(
+    subjects: Sequence[Subject],
+    models: Sequence[dict[str, Any]],
+    tasks: Sequence[Sequence[Task]],
+    done: Sequence[Done],
 ) -> dict[str, Any]:
-    found = {}
-    total = sum(TASKS[name].tokens(config, plan) for name in config.tasks)
-    with tqdm(total=total, unit="tok", unit_scale=True, disable=not progress) as bar:
-        for name in config.tasks:
-            bar.set_description(name)
-            start = time.perf_counter()
-            result = TASKS[name].run(model, tokenizer, config, plan, Meter(bar))
-            values = _plain(result)
-            details = values.pop("details")
-            found[name] = values | details | {"seconds": round(time.perf_counter() - start, 2)}
-        # Short documents leave a rest of the estimate.
-        bar.update(bar.total - bar.n)
-    return found
+    from memlm.evaluation.comparison import compare_runs
+    from memlm.evaluation.ruler_average import ruler_averages
+
+    runs, records = [], []
+    for number, (subject, own) in enumerate(zip(subjects, tasks, strict=True)):
+        mine = [one for one in done if one.batch.subject == number]
+        found: dict[str, Any] = {}
+        for task in own:
+            parts = [one for one in mine if one.batch.task == task.name]
+            found[task.name] = summarise(task, parts) | {
+                "seconds": round(sum(one.costs["total_seconds"] for one in parts), 2)
+            }
+        runs.append(
+            {
+                "model": models[number],
+                "conditions": list(subject.plan.conditions),
+                "notes": list(subject.plan.notes),
+                "tasks": found,
+                "ruler": ruler_averages(_plain(found)),
+            }
+        )
+        records.append(mine)
+    return {"runs": runs, "comparisons": compare_runs(_plain(runs), records)}
+
+
+def _describe(subject: Subject) -> dict[str, Any]:
+    return {
+        "name": subject.name,
+        "source": subject.source,
+        "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
+        "attention_reach_tokens": subject.plan.attention_reach,
+        "fingerprint": fingerprint(subject.model.state_dict())[:16],
+    }
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the vocabulary, 16 hexadecimal digits."""
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
+    return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
+
+
+def input_hashes(config: EvaluationConfig) -> dict[str, str]:
+    """SHA-256 of every file that the config names, by path, 16 hexadecimal digits."""
+    entries = [*config.haystack, *config.perplexity.files]
+    named = [config.ruler.squad, config.ruler.hotpotqa, config.retention.facts]
+    entries += [entry for entry in named if Path(entry).is_file()]
+    paths = find_files(entries) if entries else []
+    if config.babilong.stories is not None:
+        paths += sorted(Path(config.babilong.stories).glob("*.txt"))
+    return {str(path): _file_hash(path) for path in paths}
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _plain(value: Any) -> Any:
@@ -171,27 +316,3 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "platform": platform.platform(),
     }
-
-
-def write_results(results: dict[str, Any], folder: Path) -> None:
-    """Write results.json, the plots and report.html into `folder`.
-
-    They are made in a hidden folder beside and moved at the end, results.json last: a folder with
-    results.json is complete.
-    """
-    from memlm.evaluation.plots import draw_plots
-    from memlm.evaluation.report import render_report
-
-    folder.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=".evaluation-", dir=folder))
-    try:
-        light, dark = draw_plots(results), draw_plots(results, dark=True)
-        for name, image in light.items():
-            (made / name).write_bytes(image)
-        (made / "report.html").write_text(render_report(results, light, dark), encoding="utf-8")
-        names = [*light, "report.html", RESULTS]
-        (made / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        for name in names:
-            (made / name).replace(folder / name)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)

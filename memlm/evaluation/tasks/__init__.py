@@ -1,1 +1,67 @@
-"""The evaluation tasks. Each module has `longest`, `tokens` and `run`."""
+"""The tasks by name. A new one is a file with a `Task` and a line here."""
+
+from importlib import import_module
+
+from memlm.errors import UserError, nearest
+from memlm.evaluation.tasks.base import Task, Tools
+
+_RULER_NIAH = ("ruler_niah", "RulerNiah")
+_BABILONG = ("babilong", "Babilong")
+
+TASKS = {
+    "needle": ("needle", "NeedleTask"),
+    "passkey": ("passkey", "Passkey"),
+    "niah": ("niah", "Niah"),
+    "niah_single_1": _RULER_NIAH,
+    "niah_single_2": _RULER_NIAH,
+    "niah_single_3": _RULER_NIAH,
+    "niah_multikey_1": _RULER_NIAH,
+    "niah_multikey_2": _RULER_NIAH,
+    "niah_multikey_3": _RULER_NIAH,
+    "niah_multivalue": _RULER_NIAH,
+    "niah_multiquery": _RULER_NIAH,
+    "vt": ("ruler_vt", "VariableTracking"),
+    "cwe": ("ruler_cwe", "CommonWords"),
+    "fwe": ("ruler_fwe", "FrequentWords"),
+    "qa_1": ("ruler_qa", "QuestionAnswering"),
+    "qa_2": ("ruler_qa", "QuestionAnswering"),
+    **{f"babilong_qa{number}": _BABILONG for number in range(1, 21)},
+    "retention": ("retention", "Retention"),
+    "mqar": ("mqar", "Mqar"),
+    "mqar_overwrite": ("mqar", "MqarOverwrite"),
+    "perplexity": ("perplexity", "Perplexity"),
+}
+RULER = tuple(list(TASKS)[3:16])
+GROUPS = {
+    "ruler": RULER,
+    "babilong": tuple(name for name in TASKS if name.startswith("babilong_")),
+}
+
+
+def expand_tasks(names: list[str]) -> list[str]:
+    """Task names in the given order, groups replaced by their tasks, none twice.
+
+    Raises:
+        UserError: for no or an unknown name.
+    """
+    known = [*TASKS, *GROUPS]
+    if not names:
+        raise UserError(f"tasks: empty; choose from {', '.join(known)}")
+    found: dict[str, None] = {}
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"tasks: unknown task {name!r}{nearest(name, known)} (valid: {', '.join(known)})"
+            )
+        found |= dict.fromkeys(GROUPS.get(name, (name,)))
+    return list(found)
+
+
+def make_task(name: str, tools: Tools) -> Task:
+    """The task `name`.
+
+    Raises:
+        UserError: for sizes that cannot work, a tokenizer that does not fit, a missing corpus.
+    """
+    module, task = TASKS[name]
+    return getattr(import_module(f"memlm.evaluation.tasks.{module}"), task)(name, tools)

@@ -1,91 +1,209 @@
-"""What a task returns, and how it reports progress and cost."""
+"""What a task is: settings, trials in them, and the score of an answer.
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+A task that hides something in a context and asks for it (`PromptTask`) says only what its prompts
+are and how an answer is scored; reading, forking, ablating and recording are the same for all.
+"""
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
-from memlm.evaluation.statistics import Estimate, bootstrap_mean, paired_proportions
+import numpy as np
+from transformers import PreTrainedTokenizerBase
 
+from memlm.evaluation.conditions import Plan
+from memlm.evaluation.config import EvaluationConfig
+from memlm.evaluation.costs import Meter
+from memlm.evaluation.haystack import Haystack
+from memlm.evaluation.prompts import Question, Trial
+from memlm.evaluation.subject import Subject
 
-class ProgressBar(Protocol):
-    """The part of tqdm that is used."""
-
-    def update(self, tokens: int) -> Any:
-        """Advance by a number of tokens."""
-
-
-@dataclass
-class Meter:
-    """Tokens and seconds of reading and of generating, and the bar that shows them."""
-
-    bar: ProgressBar | None = None
-    tokens: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def advance(self, tokens: int) -> None:
-        """Move the bar."""
-        if self.bar is not None:
-            self.bar.update(tokens)
-
-    @contextmanager
-    def measure(self, kind: str, tokens: int) -> Iterator[None]:
-        """Count `tokens` and the time spent inside as `kind`."""
-        start = time.perf_counter()
-        yield
-        self.tokens[kind] = self.tokens.get(kind, 0) + tokens
-        self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
-
-    def rates(self) -> dict[str, float]:
-        """Tokens per second of every kind."""
-        return {
-            f"{kind}_tokens_per_second": round(self.tokens[kind] / max(self.seconds[kind], 1e-9), 1)
-            for kind in self.tokens
-        }
+PLAIN, CHANGED, ABSENT = "plain", "changed", "absent"
 
 
-@dataclass
-class TaskResult:
-    """Numbers of one task.
+@dataclass(frozen=True)
+class Setting:
+    """One column of a task's table: a length, a number of pairs.
 
     Attributes:
+        label: its name in results.
+        trials: how many trials it has.
+        tokens: of a context, at most; for the progress bar and the check against the model.
+    """
+
+    label: str
+    trials: int
+    tokens: int
+
+
+@dataclass
+class Record:
+    """What one trial gave in one condition: a line of the ledger.
+
+    Attributes:
+        setting: label of the setting.
+        trial: its number there.
+        condition: of the memory or the prompt.
+        score: the number that is averaged.
+        answers: per question {"prediction", "references", "score"}.
+        labels: of the trial.
+        tokens: of the context.
+        prompt: fingerprint of the prompt.
+        excerpt: text around what was to be recalled; only with the condition "on".
+    """
+
+    setting: str
+    trial: int
+    condition: str
+    score: float
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    labels: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    prompt: str = ""
+    excerpt: str = ""
+
+
+@dataclass
+class Tools:
+    """What tasks are made from.
+
+    Attributes:
+        config: of the evaluation.
+        tokenizer: of the model.
+        distance: tokens that the attention of the models looks back, 0 where it sees everything;
+            what is hidden has to lie further away to show a memory.
+        haystack: the text that things are hidden in, made when first asked for.
+    """
+
+    config: EvaluationConfig
+    tokenizer: PreTrainedTokenizerBase
+    distance: int = 0
+    _haystack: Haystack | None = None
+
+    @property
+    def haystack(self) -> Haystack:
+        """The user's files, or the standard library's held-out sources."""
+        if self._haystack is None:
+            self._haystack = Haystack(self.tokenizer, self.config.haystack)
+        return self._haystack
+
+
+class Task(ABC):
+    """One benchmark, with the sizes of a config.
+
+    Attributes:
+        title: its name in reports.
         metric: what a score is, with its unit.
         axis: what a setting is, with its unit.
-        scores: setting -> condition -> estimate.
-        memory_gain: setting -> condition -> estimate of how much better `on` is than the
-            condition on the same prompts; positive = the memory helps.
-        cost: tokens per second and bytes of state.
-        details: further numbers of this task alone.
+        kind: "hits" (0 or 1), "shares" (between 0 and 1) or "losses" (lower is better).
+        description: one sentence for reports.
     """
 
-    metric: str
-    axis: str
-    scores: dict[str, dict[str, Estimate]]
-    memory_gain: dict[str, dict[str, Estimate]]
-    cost: dict[str, float] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
+    title: ClassVar[str]
+    metric: ClassVar[str] = "recall (%)"
+    axis: ClassVar[str] = "length (tokens)"
+    kind: ClassVar[str] = "hits"
+    description: ClassVar[str]
 
+    def __init__(self, name: str, tools: Tools):
+        """Prepare what all trials share.
 
-def gains(
-    values: dict[str, Sequence[float]], higher_is_better: bool, binary: bool = False
-) -> dict[str, Estimate]:
-    """How much better `on` is than every other condition, paired unit by unit.
+        Raises:
+            UserError: for sizes that cannot work, a tokenizer that does not fit, a missing corpus.
+        """
+        self.name = name
+        self.tools = tools
 
-    Args:
-        values: condition -> one value per independent unit (prompt, row or document).
-        higher_is_better: False for losses.
-        binary: values are hits and misses.
-    """
-    found = {}
-    for condition, other in values.items():
-        if condition == "on":
-            continue
-        if binary:
-            found[condition] = paired_proportions(values["on"], other)
-            continue
-        sign = 1.0 if higher_is_better else -1.0
-        found[condition] = bootstrap_mean(
-            [sign * (a - b) for a, b in zip(values["on"], other, strict=True)]
+    @abstractmethod
+    def settings(self) -> list[Setting]:
+        """All settings, in the order of the report."""
+
+    def labels(self) -> list[str]:
+        """The settings of the records, in the order of the report."""
+        return [setting.label for setting in self.settings()]
+
+    @abstractmethod
+    def passes(self, plan: Plan) -> int:
+        """How often a context is read, for the progress bar."""
+
+    @abstractmethod
+    def run(self, setting: Setting, trials: range, subject: Subject, meter: Meter) -> list[Record]:
+        """The records of some trials, in all conditions of the subject, asked as one batch."""
+
+    def details(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Further numbers for the results, from all records of one model."""
+        return {}
+
+    def rng(self, *place: int) -> np.random.Generator:
+        """Random numbers that depend on the seed, the task's name and `place` alone."""
+        return np.random.default_rng(
+            [self.tools.config.seed, zlib.crc32(self.name.encode()), *place]
         )
-    return found
+
+
+class PromptTask(Task):
+    """A task whose trials are prompts and whose settings are their lengths.
+
+    Attributes:
+        variants: which other prompts a trial has beside the plain one: "changed" (another value in
+            the same place, and that value is the right answer) and "absent" (nothing is hidden,
+            and the answer that would have been right is looked for).
+    """
+
+    variants: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def trial(self, length: int, index: int, variant: str = PLAIN) -> Trial:
+        """The prompt `index` of a length: a pure function of the seed and the arguments.
+
+        Context, one question and its answer together have at most `length` tokens.
+
+        Raises:
+            UserError: when the length is too short for the task.
+        """
+
+    @abstractmethod
+    def score(self, question: Question, prediction: str) -> float:
+        """Between 0 and 1."""
+
+    def settings(self) -> list[Setting]:
+        config = self.tools.config
+        return [
+            Setting(str(length), config.trials_at(length), length) for length in config.all_lengths
+        ]
+
+    def passes(self, plan: Plan) -> int:
+        return sum(one.variant in (PLAIN, *self.variants) for one in plan.passes)
+
+    def run(self, setting: Setting, trials: range, subject: Subject, meter: Meter) -> list[Record]:
+        records = []
+        for one in subject.plan.passes:
+            if one.variant not in (PLAIN, *self.variants):
+                continue
+            prompts = [self.trial(int(setting.label), index, one.variant) for index in trials]
+            for condition, predictions in subject.ask(prompts, one, meter).items():
+                for index, prompt, answers in zip(trials, prompts, predictions, strict=True):
+                    found = [
+                        {
+                            "prediction": prediction,
+                            "references": list(question.references),
+                            "score": self.score(question, prediction),
+                        }
+                        for question, prediction in zip(prompt.questions, answers, strict=True)
+                    ]
+                    records.append(
+                        Record(
+                            setting=setting.label,
+                            trial=index,
+                            condition=condition,
+                            score=sum(answer["score"] for answer in found) / len(found),
+                            answers=found,
+                            labels=prompt.labels,
+                            tokens=len(prompt.context),
+                            prompt=prompt.fingerprint(),
+                            excerpt=prompt.excerpt if condition == "on" else "",
+                        )
+                    )
+        return records

@@ -7,42 +7,175 @@ for the three. Losses are compared document by document.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from torch.nn import functional as F
 
-from memlm.data.corpus import Corpus
-from memlm.data.tokenizers import ByteTokenizer
+from memlm.data.corpus import Corpus, build_corpus
+from memlm.data.tokenizers import byte_level
 from memlm.errors import UserError
 from memlm.evaluation.conditions import Pass, Plan
-from memlm.evaluation.config import EvaluationConfig
-from memlm.evaluation.statistics import bootstrap_mean
-from memlm.evaluation.streaming import States, batches, score_targets, segments, state_bytes
-from memlm.evaluation.tasks.base import Meter, TaskResult, gains
-from memlm.evaluation.text import held_out_text
+from memlm.evaluation.costs import Meter
+from memlm.evaluation.haystack import haystack_documents
+from memlm.evaluation.prompts import Context
+from memlm.evaluation.subject import Subject
+from memlm.evaluation.tasks.base import Record, Setting, Task, Tools
 
 WHOLE = "all"
 FIRST_BUCKET = 128
 
 
-def longest(config: EvaluationConfig) -> int:
-    """Tokens read of a document."""
-    return config.perplexity.length
+class Perplexity(Task):
+    """Bits per byte over whole documents (setting "all") and per range of positions."""
+
+    title = "Held-out text"
+    metric = "bits per byte"
+    axis = "position (tokens)"
+    kind = "losses"
+    description = "The loss on documents that training never saw, by position in the document."
+
+    def __init__(self, name: str, tools: Tools):
+        super().__init__(name, tools)
+        self.options = tools.config.perplexity
+        corpus = build_corpus(
+            haystack_documents(self.options.files), tools.tokenizer, "train", fraction=0.0
+        )
+        self.documents = choose_documents(corpus, self.options.documents, self.options.length)
+        self.length = max(map(len, self.documents))
+        self.spans = {WHOLE: (1, self.length)} | {
+            f"{low}-{high - 1}": (low, high) for low, high in buckets(self.length)
+        }
+
+    def settings(self) -> list[Setting]:
+        return [Setting(WHOLE, len(self.documents), self.length)]
+
+    def labels(self) -> list[str]:
+        return list(self.spans)
+
+    def passes(self, plan: Plan) -> int:
+        return sum(len(one.conditions) for one in plan.passes if one.variant == "plain")
+
+    def run(self, setting: Setting, trials: range, subject: Subject, meter: Meter) -> list[Record]:
+        documents = [self.documents[index] for index in trials]
+        if not subject.ragged and len({len(document) for document in documents}) > 1:
+            alone = (range(index, index + 1) for index in trials)
+            return [record for one in alone for record in self.run(setting, one, subject, meter)]
+        rates = [self._tokens_per_byte(document) for document in documents]
+        prompts = [Context([document]).fingerprint() for document in documents]
+        inputs, targets = _pad(documents)
+        records = []
+        for one in subject.plan.passes:
+            if one.variant != "plain":
+                continue
+            tokens = sum(len(document) - 1 for document in documents) * len(one.conditions)
+            with one.ablation(), meter.measure("score", tokens):
+                losses = self._score(subject, inputs, targets, one, meter)
+            for condition, values in losses.items():
+                for index, loss, document, rate, prompt in zip(
+                    trials, values, documents, rates, prompts, strict=True
+                ):
+                    for label, (low, high) in self.spans.items():
+                        if len(document) <= low:
+                            continue
+                        part = loss[low - 1 : min(high, len(document)) - 1]
+                        records.append(
+                            Record(
+                                setting=label,
+                                trial=index,
+                                condition=condition,
+                                score=float(part.mean()) / math.log(2) * rate,
+                                labels={"nats": float(part.sum()), "tokens": len(part)},
+                                tokens=len(document),
+                                prompt=prompt,
+                            )
+                        )
+        return records
+
+    def details(self, records: Sequence[Record]) -> dict[str, Any]:
+        nats, tokens = {}, {}
+        for record in records:
+            if record.setting == WHOLE:
+                name = record.condition
+                nats[name] = nats.get(name, 0.0) + record.labels["nats"]
+                tokens[name] = tokens.get(name, 0) + record.labels["tokens"]
+        mean = {name: nats[name] / tokens[name] for name in nats}
+        return {
+            "documents": len(self.documents),
+            "tokens": sum(map(len, self.documents)),
+            "segment": self.options.segment,
+            "loss_nats_per_token": mean,
+            "perplexity_per_token": {name: math.exp(value) for name, value in mean.items()},
+        }
+
+    def _tokens_per_byte(self, document: np.ndarray) -> float:
+        tokenizer = self.tools.tokenizer
+        if byte_level(tokenizer):
+            return 1.0
+        return len(document) / len(tokenizer.decode(document.tolist()).encode())
+
+    def _score(
+        self, subject: Subject, inputs: Tensor, targets: Tensor, one: Pass, meter: Meter
+    ) -> dict[str, Tensor]:
+        """Losses float32 [B, T] in nats of every condition of one pass, on the CPU."""
+        states: Any = None
+        losses: dict[str, list[Tensor]] = {name: [] for name in one.conditions}
+        first = one.conditions[0]
+        size = self.options.segment
+        for start in range(0, inputs.shape[1], size):
+            part = inputs[:, start : start + size], targets[:, start : start + size]
+            begin = states
+            for condition in reversed(one.conditions):
+                meter.advance(part[0].numel())
+                if begin is None and condition != first:
+                    continue
+                ablated = begin if begin is None else subject.ablate(begin, condition)
+                # The first condition comes last: only then may the states be used up.
+                going = ablated if begin is None or condition == first else subject.fork(ablated)
+                found, after = score_targets(subject, *part, going, one.use_memory)
+                losses[condition].append(found)
+                if condition == first:
+                    states = after
+            if begin is None:
+                for condition in one.conditions[1:]:
+                    losses[condition].append(losses[first][0])
+        meter.saw(subject.state_bytes(states))
+        return {name: torch.cat(parts, dim=1) for name, parts in losses.items()}
 
 
-def tokens(config: EvaluationConfig, plan: Plan) -> int:
-    """Tokens scored over all conditions, for the progress bar."""
-    options = config.perplexity
-    return options.documents * (options.length - 1) * len(plan.conditions)
+def score_targets(
+    subject: Subject, inputs: Tensor, targets: Tensor, states: Any, use_memory: bool
+) -> tuple[Tensor, Any]:
+    """Loss at every target, going on from `states`, and the states after them.
 
+    Args:
+        subject: the model.
+        inputs: int64 [B, T].
+        targets: int64 [B, T], what should follow each token; -100 = not scored, and the token is
+            padding: nothing is read or written there.
+        states: where the rows stand, may be used up; None = at the start of a document.
+        use_memory: False = memories give zero.
 
-def check(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: EvaluationConfig, plan: Plan
-) -> None:
-    """Any text can be scored."""
+    Returns:
+        Losses float32 [B, T] in nats (0 where not scored) on the CPU, and the states.
+    """
+    mask = targets != -100
+    losses = []
+    size = subject.logits_at_once(len(inputs))
+    for tokens, wanted, real in zip(
+        inputs.split(size, dim=1), targets.split(size, dim=1), mask.split(size, dim=1), strict=True
+    ):
+        padding = None if bool(real.all()) else real.to(subject.device)
+        logits, states = subject.score(tokens.to(subject.device), padding, states, use_memory)
+        loss = F.cross_entropy(
+            logits.float().transpose(1, 2), wanted.to(subject.device), reduction="none"
+        )
+        losses.append(loss.cpu())
+    return torch.cat(losses, dim=1), states
 
 
 def choose_documents(corpus: Corpus, count: int, length: int) -> list[np.ndarray]:
@@ -77,103 +210,12 @@ def buckets(length: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def run(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    config: EvaluationConfig,
-    plan: Plan,
-    meter: Meter,
-) -> TaskResult:
-    """Bits per byte over whole documents (setting "all") and per range of positions."""
-    options = config.perplexity
-    corpus = held_out_text(tokenizer, options.files)
-    documents = choose_documents(corpus, options.documents, options.length)
-    length = max(map(len, documents))
-    losses: dict[str, list[Tensor]] = {name: [] for name in plan.conditions}
-    result = TaskResult("bits per byte", "position (tokens)", {}, {})
-    for rows in batches(len(documents), config.batch_size):
-        inputs, targets = _pad([documents[row] for row in rows], length, model)
-        for one in plan.passes:
-            with one.ablation(), meter.measure("score", inputs.numel() * len(one.conditions)):
-                found, states = _score(model, inputs, targets, one, plan, options.segment, meter)
-            if "on" in one.conditions:
-                result.cost["state_bytes"] = state_bytes(states)
-                result.cost["memory_state_bytes"] = state_bytes(states, plan.memory_names)
-            for name, values in found.items():
-                losses[name] += values.cpu().unbind()
-    per_byte = [_tokens_per_byte(document, tokenizer) for document in documents]
-    spans = {WHOLE: (1, length)} | {
-        f"{low}-{high - 1}": (low, high) for low, high in buckets(length)
-    }
-    for label, (low, high) in spans.items():
-        bits = {
-            name: [
-                float(loss[low - 1 : min(high, len(document)) - 1].mean()) / math.log(2) * rate
-                for loss, document, rate in zip(values, documents, per_byte, strict=True)
-                if len(document) > low
-            ]
-            for name, values in losses.items()
-        }
-        result.scores[label] = {name: bootstrap_mean(values) for name, values in bits.items()}
-        result.memory_gain[label] = gains(bits, higher_is_better=False)
-    nats = {name: _mean_nats(values, documents) for name, values in losses.items()}
-    result.cost |= meter.rates()
-    result.details = {
-        "documents": len(documents),
-        "tokens": sum(map(len, documents)),
-        "loss_nats_per_token": nats,
-        "perplexity_per_token": {name: math.exp(value) for name, value in nats.items()},
-        "segment": options.segment,
-    }
-    return result
-
-
-def _tokens_per_byte(document: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> float:
-    if isinstance(tokenizer, ByteTokenizer):
-        return 1.0
-    return len(document) / len(tokenizer.decode(document.tolist()).encode())
-
-
-def _mean_nats(losses: list[Tensor], documents: list[np.ndarray]) -> float:
-    return float(sum(loss.double().sum() for loss in losses)) / sum(
-        len(document) - 1 for document in documents
-    )
-
-
-def _pad(documents: list[np.ndarray], length: int, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Inputs and targets int64 [B, length - 1]; targets are -100 behind the end of a document."""
-    inputs = torch.zeros(len(documents), length - 1, dtype=torch.int64)
+def _pad(documents: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets int64 [B, longest - 1]; targets are -100 behind the end of a document."""
+    length = max(map(len, documents)) - 1
+    inputs = torch.zeros(len(documents), length, dtype=torch.int64)
     targets = torch.full_like(inputs, -100)
     for row, document in enumerate(documents):
         inputs[row, : len(document) - 1] = torch.from_numpy(document[:-1])
         targets[row, : len(document) - 1] = torch.from_numpy(document[1:])
-    return inputs.to(model.device), targets.to(model.device)
-
-
-def _score(
-    model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    one: Pass,
-    plan: Plan,
-    segment: int,
-    meter: Meter,
-) -> tuple[dict[str, Tensor], States]:
-    """Losses [B, T] in nats of every condition of one pass, and the states at the end."""
-    states: States | None = None
-    losses: dict[str, list[Tensor]] = {name: [] for name in one.conditions}
-    for part in segments(inputs.shape[1], segment):
-        start = states
-        for condition in one.conditions:
-            meter.advance(inputs[:, part].numel())
-            if start is None and condition != one.conditions[0]:
-                losses[condition].append(losses[one.conditions[0]][0])
-                continue
-            ablated = None if start is None else plan.ablate(start, condition)
-            found, _, after = score_targets(
-                model, inputs[:, part], targets[:, part], ablated, one.use_memory
-            )
-            losses[condition].append(found)
-            if condition == one.conditions[0]:
-                states = after
-    return {name: torch.cat(parts, dim=1) for name, parts in losses.items()}, states
+    return inputs, targets

@@ -1,0 +1,96 @@
+"""Real text as one long line of tokens on disk, read where it is needed."""
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from memlm.data.config import DataConfig
+from memlm.data.corpus import encode_documents, in_split
+from memlm.data.sources import stdlib_documents, text_documents
+from memlm.errors import UserError
+
+
+class Haystack:
+    """Token ids of all documents, back to back, in a temporary file that goes with the object.
+
+    Attributes:
+        tokenizer: what made the ids.
+        official: False for the standard library, True for files of the user.
+        digest: SHA-256 of the ids, 16 hexadecimal digits.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, files: list[str]):
+        """Tokenise the texts.
+
+        Args:
+            tokenizer: of the model.
+            files: text files, globs and folders as in a `text` source; empty = the standard
+                library's held-out sources, which training with the default validation_fraction
+                never sees.
+
+        Raises:
+            UserError: for a file that is missing, empty or binary.
+        """
+        self.tokenizer = tokenizer
+        self.files = list(files)
+        self.folder = tempfile.TemporaryDirectory(prefix="memlm-haystack-")
+        self.path = Path(self.folder.name) / "tokens"
+        digest = hashlib.sha256()
+        tokens = 0
+        with self.path.open("wb") as out:
+            for ids in encode_documents(haystack_documents(self.files), tokenizer):
+                data = ids.tobytes()
+                out.write(data)
+                digest.update(data)
+                tokens += len(ids)
+                self.dtype = ids.dtype
+        if tokens == 0:
+            raise UserError("haystack: the files hold no text")
+        self.digest = digest.hexdigest()[:16]
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The ids from `start` to `stop`, int64; the text is repeated behind its end."""
+        parts = [np.empty(0, dtype=self.dtype)]
+        with self.path.open("rb") as file:
+            while start < stop:
+                begin = start % self.tokens
+                count = min(stop - start, self.tokens - begin)
+                file.seek(begin * self.dtype.itemsize)
+                parts.append(np.fromfile(file, self.dtype, count))
+                start += count
+        return np.concatenate(parts).astype(np.int64)
+
+    def piece(self, start: int, length: int) -> "HaystackPiece":
+        """`length` tokens from `start` on; nothing is read yet."""
+        return HaystackPiece(self, start, length)
+
+
+@dataclass(frozen=True)
+class HaystackPiece:
+    """A stretch of a haystack as a piece of a context."""
+
+    haystack: Haystack
+    start: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.haystack.read(self.start + start, self.start + stop)
+
+
+def haystack_documents(files: list[str]):
+    """The texts of `files`, or the held-out sources of the standard library."""
+    if files:
+        return text_documents(files)
+    fraction = DataConfig().validation_fraction
+    return (text for text in stdlib_documents() if in_split(text, "validation", fraction))
