@@ -186,11 +186,12 @@ def judge_base(config: RunConfig, base: Base, folder: Path, path: Path) -> None:
         return
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = build_model(config, tokenizer, None)
-    near = dataclasses.replace(config.evaluate.needle, lengths=[base.in_reach], distance=0)
+    far = dataclasses.replace(config.evaluate, tasks=["needle"])
+    within = dataclasses.replace(config.evaluate.needle, distance=0)
+    near = dataclasses.replace(far, lengths=[base.in_reach], needle=within)
     found = {**settings, "parameters": sum(p.numel() for p in model.parameters())}
-    for key, needle in (("in_reach", near), ("needle", config.evaluate.needle)):
-        options = dataclasses.replace(config.evaluate, tasks=["needle"], needle=needle)
-        scores = evaluate(model, tokenizer, options)["tasks"]["needle"]["scores"]
+    for key, options in (("in_reach", near), ("needle", far)):
+        scores = evaluate(model, tokenizer, options)["runs"][0]["tasks"]["needle"]["scores"]
         found[key] = {length: score["off"] for length, score in scores.items()}
     save_run(found, "base", path)
 

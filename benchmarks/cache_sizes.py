@@ -42,8 +42,11 @@ from memlm.data.config import DataConfig
 from memlm.data.corpus import build_corpus
 from memlm.data.sources import stdlib_documents, text_documents
 from memlm.errors import UserError
+from memlm.evaluation.conditions import make_plan
 from memlm.evaluation.loading import load_model
-from memlm.evaluation.streaming import batches, score_targets, segments, state_bytes
+from memlm.evaluation.runner import batches
+from memlm.evaluation.scoring import pad_documents, score_targets
+from memlm.evaluation.subject import MemorySubject
 from memlm.models import MemLMConfig, MemLMForCausalLM
 from memlm.training import Trainer
 
@@ -248,8 +251,7 @@ def without_cache(model: MemLMForCausalLM) -> MemLMForCausalLM:
 def same_logits(first: MemLMForCausalLM, second: MemLMForCausalLM, document: np.ndarray) -> bool:
     """Whether both give the same bits for the beginning of a document, read call by call."""
     states: list[Any] = [None, None]
-    for part in segments(min(len(document), 4 * READ), READ):
-        tokens = torch.from_numpy(document[None, part])
+    for tokens in torch.from_numpy(document[None, : 4 * READ]).split(READ, dim=1):
         outputs = [
             model(input_ids=tokens, memory_states=state, return_memory_states=True)
             for model, state in zip((first, second), states, strict=True)
@@ -280,15 +282,15 @@ def read_documents(
         perplexity over all bytes, state_bytes of a row, processor seconds.
     """
     start = time.process_time()
+    subject = MemorySubject(model, None, make_plan(model), READ)
     losses: list[Tensor] = []
     for rows in batches(len(documents), 8):
         batch = [documents[row] for row in rows]
-        inputs, targets = _pad(batch)
         states, parts = None, []
-        for part in segments(inputs.shape[1], READ):
-            found, _, states = score_targets(
-                model, inputs[:, part], targets[:, part], states, use_memory
-            )
+        for inputs, targets in zip(
+            *(tensor.split(READ, dim=1) for tensor in pad_documents(batch)), strict=True
+        ):
+            found, states = score_targets(subject, inputs, targets, states, use_memory)
             parts.append(found)
         joined = torch.cat(parts, 1).double()
         losses += [row[: len(document) - 1] for row, document in zip(joined, batch, strict=True)]
@@ -302,20 +304,9 @@ def read_documents(
         "bits_per_byte": [float(loss.mean()) / math.log(2) for loss in losses],
         "by_position": by_position,
         "perplexity": math.exp(float(every.mean())),
-        "state_bytes": state_bytes(states, model.memory_state_names()) if use_memory else 0,
+        "state_bytes": subject.state_bytes(states).memory if use_memory else 0,
         "processor_seconds": time.process_time() - start,
     }
-
-
-def _pad(documents: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets int64 [B, longest - 1]; targets are -100 behind a document's end."""
-    length = max(map(len, documents)) - 1
-    inputs = torch.zeros(len(documents), length, dtype=torch.int64)
-    targets = torch.full_like(inputs, -100)
-    for row, document in enumerate(documents):
-        inputs[row, : len(document) - 1] = torch.from_numpy(document[:-1])
-        targets[row, : len(document) - 1] = torch.from_numpy(document[1:])
-    return inputs, targets
 
 
 if __name__ == "__main__":

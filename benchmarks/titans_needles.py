@@ -29,9 +29,10 @@ from benchmarks.runs import Runs, load_runs, save_run
 from memlm.config import load_config
 from memlm.data import load_tokenizer
 from memlm.demo import run_demo
+from memlm.evaluation.conditions import make_plan
+from memlm.evaluation.haystack import held_out_corpus
 from memlm.evaluation.loading import load_model
-from memlm.evaluation.streaming import segments, state_bytes
-from memlm.evaluation.text import held_out_text
+from memlm.evaluation.subject import MemorySubject
 
 CONFIG = Path("configs/titans_needle.yaml")
 VARIANTS = ("lmm", "mac", "mag", "window")  # presets of CONFIG; lmm is the config as it stands
@@ -71,7 +72,7 @@ def run(variant: str, seed: int, config_path: Path, folder: Path, path: Path) ->
         results = run_demo(config, "python -m benchmarks.titans_needles")
     del results["report"]  # its place on this machine
     model = load_model(config.train.output_dir)
-    text = held_out_text(load_tokenizer(config.data.tokenizer), config.evaluate.needle.files)
+    text = held_out_corpus(load_tokenizer(config.data.tokenizer), config.evaluate.haystack)
     tokens = torch.from_numpy(text.tokens.astype("int64"))
     stream = measure_stream(model, tokens, STREAM_TOKENS, STREAM_PART)
     found = {"variant": variant, "seed": seed, **results, "stream": stream, "config": sections}
@@ -130,20 +131,18 @@ def measure_stream(
     """
     text = text.repeat(-(-tokens // len(text)))[None, :tokens]
     found = {key: [] for key in ("tokens", "seconds", "state_bytes", "memory_state_bytes")}
-    states, start = None, time.process_time()
-    for piece in segments(tokens, segment):
+    subject = MemorySubject(model, None, make_plan(model), segment)
+    states, start, read = None, time.process_time(), 0
+    for piece in text.split(segment, dim=1):
         with torch.no_grad():
-            states = model(
-                input_ids=text[:, piece],
-                memory_states=states,
-                logits_to_keep=1,
-                return_memory_states=True,
-            ).memory_states
-        if piece.stop % part == 0:
-            found["tokens"].append(piece.stop)
+            states = subject.read(piece, None, states, use_memory=True)
+        read += piece.shape[1]
+        if read % part == 0:
+            sizes = subject.state_bytes(states)
+            found["tokens"].append(read)
             found["seconds"].append(time.process_time() - start)
-            found["state_bytes"].append(state_bytes(states))
-            found["memory_state_bytes"].append(state_bytes(states, model.memory_state_names()))
+            found["state_bytes"].append(sizes.total)
+            found["memory_state_bytes"].append(sizes.memory)
             start = time.process_time()
     return found
 

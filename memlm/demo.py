@@ -80,11 +80,12 @@ def run_demo(config: RunConfig, command: str | None = None) -> dict[str, Any]:
         command=command,
         name=folder.name,
     )
-    needle = evaluation["tasks"]["needle"]
+    judged = evaluation["runs"][0]
+    needle = judged["tasks"]["needle"]
     results = {
         "needle": _by_condition(needle, lambda score: score["value"]),
         "needle_intervals": _by_condition(needle, lambda score: [score["low"], score["high"]]),
-        "trials_per_length": config.evaluate.needle.trials,
+        "trials_per_length": config.evaluate.trials,
         "least_distance_tokens": needle["least_distance_tokens"],
         "bits_per_byte": {
             "before": summary.before["bits_per_byte"],
@@ -92,8 +93,8 @@ def run_demo(config: RunConfig, command: str | None = None) -> dict[str, Any]:
             "after_memory_off": without_memory["bits_per_byte"],
         },
         "training_tokens_per_second": summary.tokens_per_second,
-        "cost": needle["cost"],
-        "parameters": evaluation["model"]["parameters"],
+        "cost": needle["cost"][str(max(config.evaluate.all_lengths))],
+        "parameters": judged["model"]["parameters"],
         "seed": config.train.seed,
         "seconds": {"training": summary.seconds, "total": time.perf_counter() - start},
         "report": str(folder / "evaluation" / "report.html"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from memlm.data.config import DataConfig
-from memlm.data.corpus import encode_documents, in_split
+from memlm.data.corpus import Corpus, build_corpus, encode_documents, in_split
 from memlm.data.sources import stdlib_documents, text_documents
 from memlm.errors import UserError
 
@@ -19,7 +20,7 @@ class Haystack:
 
     Attributes:
         tokenizer: what made the ids.
-        official: False for the standard library, True for files of the user.
+        files: where it comes from; empty = the standard library.
         digest: SHA-256 of the ids, 16 hexadecimal digits.
     """
 
@@ -88,7 +89,16 @@ class HaystackPiece:
         return self.haystack.read(self.start + start, self.start + stop)
 
 
-def haystack_documents(files: list[str]):
+def held_out_corpus(tokenizer: PreTrainedTokenizerBase, files: list[str]) -> Corpus:
+    """The documents of `files`, or the held-out sources of the standard library, in memory.
+
+    Raises:
+        UserError: for a file that is missing, empty or binary.
+    """
+    return build_corpus(haystack_documents(files), tokenizer, "train", fraction=0.0)
+
+
+def haystack_documents(files: list[str]) -> Iterable[str]:
     """The texts of `files`, or the held-out sources of the standard library."""
     if files:
         return text_documents(files)

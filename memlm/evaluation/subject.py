@@ -22,7 +22,7 @@ class Subject(ABC):
 
     Attributes:
         model: in evaluation mode.
-        tokenizer: what it was trained with.
+        tokenizer: what it was trained with; None where token ids are all there is.
         name: what reports call it.
         source: folder or Hub id; None for a model in memory.
         plan: the conditions that apply.
@@ -35,7 +35,7 @@ class Subject(ABC):
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         plan: Plan,
         segment: int,
         name: str = "model",

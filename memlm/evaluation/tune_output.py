@@ -23,9 +23,11 @@ from tqdm import tqdm
 from memlm.cli import run_entry_point
 from memlm.data.tokenizers import load_tokenizer
 from memlm.errors import UserError, nearest
+from memlm.evaluation.conditions import make_plan
+from memlm.evaluation.haystack import held_out_corpus
 from memlm.evaluation.loading import load_model
-from memlm.evaluation.streaming import score_targets, segments
-from memlm.evaluation.text import held_out_text
+from memlm.evaluation.scoring import pad_documents, score_targets
+from memlm.evaluation.subject import MemorySubject
 from memlm.layers.context import CallContext
 from memlm.layers.state import MemoryState
 from memlm.memory.output_memory import OutputMemory
@@ -154,23 +156,24 @@ def tune(
     base = found = tokens = 0.0
     # Documents of one length together leave little padding.
     order = sorted(range(len(documents)), key=lambda index: -len(documents[index]))
+    subject = MemorySubject(model, None, make_plan(model), segment)
     bar = tqdm(total=sum(map(len, documents)) - len(documents), unit="tok", unit_scale=True)
     with bar:
         for first in range(0, len(order), batch_size):
             rows = [documents[index] for index in order[first : first + batch_size]]
-            inputs, targets = _pad(rows, model)
-            with _in_place_of_memory(model, temperatures, targets) as probe:
+            inputs, targets = pad_documents(rows)
+            with _in_place_of_memory(model, temperatures, targets.to(model.device)) as probe:
                 states, losses = None, []
-                for part in segments(inputs.shape[1], segment):
-                    loss, _, states = score_targets(
-                        model, inputs[:, part], targets[:, part], states
-                    )
+                for tokens_read, wanted in zip(
+                    inputs.split(segment, dim=1), targets.split(segment, dim=1), strict=True
+                ):
+                    loss, states = score_targets(subject, tokens_read, wanted, states)
                     losses.append(loss)
-                    bar.update(int((targets[:, part] >= 0).sum()))
+                    bar.update(int((wanted >= 0).sum()))
             scored = targets >= 0
             log_base = -torch.cat(losses, 1).double()[scored]  # [N]
-            log_memory = torch.cat(probe.log_p, -1)[:, scored]  # [temperatures, N]
-            hit = torch.cat(probe.found, -1)[scored]
+            log_memory = torch.cat(probe.log_p, -1).cpu()[:, scored]  # [temperatures, N]
+            hit = torch.cat(probe.found, -1).cpu()[scored]
             base -= float(log_base.sum())
             found += int(hit.sum())
             tokens += len(log_base)
@@ -180,7 +183,7 @@ def tune(
                     mixed = torch.logaddexp(
                         log_base + math.log1p(-weight), log_memory + math.log(weight)
                     )
-                sums[:, column] -= torch.where(hit, mixed, log_base).sum(-1).cpu()
+                sums[:, column] -= torch.where(hit, mixed, log_base).sum(-1)
     return Tuning(
         tokens=int(tokens),
         found=found / tokens,
@@ -200,18 +203,6 @@ def _check(weights: Sequence[float], temperatures: Sequence[float]) -> None:
             raise UserError(f"temperatures: {temperature} must be positive")
     if not weights or not temperatures:
         raise UserError("weights and temperatures: give at least one each")
-
-
-def _pad(documents: Sequence[np.ndarray], model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Inputs and targets int64 [B, T]; targets are -100 behind the end of a document."""
-    length = max(map(len, documents)) - 1
-    inputs = torch.zeros(len(documents), length, dtype=torch.int64)
-    targets = torch.full_like(inputs, -100)
-    for row, document in enumerate(documents):
-        values = torch.from_numpy(document.astype(np.int64))
-        inputs[row, : len(document) - 1] = values[:-1]
-        targets[row, : len(document) - 1] = values[1:]
-    return inputs.to(model.device), targets.to(model.device)
 
 
 def format_table(tuning: Tuning) -> str:
@@ -324,7 +315,7 @@ def _main(options: argparse.Namespace) -> None:
             raise UserError("--output: this model was saved with what is attached to it; leave it")
         model.set_output_memory(options.output)
     tokenizer = load_tokenizer(options.tokenizer or options.model)
-    corpus = held_out_text(tokenizer, options.files)
+    corpus = held_out_corpus(tokenizer, options.files)
     documents = [
         corpus.tokens[corpus.starts[index] :][: min(corpus.lengths[index], options.length)]
         for index in np.flatnonzero(corpus.lengths > 1)[: options.documents]

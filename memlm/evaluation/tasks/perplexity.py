@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from memlm.data.corpus import Corpus, build_corpus
+from memlm.data.corpus import Corpus
 from memlm.data.tokenizers import byte_level
 from memlm.errors import UserError
 from memlm.evaluation.conditions import Pass, Plan
 from memlm.evaluation.costs import Meter
-from memlm.evaluation.haystack import haystack_documents
+from memlm.evaluation.haystack import held_out_corpus
 from memlm.evaluation.prompts import Context
+from memlm.evaluation.scoring import pad_documents, score_targets
 from memlm.evaluation.subject import Subject
 from memlm.evaluation.tasks.base import Record, Setting, Task, Tools
 
@@ -42,9 +42,7 @@ class Perplexity(Task):
     def __init__(self, name: str, tools: Tools):
         super().__init__(name, tools)
         self.options = tools.config.perplexity
-        corpus = build_corpus(
-            haystack_documents(self.options.files), tools.tokenizer, "train", fraction=0.0
-        )
+        corpus = held_out_corpus(tools.tokenizer, self.options.files)
         self.documents = choose_documents(corpus, self.options.documents, self.options.length)
         self.length = max(map(len, self.documents))
         self.spans = {WHOLE: (1, self.length)} | {
@@ -67,7 +65,7 @@ class Perplexity(Task):
             return [record for one in alone for record in self.run(setting, one, subject, meter)]
         rates = [self._tokens_per_byte(document) for document in documents]
         prompts = [Context([document]).fingerprint() for document in documents]
-        inputs, targets = _pad(documents)
+        inputs, targets = pad_documents(documents)
         records = []
         for one in subject.plan.passes:
             if one.variant != "plain":
@@ -147,37 +145,6 @@ class Perplexity(Task):
         return {name: torch.cat(parts, dim=1) for name, parts in losses.items()}
 
 
-def score_targets(
-    subject: Subject, inputs: Tensor, targets: Tensor, states: Any, use_memory: bool
-) -> tuple[Tensor, Any]:
-    """Loss at every target, going on from `states`, and the states after them.
-
-    Args:
-        subject: the model.
-        inputs: int64 [B, T].
-        targets: int64 [B, T], what should follow each token; -100 = not scored, and the token is
-            padding: nothing is read or written there.
-        states: where the rows stand, may be used up; None = at the start of a document.
-        use_memory: False = memories give zero.
-
-    Returns:
-        Losses float32 [B, T] in nats (0 where not scored) on the CPU, and the states.
-    """
-    mask = targets != -100
-    losses = []
-    size = subject.logits_at_once(len(inputs))
-    for tokens, wanted, real in zip(
-        inputs.split(size, dim=1), targets.split(size, dim=1), mask.split(size, dim=1), strict=True
-    ):
-        padding = None if bool(real.all()) else real.to(subject.device)
-        logits, states = subject.score(tokens.to(subject.device), padding, states, use_memory)
-        loss = F.cross_entropy(
-            logits.float().transpose(1, 2), wanted.to(subject.device), reduction="none"
-        )
-        losses.append(loss.cpu())
-    return torch.cat(losses, dim=1), states
-
-
 def choose_documents(corpus: Corpus, count: int, length: int) -> list[np.ndarray]:
     """The first `count` documents that have `length` tokens, cut there.
 
@@ -208,14 +175,3 @@ def buckets(length: int) -> list[tuple[int, int]]:
     while edges[-1] < length:
         edges.append(min(length, max(FIRST_BUCKET, 2 * edges[-1])))
     return list(pairwise(edges))
-
-
-def _pad(documents: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets int64 [B, longest - 1]; targets are -100 behind the end of a document."""
-    length = max(map(len, documents)) - 1
-    inputs = torch.zeros(len(documents), length, dtype=torch.int64)
-    targets = torch.full_like(inputs, -100)
-    for row, document in enumerate(documents):
-        inputs[row, : len(document) - 1] = torch.from_numpy(document[:-1])
-        targets[row, : len(document) - 1] = torch.from_numpy(document[1:])
-    return inputs, targets
