@@ -7,8 +7,14 @@ ends, and a length counts the prompt and `tokens_to_generate` tokens.
 """
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+from memlm.errors import UserError
+from memlm.evaluation.prompts import Question, Trial, encode_prompt, text_trial
+from memlm.evaluation.tasks.base import PLAIN, PromptTask, Tools
 
 # A line of the haystack of niah_single_1 and of vt.
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -130,3 +136,133 @@ def match_part(prediction: str, references: Sequence[str]) -> float:
     """1 when the answer contains any of the references, upper and lower case alike, else 0."""
     answer = clean(prediction).lower()
     return float(any(reference.lower() in answer for reference in references))
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A prompt as text.
+
+    Attributes:
+        context, question: the question starts behind the hidden text and ends with the answer
+            prefix.
+        references: what the answer is compared with.
+        labels, excerpt: see `Trial`.
+        spare: tokens that another variant of the same trial has more than this one.
+    """
+
+    context: str
+    question: str
+    references: Sequence[str]
+    labels: dict[str, Any] = field(default_factory=dict)
+    excerpt: str = ""
+    spare: int = 0
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """How prompts of one length grow.
+
+    Attributes:
+        size: the largest that fits trial 0.
+        smallest: tokens of the smallest prompt of trial 0.
+        rate: tokens per unit of size, above 0.
+    """
+
+    size: int
+    smallest: int
+    rate: float
+
+
+class SizedTask(PromptTask):
+    """A task whose prompts are as long as the length allows.
+
+    The size of trial 0 is searched once per length. Other trials start from it, corrected by how
+    much longer or shorter their keys and values are, and shrink while they are too long; all
+    variants of a trial get the same size but for rounding.
+
+    Attributes:
+        least: the smallest size of a prompt.
+        new_tokens: most tokens of an answer.
+    """
+
+    least: int = 1
+    new_tokens: int
+
+    def __init__(self, name: str, tools: Tools):
+        super().__init__(name, tools)
+        self._scales: dict[int, _Scale] = {}
+
+    @abstractmethod
+    def draft(self, length: int, index: int, variant: str, size: int) -> Draft:
+        """The prompt of a size; a pure function of the seed and the arguments."""
+
+    def score(self, question: Question, prediction: str) -> float:
+        return match_all(prediction, question.references)
+
+    def check_lengths(self) -> None:
+        """Raise UserError for a length that the smallest prompt of a trial does not fit."""
+        for length in self.tools.config.all_lengths:
+            needed = 0
+            for index in range(self.tools.config.trials_at(length)):
+                needed = max(needed, self._tokens(length, index, self.least))
+                # Where there is plenty of room, the other trials fit as well.
+                if 2 * needed <= length:
+                    break
+            if needed > length:
+                raise self._too_short(length, needed)
+
+    def trial(self, length: int, index: int, variant: str = PLAIN) -> Trial:
+        scale = self._scale(length)
+        smallest = self._tokens(length, index, self.least)
+        size = max(self.least, scale.size + int((scale.smallest - smallest) / scale.rate))
+        while True:
+            draft = self.draft(length, index, variant, size)
+            trial = text_trial(
+                self.tools.tokenizer,
+                draft.context,
+                [(draft.question, draft.references)],
+                self.new_tokens,
+                draft.labels,
+                draft.excerpt,
+            )
+            tokens = len(trial.context) + len(trial.questions[0].token_ids) + self.new_tokens
+            excess = tokens + draft.spare - length
+            if excess <= 0:
+                return trial
+            if size == self.least:
+                raise self._too_short(length, length + excess)
+            size = max(self.least, size - max(1, round(excess / scale.rate)))
+
+    def _scale(self, length: int) -> _Scale:
+        if length not in self._scales:
+            known: dict[int, int] = {}
+
+            def tokens_of(size: int) -> int:
+                if size not in known:
+                    known[size] = self._tokens(length, 0, size)
+                return known[size]
+
+            size = largest_fit(tokens_of, length, self.least)
+            if size is None:
+                raise self._too_short(length, known[self.least])
+            grown = max(size, self.least + 1)
+            rate = (tokens_of(grown) - known[self.least]) / (grown - self.least)
+            self._scales[length] = _Scale(size, known[self.least], max(rate, 1e-3))
+        return self._scales[length]
+
+    def _tokens(self, length: int, index: int, size: int) -> int:
+        """Of the longest variant of a trial, the answer included."""
+        draft = self.draft(length, index, PLAIN, size)
+        ids = encode_prompt(self.tools.tokenizer, draft.context + draft.question)
+        return len(ids) + self.new_tokens + draft.spare
+
+    def _too_short(self, length: int, needed: int) -> UserError:
+        return UserError(
+            f"{self.name}: lengths: {length} tokens are too short for its smallest prompt with "
+            f"this tokenizer; use at least {needed}"
+        )
+
+
+def around(text: str, start: int, stop: int, margin: int = 120) -> str:
+    """`text` from `start` to `stop` and `margin` characters on each side, for an excerpt."""
+    return text[max(0, start - margin) : stop + margin]
