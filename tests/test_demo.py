@@ -21,7 +21,9 @@ TINY = [
     "--model.hidden_size=32",
     "--model.layers.0.repeat=1",
     "--model.layers.0.mixer.window=32",
-    "--evaluate.needle={lengths: [128, 192], depths: 2, trials: 4}",
+    "--evaluate.lengths=[128, 192]",
+    "--evaluate.trials=4",
+    "--evaluate.needle={depths: 2}",
 ]
 
 

@@ -3,7 +3,6 @@
 from memlm.data.config import DataConfig
 from memlm.data.mqar import MqarExample, make_mqar
 from memlm.data.packing import PackedDataset
-from memlm.data.passkey import Needle, make_needle
 from memlm.data.tokenizers import (
     ByteTokenizer,
     SentencePieceTokenizer,
@@ -16,12 +15,10 @@ __all__ = [
     "ByteTokenizer",
     "DataConfig",
     "MqarExample",
-    "Needle",
     "PackedDataset",
     "SentencePieceTokenizer",
     "byte_level",
     "load_tokenizer",
     "make_mqar",
-    "make_needle",
     "register_tokenizers",
 ]

@@ -1,4 +1,4 @@
-"""Keys hidden in real text: training rows and the needles of the evaluation.
+"""Keys hidden in real text: training rows, and the pieces that the evaluation makes needles of.
 
 Both write the same line, "# The pass key is 12345.", at a line boundary of a piece of real text
 cut at an arbitrary offset, and ask by writing the line's beginning again (the passkey task of
@@ -71,58 +71,6 @@ def passkey_tokens(tokenizer: PreTrainedTokenizerBase) -> PasskeyTokens:
         stop=encode_after_digit(NEEDLE_SUFFIX[0]),
         newline=encode_after_digit(NEEDLE_SUFFIX[1]),
         ends_line=ends_line,
-    )
-
-
-@dataclass(frozen=True)
-class Needle:
-    """One trial: the model reads `context_ids` and `question_ids` and must write `answer_ids`."""
-
-    context_ids: np.ndarray  # int64, text with the needle line inside
-    question_ids: np.ndarray  # int64, "\n# The pass key is "
-    answer_ids: np.ndarray  # int64, the digits and the full stop
-    answer_text: str  # "12345."
-    position: int  # where the needle line starts in context_ids
-
-
-def make_needle(
-    tokenizer: PreTrainedTokenizerBase,
-    haystack_ids: np.ndarray,
-    length: int,
-    depth: float,
-    rng: np.random.Generator,
-    digits: int = 5,
-) -> Needle:
-    """A key hidden in text, asked for at the end; `length` tokens in all.
-
-    The text is a piece of `haystack_ids` [N] from a random offset (repeated when N is too short).
-    The needle goes to the line boundary nearest to `depth` (0 = start, 1 = end) of the text.
-    `len(context) + len(question) + len(answer) == length`. Raises UserError when `length` leaves
-    no room for text, or on a depth outside [0, 1].
-    """
-    if not 0 <= depth <= 1:
-        raise UserError(f"needle depth must be in [0, 1], got {depth}")
-    pieces = passkey_tokens(tokenizer)
-    key = rng.integers(0, 10, size=digits)
-    line = pieces.line(key)
-    question = np.concatenate([pieces.newline, pieces.prefix])
-    answer = np.concatenate([pieces.digits[key], pieces.stop])
-    room = length - len(question) - len(answer) - len(line)
-    if room < 1:
-        least = length - room + 1
-        raise UserError(f"needle length {length} is too short: {digits} digits need {least} tokens")
-    if len(haystack_ids) == 0:
-        raise UserError("needle: the haystack is empty")
-    offset = int(rng.integers(0, max(1, len(haystack_ids) - room + 1)))
-    text = np.take(haystack_ids, np.arange(offset, offset + room), mode="wrap").astype(np.int64)
-    boundaries = np.concatenate([[0], np.flatnonzero(pieces.ends_line[text]) + 1])
-    position = int(boundaries[np.argmin(np.abs(boundaries - depth * room))])
-    return Needle(
-        context_ids=np.concatenate([text[:position], line, text[position:]]),
-        question_ids=question,
-        answer_ids=answer,
-        answer_text="".join(str(digit) for digit in key) + NEEDLE_SUFFIX[0],
-        position=position,
     )
 
 

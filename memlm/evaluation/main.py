@@ -1,5 +1,6 @@
 """The command line of evaluation: `memlm-eval`, or `python eval.py`."""
 
+import json
 import shlex
 import sys
 import typing
@@ -138,6 +139,8 @@ def _checked_words(words: Sequence[str], hints: dict[str, Any]) -> list[str]:
                 raise UserError(f"--{key} needs a value")
             value = rest.pop(0)
         if typing.get_origin(hints.get(key)) is list and not value.startswith("["):
-            value = f"[{value}]"
+            # Quoted: on and off are words, not YAML's booleans.
+            words_of_list = hints[key] == list[str]
+            value = json.dumps(value.split(",")) if words_of_list else f"[{value}]"
         checked.append(f"--{key}={value}")
     return checked

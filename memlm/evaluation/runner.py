@@ -253,7 +253,14 @@ def _results(
                 "ruler": ruler_averages(_plain(found)),
             }
         )
-        records.append(mine)
+        records.append(
+            {
+                task.name: [
+                    record for one in mine if one.batch.task == task.name for record in one.records
+                ]
+                for task in own
+            }
+        )
     return {"runs": runs, "comparisons": compare_runs(_plain(runs), records)}
 
 

@@ -31,7 +31,8 @@ def tiny_config(folder: Path, steps: int = 2) -> Path:
     tiny["data"]["sources"][0]["files"] = files
     tiny["train"] |= {"steps": steps, "tokens_per_step": 256, "evaluation_rows": 2}
     tiny["train"]["curriculum"] = [{"length": 128, "window": 32}]
-    tiny["evaluate"]["needle"] = {"lengths": [256], "depths": 2, "trials": 4, "files": files}
+    tiny["evaluate"] |= {"lengths": [256], "trials": 4, "haystack": files}
+    tiny["evaluate"]["needle"] = {"depths": 2}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -108,7 +109,7 @@ def test_the_config_without_its_preset_is_complete():
 def test_needles_out_of_reach_are_found_after_a_short_training(tmp_path, monkeypatch):
     monkeypatch.setattr(attach, "BASE", attach.Base(stages=((280, 128),)))
     config = read_yaml(CONFIG)
-    config["presets"]["tiny"]["evaluate"]["needle"] = {"lengths": [1024], "trials": 48}
+    config["presets"]["tiny"]["evaluate"] |= {"lengths": [1024], "needle": {"depths": 5}}
     path = tmp_path / "medium.yaml"
     path.write_text(yaml.safe_dump(config))
     arguments = ["--variants", "knn_cache", "--config", str(path)]

@@ -10,12 +10,13 @@ import yaml
 
 from benchmarks import titans_needles
 from memlm.config import load_config
+from memlm.yaml_tree import read_yaml
 
 CONFIG = Path(__file__).parents[2] / "configs" / "titans_needle.yaml"
 
 
 def tiny_config(folder: Path) -> Path:
-    config = yaml.safe_load(CONFIG.read_text())
+    config = read_yaml(CONFIG)
     files = [str(folder / f"{letter}.txt") for letter in "abcdefgh"]  # some of them held out
     for file in files:
         Path(file).write_text("".join(f"line {number} of {file}\n" for number in range(50)))
@@ -26,7 +27,8 @@ def tiny_config(folder: Path) -> Path:
     config["data"]["sources"][0]["files"] = files
     config["train"] |= {"steps": 2, "tokens_per_step": 256, "evaluation_rows": 2}
     config["train"]["curriculum"] = [{"length": 128, "window": 16}]
-    config["evaluate"]["needle"] = {"lengths": [128], "depths": 2, "trials": 4, "files": files}
+    config["evaluate"] |= {"lengths": [128], "trials": 4, "haystack": files}
+    config["evaluate"]["needle"] = {"depths": 2}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlm.data import ByteTokenizer, DataConfig, PackedDataset, make_needle
+from memlm.data import ByteTokenizer, DataConfig, PackedDataset
 from memlm.data.passkey import PasskeyRows
 from memlm.errors import UserError
 
@@ -104,56 +104,7 @@ def test_digits_change_with_the_stage() -> None:
     assert torch.equal(stage.row(7)["labels"], stage.batch([3, 7])["labels"][1])
 
 
-@given(st.integers(100, 900), st.floats(0, 1), st.integers(0, 2**32), st.integers(1, 12))
-@settings(max_examples=60)
-def test_needles(length: int, depth: float, seed: int, digits: int) -> None:
-    rng = np.random.default_rng(seed)
-    needle = make_needle(TOKENIZER, HAYSTACK, length, depth, rng, digits)
-    ids = np.concatenate([needle.context_ids, needle.question_ids, needle.answer_ids])
-    assert len(ids) == length
-    context = TOKENIZER.decode(needle.context_ids.tolist())
-    assert TOKENIZER.decode(needle.question_ids.tolist()) == "\n# The pass key is "
-    assert TOKENIZER.decode(needle.answer_ids.tolist()) == needle.answer_text
-    line = LINE.search(context)
-    assert line[1] + "." == needle.answer_text
-    assert len(line[1]) == digits
-    assert line.start() == needle.position
-    assert line.start() == 0 or context[line.start() - 1] == "\n"
-    assert LINE.sub("", context, count=1) in TEXT
-    # Lines of the haystack have at most 30 characters, so a boundary is never further than that.
-    assert abs(needle.position - depth * (len(context) - len(line[0]))) <= 31
-
-
-def test_needles_differ_and_repeat_with_their_seed() -> None:
-    def draw(seed: int) -> list[int]:
-        needle = make_needle(TOKENIZER, HAYSTACK, 300, 0.5, np.random.default_rng(seed))
-        return needle.context_ids.tolist()
-
-    assert draw(3) == draw(3) != draw(4)
-
-
-def test_needle_mistakes() -> None:
-    rng = np.random.default_rng(0)
-    with pytest.raises(UserError, match="depth must be"):
-        make_needle(TOKENIZER, HAYSTACK, 300, 1.5, rng)
-    with pytest.raises(UserError, match="length 40 is too short: 5 digits need 51 tokens"):
-        make_needle(TOKENIZER, HAYSTACK, 40, 0.5, rng)
-    make_needle(TOKENIZER, HAYSTACK, 51, 0.5, rng)
-    with pytest.raises(UserError, match="haystack is empty"):
-        make_needle(TOKENIZER, HAYSTACK[:0], 300, 0.5, rng)
-
-
-def test_tokenizers_without_digits() -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
-    with pytest.raises(UserError, match="no token for the digit '0'"):
-        make_needle(tokenizer, HAYSTACK, 300, 0.5, np.random.default_rng(0))
-
-
-def test_vocabularies_without_newlines_hide_needles_anywhere() -> None:
+def test_vocabularies_without_newlines_hide_keys_anywhere() -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -162,8 +113,6 @@ def test_vocabularies_without_newlines_hide_needles_anywhere() -> None:
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
     haystack = np.full(500, words.index("word"))
-    needle = make_needle(tokenizer, haystack, 200, 0.5, np.random.default_rng(0))
-    assert 80 < needle.position < 100
     rows = PasskeyRows(haystack, tokenizer, 128, 0, (5, 5), (1, 3)).batch(np.arange(50))
     gaps = [np.ptp(np.flatnonzero(ids == words.index("key"))) for ids in rows["input_ids"]]
     assert len(set(gaps)) > 20

@@ -17,6 +17,7 @@ from memlm.evaluation.main import main
 
 SIZES = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
+SWITCHED = ["on", "off", "reset", "swapped"]
 MEMORIES = {
     "knn_cache": {"type": "knn_cache", "capacity": 64, "segment": 8, "key_size": 8, "top_k": 4},
     "gated_delta": {"type": "gated_delta", "num_heads": 2, "head_dim": 8},
@@ -59,7 +60,7 @@ def test_reach_is_that_of_the_models_attention():
 @pytest.mark.parametrize("name", MEMORIES)
 def test_conditions_touch_the_memory_only(name):
     plan = make_plan(attach_memory(mistral(), {"memory": MEMORIES[name], "layers": [0, 2]}))
-    assert plan.conditions == ("on", "off", "reset", "swapped")
+    assert plan.conditions == ("on", "off", "reset", "swapped", "changed", "absent")
     assert plan.memory_names == ("0.memory", "2.memory") and not plan.notes
 
 
@@ -74,7 +75,7 @@ def test_only_an_open_memory_is_worth_something(name, text_file, tmp_path):
 
     def losses() -> dict[str, float]:
         result = evaluate(model, ByteTokenizer(), config, progress=False)
-        scores = result["tasks"]["perplexity"]["scores"]["all"]
+        scores = result["runs"][0]["tasks"]["perplexity"]["scores"]["all"]
         return {condition: score["value"] for condition, score in scores.items()}
 
     new = losses()
@@ -88,22 +89,28 @@ def test_only_an_open_memory_is_worth_something(name, text_file, tmp_path):
 
 def test_needles_lie_out_of_reach(text_file):
     model = attach_memory(mistral(), {"memory": MEMORIES["knn_cache"]})
-    needle = NeedleOptions(lengths=[160], trials=4, depths=2, files=[str(text_file)])
-    config = EvaluationConfig(tasks=["needle"], needle=needle)
-    result = evaluate(model, ByteTokenizer(), config, progress=False)["tasks"]["needle"]
+    config = EvaluationConfig(
+        tasks=["needle"],
+        lengths=[160],
+        trials=4,
+        needle=NeedleOptions(depths=2),
+        haystack=[str(text_file)],
+    )
+    results = evaluate(model, ByteTokenizer(), config, progress=False)
+    result = results["runs"][0]["tasks"]["needle"]
     assert result["least_distance_tokens"] == 3 * 15
-    assert set(result["scores"]["160"]) == {"on", "off", "reset", "swapped"}
+    assert set(result["scores"]["160"]) == {*SWITCHED, "changed", "absent"}
 
 
 def test_the_command_line(folder, text_file, tmp_path, capsys):
     words = ["--model", str(folder), "--output", str(tmp_path / "out"), "--tasks", "needle"]
-    words += ["--needle.lengths", "160", "--needle.trials", "4", "--needle.depths", "2"]
-    words += ["--needle.files", str(text_file)]
+    words += ["--lengths", "160", "--trials", "4", "--needle.depths", "2"]
+    words += ["--haystack", str(text_file), "--conditions", ",".join(SWITCHED)]
     assert main(words) == 0
     assert "swapped" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["conditions"] == ["on", "off", "reset", "swapped"]
-    assert results["model"]["attention_reach_tokens"] == 3 * 15
+    assert results["runs"][0]["conditions"] == SWITCHED
+    assert results["runs"][0]["model"]["attention_reach_tokens"] == 3 * 15
 
 
 @pytest.mark.parametrize("damage", ["gone", "another", "weights"])

@@ -3,6 +3,8 @@ import torch
 
 from memlm.evaluation.conditions import attention_reach, make_plan
 
+CONTROLS = ("changed", "absent")
+
 
 def _states(model, rows=3, length=30):
     with torch.no_grad():
@@ -35,12 +37,12 @@ def test_a_single_row_cannot_be_swapped(gated_delta):
 def test_a_table_of_values_is_zeroed(tiny_model):
     model = tiny_model(ffn={"type": "product_key", "num_keys": 8, "num_heads": 1, "top_k": 2})
     plan = make_plan(model)
-    assert plan.conditions == ("on", "off", "zeroed")
+    assert plan.conditions == ("on", "off", "zeroed", *CONTROLS)
     assert "do not apply" in plan.notes[0]
     tokens = torch.randint(0, 256, (2, 12))
     with torch.no_grad():
         found = {}
-        for one in plan.passes:
+        for one in plan.passes[:3]:
             with one.ablation():
                 found[one.conditions[0]] = model(tokens, use_memory=one.use_memory).logits
         assert torch.equal(model(tokens).logits, found["on"])
@@ -51,22 +53,23 @@ def test_a_table_beside_a_memory_keeps_all_conditions(tiny_model):
     model = tiny_model(
         memory="gated_delta", ffn={"type": "product_key", "num_keys": 8, "num_heads": 1, "top_k": 2}
     )
-    assert make_plan(model).conditions == ("on", "off", "reset", "swapped", "zeroed")
+    every = ("on", "off", "reset", "swapped", "zeroed", *CONTROLS)
+    assert make_plan(model).conditions == every
 
 
 def test_output_memories(tiny_model):
     model = tiny_model()
     model.set_output_memory({"type": "neural_cache", "capacity": 8})
-    assert make_plan(model).conditions == ("on", "off", "reset", "swapped")
+    assert make_plan(model).conditions == ("on", "off", "reset", "swapped", *CONTROLS)
     # A corpus is neither a state nor values that could be zeroed.
     model.set_output_memory({"type": "knn_lm", "store": "somewhere"})
     plan = make_plan(model)
-    assert plan.conditions == ("on", "off") and not plan.notes
+    assert plan.conditions == ("on", "off", *CONTROLS) and not plan.notes
 
 
 def test_without_memory_there_is_nothing_to_take_away(tiny_model):
     plan = make_plan(tiny_model())
-    assert plan.conditions == ("on",)
+    assert plan.conditions == ("on", *CONTROLS)
     assert "no memory" in plan.notes[0]
 
 
@@ -91,3 +94,10 @@ def test_nothing_outside_the_reach_is_seen(tiny_model):
         before, after = (model(t, use_memory=False).logits[0] for t in (tokens, other))
     changed = (before != after).any(-1).nonzero().flatten().tolist()
     assert max(changed) == 3 + reach
+
+
+def test_only_what_is_wanted_is_planned(gated_delta):
+    plan = make_plan(gated_delta, ["reset", "absent"])
+    assert plan.conditions == ("on", "reset", "absent") and not plan.swaps
+    assert [one.variant for one in plan.passes] == ["plain", "absent"]
+    assert make_plan(gated_delta, ["off"]).conditions == ("on", "off")

@@ -23,11 +23,15 @@ class Pairs(MemoryState):
 
 
 class Lookup(nn.Module):
-    """Answers a key with the value that followed it in the context."""
+    """Answers a key with the value that followed it in the context, the last or the first."""
 
     config = SimpleNamespace(vocab_size=259)
     device = torch.device("cpu")
     max_context = None
+
+    def __init__(self, keeps_first: bool = False):
+        super().__init__()
+        self.keeps_first = keeps_first
 
     def memories(self):
         return {"memory": SimpleNamespace(name="lookup")}
@@ -46,6 +50,8 @@ class Lookup(nn.Module):
         for column in range(length):
             token = input_ids[:, column]
             pair = (token >= 128) & (last > 0) & (last < 128)
+            if self.keeps_first:
+                pair &= values[every, last] == 0
             values[every[pair], last[pair]] = token[pair]
             if use_memory:
                 logits[every, column, values[every, token]] = 1.0
@@ -59,7 +65,7 @@ def _config(**options):
 
 
 def test_pairs_are_found_by_the_memory_alone(tokenizer):
-    task = evaluate(Lookup(), tokenizer, _config(), progress=False)["tasks"]["mqar"]
+    task = _judge(_config(), tokenizer)["mqar"]
     for pairs in ("2", "6"):
         scores = task["scores"][pairs]
         assert scores["on"]["value"] == 1.0
@@ -69,7 +75,31 @@ def test_pairs_are_found_by_the_memory_alone(tokenizer):
         # Two rows may hold the same pair by chance.
         assert scores["swapped"]["value"] < 0.1
         assert task["memory_gain"][pairs]["reset"]["value"] == 1.0
-    assert task["cost"]["memory_state_bytes"] == 260 * 8
+    for cost in task["cost"].values():
+        assert cost["memory_state_bytes"] == cost["state_bytes"] == 260 * 8
+        assert cost["key_value_bytes"] == 0
+
+
+def _judge(config, tokenizer, **options):
+    return evaluate(Lookup(**options), tokenizer, config, progress=False)["runs"][0]["tasks"]
+
+
+def test_the_last_value_counts(tokenizer):
+    config = _config(length=60)
+    config.tasks = ["mqar_overwrite"]
+    task = _judge(config, tokenizer)["mqar_overwrite"]
+    for pairs in ("2", "6"):
+        assert task["scores"][pairs]["on"]["value"] == 1.0
+        assert task["scores"][pairs]["off"]["value"] == 0.0
+    assert task["stale_answers"] == 0.0
+
+
+def test_the_first_value_is_seen_as_stale(tokenizer):
+    config = _config(length=60)
+    config.tasks = ["mqar_overwrite"]
+    task = _judge(config, tokenizer, keeps_first=True)["mqar_overwrite"]
+    assert task["stale_answers"] == 1.0
+    assert task["scores"]["6"]["on"]["value"] == pytest.approx(0.5)
 
 
 def test_pairs_must_fit(tokenizer):

@@ -29,7 +29,7 @@ def _evaluate(model, tokenizer, files, **options):
     defaults = {"length": 140, "documents": 3, "segment": 50}
     perplexity = PerplexityOptions(**(defaults | options), files=files)
     config = EvaluationConfig(tasks=["perplexity"], perplexity=perplexity)
-    return evaluate(model, tokenizer, config, progress=False)["tasks"]["perplexity"]
+    return evaluate(model, tokenizer, config, progress=False)["runs"][0]["tasks"]["perplexity"]
 
 
 def _documents(files):
@@ -112,6 +112,9 @@ def test_bits_per_byte_count_bytes(tiny_model, files, monkeypatch):
         def __len__(self):
             return 259
 
+        def get_vocab(self):
+            return {}
+
         def decode(self, ids):
             return "ab" * len(ids)
 
@@ -119,7 +122,7 @@ def test_bits_per_byte_count_bytes(tiny_model, files, monkeypatch):
     documents = [torch.arange(100).numpy(), torch.arange(50, 150).numpy()]
     corpus = Corpus(np.concatenate(documents), np.array([0, 100, 200]))
     monkeypatch.setattr(
-        "memlm.evaluation.tasks.perplexity.held_out_text", lambda tokenizer, files: corpus
+        "memlm.evaluation.tasks.perplexity.held_out_corpus", lambda tokenizer, files: corpus
     )
     task = _evaluate(model, Halves(), [], documents=2, length=100)
     tokens = [float(_bits(model, torch.from_numpy(d)[None]).mean()) for d in documents]

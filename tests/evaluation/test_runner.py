@@ -4,9 +4,8 @@ import pytest
 
 from memlm.errors import UserError
 from memlm.evaluation import EvaluationConfig, evaluate
-from memlm.evaluation.config import MqarOptions, NeedleOptions, PerplexityOptions
-from memlm.evaluation.report import format_table
-from memlm.evaluation.runner import check_output
+from memlm.evaluation.config import MqarOptions, NeedleOptions, NiahOptions, PerplexityOptions
+from memlm.evaluation.results import check_output
 
 
 def small(text_file, tasks=("needle", "mqar", "perplexity"), **options) -> EvaluationConfig:
@@ -15,7 +14,10 @@ def small(text_file, tasks=("needle", "mqar", "perplexity"), **options) -> Evalu
     text_file.with_name("other.txt").write_text(text_file.read_text()[::-1])
     return EvaluationConfig(
         tasks=list(tasks),
-        needle=NeedleOptions(lengths=[150], depths=2, trials=4, files=files[:1]),
+        lengths=[150],
+        trials=4,
+        needle=NeedleOptions(depths=2),
+        haystack=files[:1],
         mqar=MqarOptions(length=24, pairs=[3], rows=4),
         perplexity=PerplexityOptions(length=80, documents=2, segment=32, files=files),
         segment=64,
@@ -31,6 +33,7 @@ MODELS = {
     "transformer": {"mixer": "attention"},
 }
 CONDITIONS = {"product_key": ["on", "off", "zeroed"], "transformer": ["on"]}
+CONTROLS = ["changed", "absent"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -39,22 +42,22 @@ def test_every_memory_is_evaluated(tiny_model, tokenizer, text_file, tmp_path, n
     out = tmp_path / "new" / "out"
     results = evaluate(model, tokenizer, small(text_file), out, "the command", progress=False)
     assert model.training
-    assert results["conditions"] == CONDITIONS.get(name, ["on", "off", "reset", "swapped"])
+    (run,) = results["runs"]
+    conditions = CONDITIONS.get(name, ["on", "off", "reset", "swapped"])
+    assert run["conditions"] == [*conditions, *CONTROLS]
     assert json.loads((out / "results.json").read_text()) == results
-    for task in results["tasks"].values():
-        for scores in task["scores"].values():
-            assert list(scores) == results["conditions"]
+    for task, found in run["tasks"].items():
+        expected = [*conditions, *CONTROLS] if task == "needle" else conditions
+        for scores in found["scores"].values():
+            assert list(scores) == expected
             for score in scores.values():
                 assert score["low"] <= score["value"] <= score["high"]
-    stateless = name in CONDITIONS
-    assert (results["tasks"]["mqar"]["cost"]["memory_state_bytes"] == 0) == stateless
-    assert {path.name for path in out.iterdir()} == {
-        "results.json",
-        "report.html",
-        "needle_heatmap.png",
-        "needle_recall.png",
-        "mqar_accuracy.png",
-        "perplexity_by_position.png",
+        for cost in found["cost"].values():
+            assert cost["state_bytes"] == cost["memory_state_bytes"] + cost["key_value_bytes"]
+            assert (cost["memory_state_bytes"] == 0) == (name in CONDITIONS)
+            assert cost["peak_memory_bytes"] > 1e6
+    assert {"results.json", "report.html", "evaluation.json", "records"} < {
+        path.name for path in out.iterdir()
     }
 
 
@@ -62,8 +65,8 @@ def test_results_repeat(gated_delta, tokenizer, text_file):
     first, second = (
         evaluate(gated_delta, tokenizer, small(text_file), progress=False) for _ in range(2)
     )
-    for task in first["tasks"]:
-        assert first["tasks"][task]["scores"] == second["tasks"][task]["scores"]
+    for name, task in first["runs"][0]["tasks"].items():
+        assert task["scores"] == second["runs"][0]["tasks"][name]["scores"]
 
 
 def test_segments_do_not_change_the_results(gated_delta, tokenizer, text_file):
@@ -72,7 +75,8 @@ def test_segments_do_not_change_the_results(gated_delta, tokenizer, text_file):
     config.segment = 13
     cut = evaluate(gated_delta, tokenizer, config, progress=False)
     for task in ("needle", "mqar"):
-        assert whole["tasks"][task]["scores"] == cut["tasks"][task]["scores"]
+        first, second = (found["runs"][0]["tasks"][task] for found in (whole, cut))
+        assert first["scores"] == second["scores"]
 
 
 def test_results_are_never_overwritten(oracle, tokenizer, text_file, tmp_path):
@@ -92,7 +96,8 @@ def test_output_must_be_a_folder(tmp_path):
 @pytest.mark.parametrize("task", ["needle", "mqar", "perplexity"])
 def test_longer_than_full_attention_allows(tiny_model, tokenizer, text_file, tmp_path, task):
     model = tiny_model(mixer="attention", max_position_embeddings=20)
-    with pytest.raises(UserError, match=rf"{task}: .* longer .* full attention allows \(20\)"):
+    message = rf"{task}: .* longer than the full attention of model allows \(20\)"
+    with pytest.raises(UserError, match=message):
         evaluate(model, tokenizer, small(text_file, [task]), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
@@ -108,8 +113,18 @@ def test_tokenizer_of_another_model(tiny_model, tokenizer, text_file):
         ({"tasks": ["needel"]}, r"unknown task 'needel'; did you mean 'needle'\?"),
         ({"tasks": []}, "tasks: empty"),
         ({"batch_size": 1}, "batch_size: 1 is too small; the least is 2"),
-        ({"needle": NeedleOptions(trials=3)}, "needle.trials: 3 is too small; the least is 5"),
-        ({"needle": NeedleOptions(lengths=[])}, "needle.lengths: empty"),
+        ({"trials": 1}, "trials: 1 is too small; the least is 2"),
+        ({"long_trials": 1}, "long_trials: 1 is too small"),
+        ({"lengths": []}, "lengths: empty"),
+        ({"lengths": [16]}, "lengths: 16 is too small; the least is 32"),
+        ({"lengths": ["4kb"]}, "lengths: '4kb' is no length; valid are 4096, 4k, 1M and 4k..64k"),
+        ({"lengths": ["8k..4k"]}, "lengths: the range '8k..4k' ends below its start"),
+        ({"long_length": "far"}, "long_length: 'far' is no length"),
+        ({"conditions": ["of"]}, r"unknown condition 'of'; did you mean 'off'\?"),
+        ({"seed": -1}, "seed: -1"),
+        ({"niah": NiahOptions(needles=0)}, "niah.needles: 0"),
+        ({"mqar": MqarOptions(power=0.0)}, "mqar.power: 0.0 is too small"),
+        ({"mqar": MqarOptions(overwritten=2.0)}, "mqar.overwritten: 2.0 is no share"),
         ({"needle": NeedleOptions(distance=-1)}, "needle.distance: -1"),
         ({"mqar": MqarOptions(pairs=[])}, "mqar.pairs: empty"),
         ({"mqar": MqarOptions(length=40, pairs=[11])}, "mqar.length: 40 .* least is 44"),
@@ -122,8 +137,7 @@ def test_impossible_sizes(options, message):
 
 
 def test_missing_text_file(oracle, tokenizer, tmp_path):
-    needle = NeedleOptions(lengths=[200], trials=5, distance=0, files=[str(tmp_path / "no.txt")])
-    config = EvaluationConfig(tasks=["needle"], needle=needle)
+    config = EvaluationConfig(tasks=["needle"], haystack=[str(tmp_path / "no.txt")])
     with pytest.raises(UserError, match=r"no\.txt"):
         evaluate(oracle, tokenizer, config, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
@@ -132,25 +146,6 @@ def test_missing_text_file(oracle, tokenizer, tmp_path):
 def test_standard_library_is_the_default_text(gated_delta, tokenizer):
     perplexity = PerplexityOptions(length=64, documents=4, segment=32)
     config = EvaluationConfig(tasks=["perplexity"], perplexity=perplexity)
-    task = evaluate(gated_delta, tokenizer, config, progress=False)["tasks"]["perplexity"]
+    results = evaluate(gated_delta, tokenizer, config, progress=False)
+    task = results["runs"][0]["tasks"]["perplexity"]
     assert task["tokens"] == 4 * 64
-
-
-def test_table_and_report(oracle, tokenizer, text_file, tmp_path):
-    config = small(text_file, ["needle"])
-    config.needle.distance = 45
-    results = evaluate(
-        oracle, tokenizer, config, tmp_path / "out", "python eval.py --model 'a <b>'",
-        name="a <b>", progress=False,
-    )  # fmt: skip
-    head, line, row, *_ = format_table(results).splitlines()
-    assert head.split() == ["task", "setting", "on", "off", "reset", "swapped"]
-    assert set(line) == {"-"}
-    assert row.startswith("needle, recall (%)  150 tokens  100.0 [51.0, 100.0]  0.0 [0.0, 49.0]")
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "python eval.py --model &#x27;a &lt;b&gt;&#x27;" in page
-    assert "<b>" not in page.split("</title>")[0]
-    for outside in ("http:", "https:", "<script", "<link", "url("):
-        assert outside not in page
-    assert page.count("data:image/png;base64,") == 4  # two plots, light and dark
-    assert "prefers-color-scheme: dark" in page and "width=device-width" in page

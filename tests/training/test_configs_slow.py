@@ -77,6 +77,6 @@ def test_tiny_preset_learns_resumes_generates_and_needs_its_memory(
     judged = evaluate(
         model, tokenizer, EvaluationConfig(tasks=["perplexity"], perplexity=options), progress=False
     )
-    worse = judged["tasks"]["perplexity"]["memory_gain"]["all"][ABLATION[name]]
+    worse = judged["runs"][0]["tasks"]["perplexity"]["memory_gain"]["all"][ABLATION[name]]
     print(f"\n{name}: loss {whole[1]:.3f} -> {whole[200]:.3f}, without the memory {worse}")
     assert 0 < worse["low"] <= worse["value"] < math.inf
