@@ -127,28 +127,41 @@ class Subject(ABC):
             with meter.measure("read", sum(map(len, contexts))):
                 states = self.read_contexts(contexts, one.use_memory, meter.advance)
             meter.saw(self.state_bytes(states))
-            found: dict[str, list[list[str]]] = {}
-            for condition in one.conditions:
-                answers: list[list[str]] = [[] for _ in trials]
-                start = self.ablate(states, condition)
-                for number in range(max(len(trial.questions) for trial in trials)):
-                    # A trial with fewer questions repeats its last one, unheard.
-                    asked = [
-                        trial.questions[min(number, len(trial.questions) - 1)] for trial in trials
-                    ]
-                    new_tokens = [question.new_tokens for question in asked]
-                    with meter.measure("generate", sum(new_tokens)):
-                        written = self.generate(
-                            [question.token_ids for question in asked],
-                            self.fork(start),
-                            max(new_tokens),
-                            one.use_memory,
-                        )
-                    for row, ids in enumerate(written):
-                        if number < len(trials[row].questions):
-                            answers[row].append(self.decode(ids[: new_tokens[row]]))
-                found[condition] = answers
+            most = max(len(trial.questions) for trial in trials)
+            rounds = [(condition, number) for condition in one.conditions for number in range(most)]
+            found: dict[str, list[list[str]]] = {
+                name: [[] for _ in trials] for name in one.conditions
+            }
+            for condition, number in rounds:
+                if number == 0:
+                    start = self.ablate(states, condition)
+                # Only what is asked again has to be kept.
+                last = (condition, number) == rounds[-1]
+                written = self._answer(
+                    trials, number, start if last else self.fork(start), one, meter
+                )
+                for row, ids in enumerate(written):
+                    if number < len(trials[row].questions):
+                        found[condition][row].append(self.decode(ids))
         return found
+
+    def _answer(self, trials, number: int, states: Any, one: Pass, meter: Meter) -> list[list[int]]:
+        """What each row writes to its question `number`; `states` may be used up.
+
+        A trial with fewer questions repeats its last one, unheard.
+        """
+        asked = [trial.questions[min(number, len(trial.questions) - 1)] for trial in trials]
+        new_tokens = [question.new_tokens for question in asked]
+        questions = [question.token_ids for question in asked]
+        with meter.measure("generate", 0):
+            written = self.generate(questions, states, max(new_tokens), one.use_memory)
+        written = [ids[:most] for ids, most in zip(written, new_tokens, strict=True)]
+        meter.tokens["generate"] += sum(
+            len(ids)
+            for ids, trial in zip(written, trials, strict=True)
+            if number < len(trial.questions)
+        )
+        return written
 
     def read_contexts(
         self,
@@ -181,7 +194,7 @@ class Subject(ABC):
             use_memory: False = memories give zero.
         """
         tokens, mask = self._place(*pad(questions, left=True))
-        ends = set(np.atleast_1d(self.end_ids()).tolist())
+        ends = set(self.end_ids())
         written: list[list[int]] = [[] for _ in questions]
         open_rows = set(range(len(questions)))
         for _ in range(new_tokens):
@@ -212,9 +225,10 @@ class Subject(ABC):
         return max(1, _LOGITS // (rows * self.vocabulary))
 
     def end_ids(self) -> list[int]:
-        """Token ids that end an answer."""
-        found = self.tokenizer.eos_token_id
-        return [] if found is None else [found]
+        """Token ids that end an answer: the tokenizer's end-of-text token, and the model's."""
+        generation = getattr(self.model, "generation_config", None)
+        found = [self.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)]
+        return [int(token) for ids in found if ids is not None for token in np.atleast_1d(ids)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer."""
