@@ -102,7 +102,7 @@ def largest_fit(
     high, high_tokens = 1, tokens_of(least + step)
     while high_tokens <= budget:
         # A prompt that does not grow would never be too long.
-        if high_tokens <= low_tokens and high > budget:
+        if high_tokens <= low_tokens and high > budget + 1000:
             raise ValueError("the prompt does not grow with its size")
         low, low_tokens = high, high_tokens
         high *= 2
@@ -202,14 +202,10 @@ class SizedTask(PromptTask):
     def check_lengths(self) -> None:
         """Raise UserError for a length that the smallest prompt of a trial does not fit."""
         for length in self.tools.config.all_lengths:
-            needed = 0
-            for index in range(self.tools.config.trials_at(length)):
-                needed = max(needed, self._tokens(length, index, self.least))
-                # Where there is plenty of room, the other trials fit as well.
-                if 2 * needed <= length:
-                    break
-            if needed > length:
-                raise self._too_short(length, needed)
+            # Where there is plenty of room, the other trials fit as well.
+            roomy = 2 * self._tokens(length, 0, self.least) <= length
+            if not roomy and self._most_tokens(length) > length:
+                raise self._too_short(length)
 
     def trial(self, length: int, index: int, variant: str = PLAIN) -> Trial:
         scale = self._scale(length)
@@ -230,7 +226,7 @@ class SizedTask(PromptTask):
             if excess <= 0:
                 return trial
             if size == self.least:
-                raise self._too_short(length, length + excess)
+                raise self._too_short(length)
             size = max(self.least, size - max(1, round(excess / scale.rate)))
 
     def _scale(self, length: int) -> _Scale:
@@ -244,11 +240,16 @@ class SizedTask(PromptTask):
 
             size = largest_fit(tokens_of, length, self.least)
             if size is None:
-                raise self._too_short(length, known[self.least])
+                raise self._too_short(length)
             grown = max(size, self.least + 1)
             rate = (tokens_of(grown) - known[self.least]) / (grown - self.least)
             self._scales[length] = _Scale(size, known[self.least], max(rate, 1e-3))
         return self._scales[length]
+
+    def _most_tokens(self, length: int) -> int:
+        """Of the smallest prompts of all trials of a length."""
+        trials = range(self.tools.config.trials_at(length))
+        return max(self._tokens(length, index, self.least) for index in trials)
 
     def _tokens(self, length: int, index: int, size: int) -> int:
         """Of the longest variant of a trial, the answer included."""
@@ -256,7 +257,11 @@ class SizedTask(PromptTask):
         ids = encode_prompt(self.tools.tokenizer, draft.context + draft.question)
         return len(ids) + self.new_tokens + draft.spare
 
-    def _too_short(self, length: int, needed: int) -> UserError:
+    def _too_short(self, length: int) -> UserError:
+        # Other lengths have other keys, so the length that is named is tried itself.
+        needed = length
+        while (most := self._most_tokens(needed)) > needed:
+            needed = most
         return UserError(
             f"{self.name}: lengths: {length} tokens are too short for its smallest prompt with "
             f"this tokenizer; use at least {needed}"

@@ -36,6 +36,7 @@ from memlm.evaluation.tasks.words import adjective_noun
 NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
 # Percent of the text, in sentences; a needle is put at one of them.
 DEPTHS = tuple(round(100 * step / 39) for step in range(40))
+_FILLER_WORDS = 64  # at most, in the place of a needle
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*$")
 _SENTENCE_START = re.compile(r"[\"'“‘(\[]*[A-Z0-9]")
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
@@ -134,7 +135,7 @@ class Essay:
         self.starts = np.array(starts, dtype=bool)
 
     def borders(self, size: int) -> np.ndarray:
-        """Words before each sentence of the first `size` words, and `size`; int64 [sentences + 1]."""
+        """Words before each sentence of the first `size`, and `size`; int64 [sentences + 1]."""
         return np.append(np.flatnonzero(np.resize(self.starts, size)), size)
 
     def text(self, start: int, stop: int) -> str:
@@ -250,8 +251,9 @@ class RulerNiah(SizedTask):
         self.noun = setup.values.removesuffix("s") if single else setup.values
         self.essay = None
         if setup.haystack == "essay":
-            # A word has at least one token.
-            self.essay = load_essay(tuple(tools.config.haystack), max(tools.config.all_lengths))
+            # A word has at least one token. Tasks and lengths share a text of rounded size.
+            words = max(1 << 14, max(tools.config.all_lengths) + _FILLER_WORDS).bit_length()
+            self.essay = load_essay(tuple(tools.config.haystack), 1 << words)
         self.check_lengths()
 
     def draft(self, length: int, index: int, variant: str, size: int) -> Draft:
@@ -274,7 +276,7 @@ class RulerNiah(SizedTask):
             needles.changed_answers if changed else needles.answers,
             {
                 "depth": round(places[asked[0]], 1),
-                "places": [places[number] for number in asked],
+                "places": [round(places[number], 4) for number in asked],
                 "keys": needles.keys,
             },
             around(context, start, start + len(texts[asked[0]])),
@@ -296,7 +298,7 @@ class RulerNiah(SizedTask):
         for number in rng.permutation(count):
             key, value = divmod(int(number), setup.values_per_key)
             plain, changed = (self._needle(keys[key], values[i, key, value]) for i in (0, 1))
-            filler = self._filler(rng, plain)
+            filler = self._filler(rng, plain, length)
             hidden.append(_Hidden(key in queried, plain, changed, filler))
         if setup.haystack == "essay":
             places = rng.choice(DEPTHS, count, replace=False) / 100
@@ -314,17 +316,17 @@ class RulerNiah(SizedTask):
         return NEEDLE.format(type_needle_v=self.setup.values, key=key, value=value)
 
     def _random_needle(self, rng: np.random.Generator) -> str:
-        return self._needle(
-            _random_item(self.setup.keys, rng), _random_item(self.setup.values, rng)
-        )
+        setup = self.setup
+        return self._needle(_random_item(setup.keys, rng), _random_item(setup.values, rng))
 
-    def _filler(self, rng: np.random.Generator, needle: str) -> str:
+    def _filler(self, rng: np.random.Generator, needle: str, length: int) -> str:
         """What stands where a needle is left out: of the haystack's kind."""
         if self.setup.haystack == "noise":
             return NOISE
         if self.essay is None:
             return self._random_needle(rng)
-        start = int(rng.integers(len(self.essay.words)))
+        # Of the words that every config with this length loads.
+        start = int(rng.integers(length))
         text = self.essay.text(start, start + needle.count(" ") + 1)
         # Not longer than the needle, but for a single long word.
         return text[: len(needle)].rpartition(" ")[0] if len(text) > len(needle) else text
@@ -365,15 +367,14 @@ class RulerNiah(SizedTask):
 
     def _spare(self, needles: _Needles, variant: str) -> int:
         """Tokens by which the longest variant is longer than this one, but for the borders."""
+        tokenizer = self.tools.tokenizer
         tokens = {
-            one: sum(
-                len(encode(self.tools.tokenizer, hidden.text(one))) for hidden in needles.hidden
-            )
+            one: sum(len(encode(tokenizer, hidden.text(one))) for hidden in needles.hidden)
             for one in (PLAIN, *self.variants)
         }
         return max(tokens.values()) - tokens[variant]
 
 
 def _enumeration(keys: list[str]) -> str:
-    """ "a", or "a, b, and c"."""
+    """One key alone, or a list such as "a, b, and c"."""
     return ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0]

@@ -12,6 +12,7 @@ generator (see `ruler`), with these differences:
 """
 
 import string
+from itertools import pairwise
 
 import numpy as np
 
@@ -36,7 +37,7 @@ _BEFORE, _AFTER = (
 
 def _chain(names: list[str], value: str) -> list[str]:
     """The assignments; all but the first end with a space, as in the official prompts."""
-    links = [f"VAR {name} = VAR {last} " for last, name in zip(names, names[1:], strict=False)]
+    links = [f"VAR {name} = VAR {last} " for last, name in pairwise(names)]
     return [f"VAR {names[0]} = {value}", *links]
 
 
@@ -111,13 +112,13 @@ class VariableTracking(SizedTask):
             context,
             _question(value),
             names[HOPS + 1 :] if variant == CHANGED else names[: HOPS + 1],
-            {"places": [round(place / len(lines), 3) if lines else 0.0 for place in at]},
+            {"places": [round(place / (size + len(chain)), 3) for place in at]},
             around(context, start, start + len(chain[0])),
             max(counts.values()) - counts[variant],
         )
 
     def _example(self, names: list[str], value: str, noise: int) -> tuple[str, str]:
-        """The example's prompt and its answer; its lines stand in the same places in every trial."""
+        """The example's prompt and its answer; its lines stand in the same places each time."""
         lines, _ = _lines(_chain(names, value), noise, self.rng(0))
         return _BEFORE + "\n".join(lines) + _question(value), " ".join(names)
 
