@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -169,8 +170,8 @@ def _read_config(source: str) -> dict[str, Any]:
         raise UserError(
             f"model: there is no folder {source!r}, and no such model was found on the Hub"
         ) from error
-    except (AttributeError, TypeError) as error:  # JSON, but no object
-        raise UserError(f"model: {source}/config.json is no configuration of a model") from error
+    if not isinstance(values, dict):
+        raise UserError(f"model: {source}/config.json is no configuration of a model")
     return values
 
 
@@ -213,6 +214,9 @@ def _load(loader: Any, source: str) -> PreTrainedModel:
         )
     except UserError as error:
         raise UserError(f"model: {source}: {error}") from error
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model: the config.json of {source!r} is not valid ({reason})") from error
     except _LOADING_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model: the weights of {source!r} cannot be loaded ({reason})") from error
