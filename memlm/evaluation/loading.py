@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from memlm.data.tokenizers import load_tokenizer
 from memlm.errors import UserError
@@ -65,7 +66,9 @@ def load_subject(
     model = load_model(source).to(device)
     found = load_tokenizer(source if tokenizer is None else tokenizer)
     _check_sizes(model, found)
-    return make_subject(model, found, config, name or Path(source).name, source)
+    subject = make_subject(model, found, config, name or Path(source).name, source)
+    subject.tokenizer_source = source if tokenizer is None else tokenizer
+    return subject
 
 
 def make_subject(
@@ -204,6 +207,8 @@ def _load(loader: Any, source: str) -> PreTrainedModel:
     Raises:
         UserError: when they are missing, damaged or do not fit.
     """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what transformers says in a table is said in one line below
     try:
         model, report = loader.from_pretrained(
             source,
@@ -211,6 +216,7 @@ def _load(loader: Any, source: str) -> PreTrainedModel:
             output_loading_info=True,
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,
         )
     except UserError as error:
         raise UserError(f"model: {source}: {error}") from error
@@ -219,12 +225,24 @@ def _load(loader: Any, source: str) -> PreTrainedModel:
         raise UserError(f"model: the config.json of {source!r} is not valid ({reason})") from error
     except _LOADING_ERRORS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, KeyError):
+            reason = f"unknown: {reason}"
         raise UserError(f"model: the weights of {source!r} cannot be loaded ({reason})") from error
-    # transformers starts missing weights at random, with no more than a warning.
-    for kind in ("missing_keys", "unexpected_keys"):
-        if report[kind]:
+    finally:
+        logging.set_verbosity(verbosity)
+    sizes = sorted(
+        f"{name} is {list(saved)} instead of {list(wanted)}"
+        for name, saved, wanted in report["mismatched_keys"]
+    )
+    # transformers starts such weights at random, with no more than a warning.
+    for kind, names in (
+        ("sizes", sizes),
+        ("missing keys", sorted(report["missing_keys"])),
+        ("unexpected keys", sorted(report["unexpected_keys"])),
+    ):
+        if names:
             raise UserError(
                 f"model: the weights of {source!r} do not fit its config.json "
-                f"({kind.replace('_', ' ')}: {', '.join(sorted(report[kind])[:3])})"
+                f"({kind}: {', '.join(names[:3])})"
             )
     return model.eval()

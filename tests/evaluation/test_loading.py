@@ -213,8 +213,8 @@ def test_damaged_weights(folder):
     [
         ({"num_hidden_layers": 3}, "missing keys: model.layers.2."),
         ({"num_hidden_layers": 1}, "unexpected keys: model.layers.1."),
-        ({"hidden_size": 32}, "cannot be loaded ("),
-        ({"hidden_act": "no_such"}, "cannot be loaded ("),
+        ({"hidden_size": 32}, "(sizes: lm_head.weight is [259, 16] instead of [259, 32], "),
+        ({"hidden_act": "no_such"}, "cannot be loaded (unknown: 'no_such')"),
         ({"num_attention_heads": "two"}, "expected int, got str (value: 'two')"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "cannot be loaded ("),
     ],
