@@ -1,6 +1,7 @@
 """What an evaluation runs on."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, get_type_hints
 
 from memlm.errors import UserError, nearest
 from memlm.evaluation.lengths import parse_length, parse_lengths
@@ -191,6 +192,17 @@ class EvaluationConfig:
     batch_size: int = 32
     segment: int = 256
     seed: int = 0
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "EvaluationConfig":
+        """The inverse of `dataclasses.asdict`."""
+        hints = get_type_hints(cls)
+        return cls(
+            **{
+                name: hints[name](**value) if is_dataclass(hints[name]) else value
+                for name, value in values.items()
+            }
+        )
 
     @property
     def all_lengths(self) -> list[int]:

@@ -106,6 +106,16 @@ class Ledger:
             self.file = None
 
 
+def read_records(folder: Path) -> Iterator[Done]:
+    """The finished batches of an output folder, of all processes.
+
+    Raises:
+        UserError: for a damaged file.
+    """
+    for file in sorted((folder / FOLDER).glob("*.jsonl")):
+        yield from _read(file, repair=False)
+
+
 def _check_identity(path: Path, identity: dict[str, Any], process: int) -> None:
     if not path.exists():
         if process == 0:

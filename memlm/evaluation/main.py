@@ -94,12 +94,7 @@ def parse_arguments(words: Sequence[str]) -> tuple[dict[str, Any], EvaluationCon
     for name in ("model", "output"):
         if not options[name]:
             raise UserError(f"--{name} is needed: {_NEEDED[name]}")
-    hints = typing.get_type_hints(EvaluationConfig)
-    values = {
-        name: hints[name](**value) if is_dataclass(hints[name]) else value
-        for name, value in parsed.items()
-    }
-    return options, EvaluationConfig(**values)
+    return options, EvaluationConfig.from_dict(parsed)
 
 
 _NEEDED = {"model": "run folders or Hub ids", "output": "a folder for the results"}

@@ -103,7 +103,7 @@ def evaluate_subjects(
     identity = {
         "config": dataclasses.asdict(config),
         "models": models,
-        "tokenizers": [tokenizer_hash(subject.tokenizer) for subject in subjects],
+        "distance": _distance(subjects),
         "inputs": inputs,
         "versions": versions(),
     }
@@ -139,9 +139,13 @@ def _make_tasks(
     subject: Subject, subjects: Sequence[Subject], config: EvaluationConfig
 ) -> list[Task]:
     """The tasks for one model; all models hide things out of everyone's reach."""
-    distance = max(other.plan.attention_reach or 0 for other in subjects)
-    tools = Tools(config, subject.tokenizer, distance)
+    tools = Tools(config, subject.tokenizer, _distance(subjects))
     return [make_task(name, tools) for name in expand_tasks(config.tasks)]
+
+
+def _distance(subjects: Sequence[Subject]) -> int:
+    """Tokens that things are hidden away: as far as any model's attention reaches that ends."""
+    return max(subject.plan.attention_reach or 0 for subject in subjects)
 
 
 def check_tasks(subject: Subject, tasks: Sequence[Task]) -> None:
@@ -271,6 +275,8 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "attention_reach_tokens": subject.plan.attention_reach,
         "fingerprint": fingerprint(subject.model.state_dict())[:16],
+        "tokenizer": subject.tokenizer_source,
+        "vocabulary": tokenizer_hash(subject.tokenizer),
     }
 
 

@@ -25,12 +25,14 @@ class Subject(ABC):
         tokenizer: what it was trained with; None where token ids are all there is.
         name: what reports call it.
         source: folder or Hub id; None for a model in memory.
+        tokenizer_source: the same of the tokenizer, as `load_tokenizer` takes it.
         plan: the conditions that apply.
         segment: tokens of a context that are read at a time.
         ragged: whether the rows of a batch may have contexts and questions of different lengths.
     """
 
     ragged: bool = True
+    tokenizer_source: str | None = None
 
     def __init__(
         self,
