@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 # Used by some functions only; a user may leave them out.
-LAZY = ("datasets", "faiss", "flash_attn", "jsonargparse", "matplotlib")
+LAZY = ("datasets", "faiss", "flash_attn", "jsonargparse", "matplotlib", "wonderwords")
 
 
 def test_the_package_imports_without_what_only_some_functions_need() -> None:

@@ -1,8 +1,9 @@
 """Real text as one long line of tokens on disk, read where it is needed."""
 
 import hashlib
+import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memlm.data.config import DataConfig
 from memlm.data.corpus import Corpus, build_corpus, encode_documents, in_split
-from memlm.data.sources import stdlib_documents, text_documents
+from memlm.data.sources import find_files, stdlib_documents, text_documents
 from memlm.errors import UserError
 
 
@@ -29,9 +30,7 @@ class Haystack:
 
         Args:
             tokenizer: of the model.
-            files: text files, globs and folders as in a `text` source; empty = the standard
-                library's held-out sources, which training with the default validation_fraction
-                never sees.
+            files: as in `haystack_documents`.
 
         Raises:
             UserError: for a file that is missing, empty or binary.
@@ -98,9 +97,34 @@ def held_out_corpus(tokenizer: PreTrainedTokenizerBase, files: list[str]) -> Cor
     return build_corpus(haystack_documents(files), tokenizer, "train", fraction=0.0)
 
 
-def haystack_documents(files: list[str]) -> Iterable[str]:
-    """The texts of `files`, or the held-out sources of the standard library."""
-    if files:
-        return text_documents(files)
-    fraction = DataConfig().validation_fraction
-    return (text for text in stdlib_documents() if in_split(text, "validation", fraction))
+def haystack_documents(files: list[str]) -> Iterator[str]:
+    """The texts of `files`, or the held-out sources of the standard library.
+
+    Held out are the documents that training with the default validation_fraction never sees.
+
+    Args:
+        files: paths, globs and folders as in a `text` source, and .json files with one text in the
+            field "text", as RULER's essays are published.
+
+    Raises:
+        UserError: for a file that is missing, empty or binary.
+    """
+    if not files:
+        fraction = DataConfig().validation_fraction
+        yield from (text for text in stdlib_documents() if in_split(text, "validation", fraction))
+    for path in find_files(files):
+        if path.suffix == ".json":
+            yield _json_text(path)
+        else:
+            yield from text_documents([str(path)])
+
+
+def _json_text(path: Path) -> str:
+    """The field "text" of a JSON file."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"haystack: file {str(path)!r} is not JSON") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise UserError(f"haystack: file {str(path)!r} has no field 'text' with a string")
+    return record["text"]

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from memlm.errors import UserError
 from memlm.evaluation.tasks.base import Record
 
@@ -77,7 +79,8 @@ class Ledger:
             process: number of this process; each writes a file of its own.
 
         Raises:
-            UserError: when the folder holds the records of another evaluation, or damaged ones.
+            UserError: when the folder holds the records of another evaluation, or damaged ones, or
+                when another process is at work there.
         """
         self.done: dict[str, Done] = {}
         self.file = None
@@ -87,9 +90,18 @@ class Ledger:
         records.mkdir(parents=True, exist_ok=True)
         _check_identity(folder / IDENTITY, identity, process)
         path = records / f"{process}.jsonl"
-        for file in sorted(records.glob("*.jsonl")):
-            self.done |= {done.batch.key: done for done in _read(file, repair=file == path)}
-        self.file = path.open("a", encoding="utf-8")
+        self.lock = FileLock(records / f".{process}.lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"output: another evaluation is writing into {folder}") from error
+        try:
+            for file in sorted(records.glob("*.jsonl")):
+                self.done |= {done.batch.key: done for done in _read(file, repair=file == path)}
+            self.file = path.open("a", encoding="utf-8")
+        except BaseException:
+            self.lock.release()
+            raise
 
     def add(self, done: Done) -> None:
         """Keep a finished batch."""
@@ -104,6 +116,7 @@ class Ledger:
         if self.file is not None:
             self.file.close()
             self.file = None
+            self.lock.release()
 
 
 def read_records(folder: Path) -> Iterator[Done]:

@@ -1,11 +1,14 @@
 """The processes of one evaluation under `accelerate launch`; one process otherwise."""
 
 import datetime
+import os
 from collections.abc import Sequence
 from typing import TypeVar
 
-from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+
+from memlm.errors import UserError
 
 T = TypeVar("T")
 
@@ -40,7 +43,19 @@ class Processes(Alone):
     """Processes that divide the work; each holds the whole models."""
 
     def __init__(self):
-        self.state = PartialState(timeout=_PATIENCE)
+        """Find the others.
+
+        Raises:
+            UserError: when not all processes that the launcher was asked for take part.
+        """
+        patience = InitProcessGroupKwargs(timeout=_PATIENCE)
+        self.state = Accelerator(kwargs_handlers=[patience])
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        if asked != self.state.num_processes:
+            raise UserError(
+                f"asked for {asked} processes but {self.state.num_processes} take part; on a CPU: "
+                "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ..."
+            )
         self.number = self.state.process_index
         self.main = self.state.is_main_process
 

@@ -293,7 +293,7 @@ def input_hashes(config: EvaluationConfig) -> dict[str, str]:
     entries += [entry for entry in named if Path(entry).is_file()]
     paths = find_files(entries) if entries else []
     if config.babilong.stories is not None:
-        paths += sorted(Path(config.babilong.stories).glob("*.txt"))
+        paths += sorted(Path(config.babilong.stories).expanduser().glob("*.txt"))
     return {str(path): _file_hash(path) for path in paths}
 
 

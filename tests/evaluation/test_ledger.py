@@ -62,7 +62,7 @@ def test_an_unfinished_line_is_dropped(tmp_path, cut):
     for number in range(3):
         ledger.add(_done(number))
     ledger.close()
-    (path,) = (tmp_path / "records").iterdir()
+    (path,) = (tmp_path / "records").glob("*.jsonl")
     path.write_bytes(path.read_bytes()[:-cut])
     again = Ledger(tmp_path, {})
     assert list(again.done) == [_done(0).batch.key, _done(1).batch.key]
@@ -75,7 +75,7 @@ def test_damage_before_the_end_is_refused(tmp_path):
     ledger = Ledger(tmp_path, {})
     ledger.add(_done(0))
     ledger.close()
-    (path,) = (tmp_path / "records").iterdir()
+    (path,) = (tmp_path / "records").glob("*.jsonl")
     path.write_bytes(b'{"no": 1}\n' + path.read_bytes())
     with pytest.raises(UserError, match=r"0\.jsonl:1 is damaged"):
         Ledger(tmp_path, {})
@@ -88,6 +88,14 @@ def test_records_of_another_evaluation_are_refused(tmp_path):
     (tmp_path / "evaluation.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         Ledger(tmp_path, {"config": 1, "models": 2})
+
+
+def test_a_folder_belongs_to_one_evaluation_at_a_time(tmp_path):
+    first = Ledger(tmp_path, {})
+    with pytest.raises(UserError, match="another evaluation is writing into"):
+        Ledger(tmp_path, {})
+    first.close()
+    Ledger(tmp_path, {}).close()
 
 
 class Stopped(Exception):

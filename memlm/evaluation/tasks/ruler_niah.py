@@ -13,19 +13,16 @@ of some keys. Prompts follow the official generator (see `ruler`), with these di
   or 5 lines and never ends where they do not fit.
 """
 
-import json
 import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from memlm.data.sources import find_files
 from memlm.errors import UserError
 from memlm.evaluation.haystack import haystack_documents
 from memlm.evaluation.prompts import encode
@@ -154,7 +151,7 @@ def load_essay(files: tuple[str, ...], words: int) -> Essay:
     """The texts to the paragraph of the word number `words`, or all there are.
 
     Args:
-        files: as in `haystack_documents`, and .json files with a field "text".
+        files: as in `haystack_documents`.
         words: no more are needed.
 
     Raises:
@@ -173,31 +170,10 @@ def load_essay(files: tuple[str, ...], words: int) -> Essay:
 
 def _paragraphs(files: tuple[str, ...]) -> Iterator[list[str]]:
     """Words of each paragraph that has any."""
-    for document in _documents(list(files)):
+    for document in haystack_documents(list(files)):
         for paragraph in _BLANK_LINE.split(document):
             if words := paragraph.split():
                 yield words
-
-
-def _documents(files: list[str]) -> Iterator[str]:
-    if not files:
-        yield from haystack_documents([])
-    for path in find_files(files):
-        if path.suffix == ".json":
-            yield _json_text(path)
-        else:
-            yield from haystack_documents([str(path)])
-
-
-def _json_text(path: Path) -> str:
-    """The field "text" of a JSON file."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"haystack: file {str(path)!r} is not JSON") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-        raise UserError(f"haystack: file {str(path)!r} has no field 'text' with a string")
-    return record["text"]
 
 
 def _random_item(kind: str, rng: np.random.Generator) -> str:
