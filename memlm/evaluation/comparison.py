@@ -18,7 +18,8 @@ def compare_runs(
     """The difference of every two models in every task and setting, with the memory on.
 
     Two trials belong together when task, setting, number and references are the same. Where all
-    their prompts are the same too, the difference is paired: a bootstrap over trials. Models with
+    their prompts are the same too, the difference is paired: a bootstrap over trials (where all
+    differ by the same, an interval from the shares of both, which keeps a width). Models with
     different tokenizers read different prompts; their difference is one of independent trials.
 
     Args:
@@ -97,9 +98,11 @@ def _compare(pairs: Sequence[tuple[Record, Record]], kind: str) -> dict[str, Any
 
 def _paired(first: list[float], second: list[float], kind: str) -> Estimate:
     differences = [a - b for a, b in zip(first, second, strict=True)]
-    if kind == "hits" and len(set(differences)) == 1:
+    if kind != "losses" and len(set(differences)) == 1:
         # A bootstrap of equal values has no width, however few they are.
-        return paired_proportions([a > 0 for a in first], [b > 0 for b in second])
+        if kind == "hits":
+            return paired_proportions([a > 0 for a in first], [b > 0 for b in second])
+        return independent_difference(estimate(first, kind), estimate(second, kind))
     return bootstrap_mean(differences)
 
 

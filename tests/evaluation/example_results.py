@@ -128,7 +128,23 @@ def mqar(conditions: list[str]) -> dict[str, Any]:
         "peak_memory_bytes": None,
     }  # fmt: skip
     costs = dict.fromkeys(task["scores"], spent | rates | sizes)
-    return task | {"axis": "key-value pairs", "kind": "shares", "cost": costs, "row_tokens": 512}
+    return (
+        task
+        | {"axis": "key-value pairs", "kind": "shares", "cost": costs}
+        | {
+            "row_tokens": 512,
+            "failures": [
+                {
+                    "setting": "16",
+                    "trial": 0,
+                    "score": 0.5,
+                    "answers": [],
+                    "labels": {},
+                    "excerpt": "",
+                }
+            ],
+        }
+    )
 
 
 def perplexity(conditions: list[str]) -> dict[str, Any]:

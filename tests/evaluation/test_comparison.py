@@ -39,8 +39,9 @@ def test_paired_models():
     }  # fmt: skip
 
 
-def test_equal_differences_keep_a_width():
-    (found,) = compare([record(t, 1.0) for t in range(5)], [record(t, 0.0) for t in range(5)])
+@pytest.mark.parametrize("kind", ["hits", "shares"])
+def test_equal_differences_keep_a_width(kind):
+    (found,) = compare([record(t, 1.0) for t in range(5)], [record(t, 0.0) for t in range(5)], kind)
     assert found["difference"]["value"] == 1
     assert 0.2 < found["difference"]["low"] < 0.9
 

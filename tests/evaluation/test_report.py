@@ -174,6 +174,7 @@ def test_failures_show_the_needle(page):
     assert "# The key is <mark>90210</mark>.\n\\x1b[0m&lt;/pre&gt;</pre>" in page
     assert "x0 = 1902109" in page  # not a whole word
     assert page.count("<summary>2 more</summary>") == 2
+    assert page.count("<h3>Failures</h3>") == 1  # one of MQAR has nothing to be seen
 
 
 def test_models_are_compared(page):
@@ -344,6 +345,7 @@ BAD_RESULTS = {
     "no runs": (broken(lambda found: found.update(runs=[])), "holds no scores"),
     "a run without scores": (broken(lambda found: found["runs"][0].update(tasks={})), "no scores"),
     "a run without a name": (broken(lambda found: found["runs"][0].update(model={})), "'name'"),
+    "a run without notes": (broken(lambda found: found["runs"][0].pop("notes")), "at 'notes'"),
     "a task without scores": (
         broken(lambda found: found["runs"][0]["tasks"]["needle"].pop("scores")),
         "damaged at 'scores'",

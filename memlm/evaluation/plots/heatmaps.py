@@ -121,9 +121,9 @@ def _draw(
     height = 0.36 * len(row_names) if numbered else min(0.16 * len(row_names), 4.0)
     names = 0.09 * max(map(len, row_names))
     wide = max(1.5, 0.46 * len(column_names))
-    figure, axes = new_figure(
-        1.6 + names + columns * wide, 1.5 + rows * (max(height, 1.0) + 0.55), rows, columns
-    )
+    # A letter of the title is a tenth of an inch wide.
+    width = max(1.6 + names + columns * wide, 0.5 + 0.1 * len(title))
+    figure, axes = new_figure(width, 1.5 + rows * (max(height, 1.0) + 0.55), rows, columns)
     image = None
     for index, (axis, (name, grid)) in enumerate(zip(axes, panels.items(), strict=False)):
         axis.set_facecolor(GREY)

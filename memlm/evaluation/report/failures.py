@@ -11,7 +11,8 @@ _SHOWN = 1  # before a reader asks for more
 
 def failures(task: dict[str, Any], name: str) -> str:
     """The failures of one model in one task; nothing where there are none."""
-    found = task["failures"]
+    # Without an answer in words or a text around it there is nothing to look at.
+    found = [one for one in task["failures"] if one["answers"] or one["excerpt"]]
     if not found:
         return ""
     blocks = [_failure(task, failure) for failure in found]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from memlm.evaluation.report.html import Pictures, details, grouped_table, picture, table, text
-from memlm.evaluation.report.numbers import MISSING, setting_text, value_text
+from memlm.evaluation.report.numbers import MISSING, count_text, setting_text, value_text
 from memlm.evaluation.report.shape import (
     PROMPT_CONDITIONS,
     Runs,
@@ -27,7 +27,8 @@ def group_body(runs: Runs, group: str, tasks: list[str], light: Pictures, dark: 
         f"<div><h3>{text(name_of(run))}</h3>{_scores(run, tasks)}</div>" for run in own
     )
     parts = [
-        f"<p>{len(tasks)} tasks; scores in %, memory on. Intervals stand with each task.</p>",
+        f"<p>{count_text(len(tasks), 'task')}; scores in %, memory on. Intervals stand with each "
+        "task.</p>",
         f'<div class="row">{tables}</div>',
     ]
     if group == "ruler":
@@ -38,8 +39,9 @@ def group_body(runs: Runs, group: str, tasks: list[str], light: Pictures, dark: 
         label = f"{title}: scores of {name_of(run)} by depth"
         parts.append(picture(f"{group}_depths_{number}.png", label, light, dark))
     for task in tasks:
-        heading = f"{text(task)}: {text(task_of(runs, task)['title'])}"
-        parts.append(details(heading, task_body(runs, task, light, dark)))
+        title = task_of(runs, task)["title"]
+        heading = title if task in title else f"{task}: {title}"
+        parts.append(details(text(heading), task_body(runs, task, light, dark)))
     return "\n".join(part for part in parts if part)
 
 
@@ -54,7 +56,7 @@ def _scores(run: dict[str, Any], tasks: list[str]) -> str:
     means = [mean_score(run, tasks, setting, "on") for setting in settings]
     rows.append(
         [
-            f"<b>mean of {len(tasks)} tasks</b>",
+            f"<b>mean of {count_text(len(tasks), 'task')}</b>",
             *(
                 MISSING if mean is None else f"<b>{value_text(mean, 'shares')}</b>"
                 for mean in means

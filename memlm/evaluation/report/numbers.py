@@ -63,6 +63,11 @@ def setting_text(label: str, axis: str) -> str:
     return label
 
 
+def count_text(number: int, noun: str) -> str:
+    """1 task, 2 tasks."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def unit_of(axis: str) -> str:
     """ "tokens" of "length (tokens)", "pairs" of "key-value pairs"."""
     return axis.split("(")[1].rstrip(")") if "(" in axis else axis.rsplit(" ", 1)[-1]

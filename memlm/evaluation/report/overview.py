@@ -8,6 +8,7 @@ from memlm.evaluation.report.html import Pictures, details, estimate, picture, t
 from memlm.evaluation.report.numbers import (
     MISSING,
     bytes_text,
+    count_text,
     estimate_text,
     seconds_text,
     setting_text,
@@ -55,8 +56,8 @@ def overview(results: dict[str, Any], light: Pictures, dark: Pictures) -> str:
         f"<p><b>{text(name_of(run))}.</b> {text(note)}</p>" for run in runs for note in run["notes"]
     ]
     parts = [
-        f"<p>{_count(len(tasks), 'task')} with {_count(len(runs), 'model')}, in "
-        f"{_count(len(conditions), 'condition')} of the memory and the prompt; "
+        f"<p>{count_text(len(tasks), 'task')} with {count_text(len(runs), 'model')}, in "
+        f"{count_text(len(conditions), 'condition')} of the memory and the prompt; "
         f"{100 * results['confidence']:.0f} % intervals; {seconds_text(results['seconds'])} of "
         "computation.</p>",
         _models(runs),
@@ -68,10 +69,6 @@ def overview(results: dict[str, Any], light: Pictures, dark: Pictures) -> str:
         picture("cost.png", "Time per token, state and peak memory by length", light, dark),
     ]
     return "\n".join(part for part in parts if part)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _models(runs: Runs) -> str:
@@ -122,7 +119,7 @@ def _headline(runs: Runs) -> str:
         name = heading_of(runs, section)
         metric = first["metric"]
         if is_group(section):
-            name, metric = f"{name}, mean of {len(tasks)} tasks", "score (%)"
+            name, metric = f"{name}, mean of {count_text(len(tasks), 'task')}", "score (%)"
         cells = [_head_cell(run, section, tasks, setting, condition) for run, condition in columns]
         link = f'<a href="#{text(section)}">{text(name)}</a>'
         rows.append([f"{link}<br><small>{text(metric)}, {text(place)}</small>", *cells])

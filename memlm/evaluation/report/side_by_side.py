@@ -16,6 +16,11 @@ from memlm.evaluation.tasks.base import Record
 _KEYS = (
     "runs", "comparisons", "command", "config", "confidence", "seconds", "versions", "hashes",
 )  # fmt: skip
+_MODEL_KEYS = ("name", "source", "parameters", "attention_reach_tokens", "fingerprint")
+_TASK_KEYS = (
+    "title", "description", "metric", "axis", "kind", "scores", "memory_gain", "by_memory",
+    "depths", "cost", "failures", "seconds",
+)  # fmt: skip
 _Records = dict[str, list[Record]]  # of one run, by task
 
 
@@ -86,18 +91,24 @@ def read_results(folder: Path) -> dict[str, Any]:
         )
     try:
         for run in found["runs"]:
-            name_of(run)
+            _require(run, ("model", "conditions", "notes", "tasks"))
+            _require(run["model"], _MODEL_KEYS)
             for task, details in run["tasks"].items():
                 # Names of tasks become names of files.
                 if not re.fullmatch(r"\w+", task):
                     raise ValueError(task)
-                for key in ("scores", "cost", "depths", "failures", "kind", "axis", "metric"):
-                    details[key]
+                _require(details, _TASK_KEYS)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged at {error}; run the evaluation again") from error
     if not found["runs"] or not all(run["tasks"] for run in found["runs"]):
         raise UserError(f"{path}: it holds no scores; give a finished evaluation")
     return found
+
+
+def _require(found: dict[str, Any], keys: Sequence[str]) -> None:
+    """Raise KeyError for the first key that is missing."""
+    for key in keys:
+        found[key]
 
 
 def read_records(folder: Path, runs: Sequence[dict[str, Any]]) -> list[_Records]:

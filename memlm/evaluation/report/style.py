@@ -43,13 +43,12 @@ code {{ background: var(--soft); padding: 0 0.2rem; border-radius: 3px; overflow
 mark {{ background: var(--mark); color: inherit; padding: 0 0.1rem; }}
 details {{ margin: 0.7rem 0; }}
 summary {{ cursor: pointer; color: var(--accent); }}
-details > :not(summary) {{ margin-left: 0.7rem; }}
+details[open] {{ border-left: 2px solid var(--line); padding-left: 0.7rem; }}
 .row {{ display: flex; flex-wrap: wrap; gap: 0 2.5rem; }}
 .row > div {{ max-width: 100%; }}
 @media (max-width: 40rem) {{
   body {{ padding: 0.7rem; }}
   th, td {{ padding: 0.25rem 0.4rem; }}
-  details > :not(summary) {{ margin-left: 0; }}
 }}
 </style>
 </head>
