@@ -5,8 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from memlm.evaluation.statistics import Estimate, bootstrap_mean, paired_proportions
-from memlm.evaluation.summary import estimate
+from memlm.evaluation.statistics import estimate, independent_difference, paired_difference
 from memlm.evaluation.tasks.base import Record
 
 _Trials = dict[str, dict[str, dict[int, Record]]]  # task -> setting -> trial
@@ -79,7 +78,7 @@ def _compare(pairs: Sequence[tuple[Record, Record]], kind: str) -> dict[str, Any
     first, second = [a.score for a, _ in pairs], [b.score for _, b in pairs]
     paired = all(a.prompt and a.prompt == b.prompt for a, b in pairs)
     if paired:
-        difference = _paired(first, second, kind)
+        difference = paired_difference(first, second, kind)
     else:
         difference = independent_difference(estimate(first, kind), estimate(second, kind))
     sign = -1 if kind == "losses" else 1
@@ -94,27 +93,3 @@ def _compare(pairs: Sequence[tuple[Record, Record]], kind: str) -> dict[str, Any
         "first_only": sum(sign * a > sign * b for a, b in zip(first, second, strict=True)),
         "second_only": sum(sign * a < sign * b for a, b in zip(first, second, strict=True)),
     }
-
-
-def _paired(first: list[float], second: list[float], kind: str) -> Estimate:
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    if kind != "losses" and len(set(differences)) == 1:
-        # A bootstrap of equal values has no width, however few they are.
-        if kind == "hits":
-            return paired_proportions([a > 0 for a in first], [b > 0 for b in second])
-        return independent_difference(estimate(first, kind), estimate(second, kind))
-    return bootstrap_mean(differences)
-
-
-def independent_difference(first: Estimate, second: Estimate) -> Estimate:
-    """first - second of independent trials, from the intervals of both.
-
-    Newcombe (1998), Statistics in Medicine 17:873, method 10, for proportions; Zou and Donner
-    (2008), Statistics in Medicine 27:1693, for any value with an interval.
-    """
-    difference = first.value - second.value
-    below = math.hypot(first.value - first.low, second.high - second.value)
-    above = math.hypot(first.high - first.value, second.value - second.low)
-    return Estimate(
-        difference, difference - below, difference + above, min(first.count, second.count)
-    )

@@ -108,3 +108,38 @@ def bootstrap_mean(values: Sequence[float], resamples: int = 4000, seed: int = 0
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(array[picks].mean(axis=1), [tail, 100 - tail])
     return Estimate(mean, min(float(low), mean), max(float(high), mean), int(array.size))
+
+
+def estimate(values: Sequence[float], kind: str) -> Estimate:
+    """The mean of "hits", "shares" or "losses": Wilson's interval, for losses the bootstrap's."""
+    if kind == "losses":
+        return bootstrap_mean(values)
+    return wilson(min(sum(values), len(values)), len(values))
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], kind: str) -> Estimate:
+    """The mean of first - second on the same trials: a bootstrap over trials.
+
+    Where all differences of shares are equal, however few they are, a bootstrap would have no
+    width: then they count as hits seen on the same trials, or as independent shares.
+    """
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    if kind == "losses" or len(set(differences)) > 1:
+        return bootstrap_mean(differences)
+    if kind == "hits":
+        return paired_proportions([a > 0 for a in first], [b > 0 for b in second])
+    return independent_difference(estimate(first, kind), estimate(second, kind))
+
+
+def independent_difference(first: Estimate, second: Estimate) -> Estimate:
+    """first - second of independent trials, from the intervals of both.
+
+    Newcombe (1998), Statistics in Medicine 17:873, method 10, for proportions; Zou and Donner
+    (2008), Statistics in Medicine 27:1693, for any value with an interval.
+    """
+    difference = first.value - second.value
+    below = math.hypot(first.value - first.low, second.high - second.value)
+    above = math.hypot(first.high - first.value, second.value - second.low)
+    return Estimate(
+        difference, difference - below, difference + above, min(first.count, second.count)
+    )

@@ -6,7 +6,13 @@ from typing import Any
 
 from memlm.evaluation.config import ALL_CONDITIONS
 from memlm.evaluation.ledger import Done
-from memlm.evaluation.statistics import Estimate, bootstrap_mean, paired_proportions, wilson
+from memlm.evaluation.statistics import (
+    Estimate,
+    estimate,
+    paired_difference,
+    paired_proportions,
+    wilson,
+)
 from memlm.evaluation.tasks.base import Record, Task
 
 _FAILURES = 12  # shown of a task
@@ -65,21 +71,15 @@ def summarise(task: Task, done: Sequence[Done]) -> dict[str, Any]:
     return found | task.details(records)
 
 
-def estimate(values: Sequence[float], kind: str) -> Estimate:
-    """The mean with its interval: Wilson's for shares, the bootstrap for losses."""
-    if kind == "losses":
-        return bootstrap_mean(values)
-    return wilson(min(sum(values), len(values)), len(values))
-
-
 def gain(first: dict[int, float], second: dict[int, float], kind: str) -> Estimate:
     """How much better `first` is than `second`, paired by trial; losses are better when lower."""
     both = sorted(first.keys() & second.keys())
     a, b = [first[trial] for trial in both], [second[trial] for trial in both]
     if kind == "hits":
         return paired_proportions([value > 0 for value in a], [value > 0 for value in b])
-    sign = -1.0 if kind == "losses" else 1.0
-    return bootstrap_mean([sign * (x - y) for x, y in zip(a, b, strict=True)])
+    if kind == "losses":
+        a, b = b, a
+    return paired_difference(a, b, kind)
 
 
 def recalled_by_memory(on: dict[int, float], off: dict[int, float]) -> Estimate:

@@ -68,7 +68,7 @@ class NeedleTask(PromptTask):
             Context([before, line, haystack.piece(offset + position, after)]),
             (Question(question, (answer,), self.digits),),
             {"depth": depth, "position": position, "distance": after},
-            self._excerpt(offset + position, line),
+            self._excerpt(offset, position, room, line),
         )
 
     def score(self, question: Question, prediction: str) -> float:
@@ -111,12 +111,12 @@ class NeedleTask(PromptTask):
             start = stop
         return None
 
-    def _excerpt(self, place: int, line: np.ndarray) -> str:
-        """The hidden line and the text around it; `place` counts from the haystack's start."""
-        decode, read = self.tools.tokenizer.decode, self.tools.haystack.read
-        before = read(max(0, place - _EXCERPT), place)
-        after = read(place, place + _EXCERPT)
-        return decode(np.concatenate([before, line, after]).tolist())
+    def _excerpt(self, offset: int, position: int, room: int, line: np.ndarray) -> str:
+        """The hidden line and the text around it in the prompt."""
+        read = self.tools.haystack.read
+        before = read(offset + max(0, position - _EXCERPT), offset + position)
+        after = read(offset + position, offset + min(room, position + _EXCERPT))
+        return self.tools.tokenizer.decode(np.concatenate([before, line, after]).tolist())
 
     def details(self, records: Sequence[Record]) -> dict[str, Any]:
         return {"least_distance_tokens": self.distance, "chance": 10.0**-self.digits}
