@@ -50,10 +50,9 @@ class Context:
         """The ids from `start` to `stop` (cut at the end of the context), int64."""
         found = [np.empty(0, dtype=np.int64)]
         first = int(np.searchsorted(self.ends, start, side="right"))
-        for piece, end in zip(self.pieces[first:], self.ends[first:].tolist(), strict=True):
+        last = int(np.searchsorted(self.ends, stop)) + 1
+        for piece, end in zip(self.pieces[first:last], self.ends[first:last].tolist(), strict=True):
             begin = end - len(piece)
-            if begin >= stop:
-                break
             found.append(piece.read(max(start - begin, 0), min(stop - begin, len(piece))))
         return np.concatenate(found)
 
