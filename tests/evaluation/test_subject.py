@@ -69,10 +69,15 @@ def ragged_trials() -> list[Trial]:
 
 
 def alone(subject: Subject, trials: list[Trial], one: Pass) -> dict[str, list[list[str]]]:
+    """Every question asked by itself, after a reading of its own."""
     found: dict[str, list[list[str]]] = {name: [] for name in one.conditions}
     for trial in trials:
-        for name, answers in subject.ask([trial], one, Meter()).items():
-            found[name] += answers
+        asked = [
+            subject.ask([Trial(trial.context, (question,))], one, Meter())
+            for question in trial.questions
+        ]
+        for name in one.conditions:
+            found[name].append([answer[name][0][0] for answer in asked])
     return found
 
 

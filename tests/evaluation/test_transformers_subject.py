@@ -168,7 +168,13 @@ def test_a_batch_says_what_its_rows_say_alone(name):
     ]
     asked = Pass(("on",))
     together = one.ask(trials, asked, Meter())["on"]
-    alone = [one.ask([trial], asked, Meter())["on"][0] for trial in trials]
+    alone = [
+        [
+            one.ask([Trial(trial.context, (question,))], asked, Meter())["on"][0][0]
+            for question in trial.questions
+        ]
+        for trial in trials
+    ]
     assert together == alone
     assert [len(answers) for answers in together] == [1, 2, 1, 2]
     assert len({answer for answers in together for answer in answers}) > 2
