@@ -52,7 +52,9 @@ class NeedleTask(PromptTask):
         question = np.concatenate([self.pieces.newline, self.pieces.prefix])
         room = length - len(question) - self.digits - len(self.pieces.stop) - len(line)
         haystack = self.tools.haystack
-        offset = int(rng.integers(0, max(1, len(haystack) - room + 1)))
+        # A text that has to be repeated anyway may start anywhere.
+        starts = len(haystack) - room + 1 if room <= len(haystack) else len(haystack)
+        offset = int(rng.integers(0, starts))
         depth = index % self.depths / (self.depths - 1) if self.depths > 1 else 0.5
         latest = room - self.distance
         position = self._line_border(offset, depth * latest, latest)
@@ -119,4 +121,8 @@ class NeedleTask(PromptTask):
         return self.tools.tokenizer.decode(np.concatenate([before, line, after]).tolist())
 
     def details(self, records: Sequence[Record]) -> dict[str, Any]:
-        return {"least_distance_tokens": self.distance, "chance": 10.0**-self.digits}
+        return {
+            "least_distance_tokens": self.distance,
+            "chance": 10.0**-self.digits,
+            "haystack_tokens": len(self.tools.haystack),
+        }
