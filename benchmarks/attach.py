@@ -117,17 +117,34 @@ def pretrain(base: Base, folder: Path) -> None:
     start = time.process_time()
     tokenizer = load_tokenizer("bytes")
     torch.manual_seed(base.seed)
-    model = MistralForCausalLM(_base_config(base, tokenizer)).train()
-    data = DataConfig(sources=[{"type": "passkey", "digits": [5, 30]}], seed=base.seed)
-    rows = PackedDataset(data, tokenizer, "train", base.stages[0][1])
+    model = MistralForCausalLM(_base_config(base, tokenizer))
+    train_on_needles(model, base.stages, base.tokens_per_step, base.seed)
+    model.save_pretrained(folder)
+    report.save_json({"settings": settings, "seconds": time.process_time() - start}, made)
+
+
+def train_on_needles(
+    model: PreTrainedModel, stages: Sequence[tuple[int, int]], tokens_per_step: int, seed: int
+) -> None:
+    """Train a byte-level model of transformers on text with pass keys.
+
+    Args:
+        model: trained in place.
+        stages: (steps, tokens per row) one after the other.
+        tokens_per_step: of one optimizer step.
+        seed: of the rows.
+    """
+    model.train()
+    data = DataConfig(sources=[{"type": "passkey", "digits": [5, 30]}], seed=seed)
+    rows = PackedDataset(data, load_tokenizer("bytes"), "train", stages[0][1])
     options = TrainConfig(optimizer="muon", learning_rate=3e-3, weight_decay=0.01, warmup_steps=50)
     optimizers = build_optimizers(model, options)
-    lengths = [length for steps, length in base.stages for _ in range(steps)]
+    lengths = [length for steps, length in stages for _ in range(steps)]
     with float32_muon():
         for step, length in enumerate(lengths):
             factor = learning_rate_factor(step, len(lengths), options.warmup_steps, 0.1)
             set_learning_rates(optimizers, factor)
-            count = base.tokens_per_step // length
+            count = tokens_per_step // length
             batch = rows.with_length(length).batch(range(step * count, (step + 1) * count))
             loss = pretraining_loss(model, batch)
             loss.backward()
@@ -136,9 +153,7 @@ def pretrain(base: Base, folder: Path) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
             if (step + 1) % 20 == 0:
-                print(f"base: step {step + 1} of {len(lengths)}, loss {loss:.3f}", flush=True)
-    model.save_pretrained(folder)
-    report.save_json({"settings": settings, "seconds": time.process_time() - start}, made)
+                print(f"step {step + 1} of {len(lengths)}, loss {loss:.3f}", flush=True)
 
 
 def _base_config(base: Base, tokenizer: PreTrainedTokenizerBase) -> MistralConfig:

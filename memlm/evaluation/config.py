@@ -190,7 +190,7 @@ class EvaluationConfig:
     mqar: MqarOptions = field(default_factory=MqarOptions)
     perplexity: PerplexityOptions = field(default_factory=PerplexityOptions)
     batch_size: int = 32
-    segment: int = 1024
+    segment: int = 256
     seed: int = 0
 
     @classmethod
