@@ -88,7 +88,6 @@ class Ledger:
             return
         records = folder / FOLDER
         records.mkdir(parents=True, exist_ok=True)
-        _check_identity(folder / IDENTITY, identity, process)
         path = records / f"{process}.jsonl"
         self.lock = FileLock(records / f".{process}.lock")
         try:
@@ -96,9 +95,11 @@ class Ledger:
         except Timeout as error:
             raise UserError(f"output: another evaluation is writing into {folder}") from error
         try:
+            _check_identity(folder / IDENTITY, identity, process)
             for file in sorted(records.glob("*.jsonl")):
                 self.done |= {done.batch.key: done for done in _read(file, repair=file == path)}
-            self.file = path.open("a", encoding="utf-8")
+            # Half of a surrogate pair is written as JSON's escape.
+            self.file = path.open("a", encoding="utf-8", errors="backslashreplace")
         except BaseException:
             self.lock.release()
             raise
@@ -154,9 +155,9 @@ def _read(path: Path, repair: bool) -> Iterator[Done]:
     """The finished batches of a file; `repair` cuts off an unfinished last line."""
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
-    for number, line in enumerate(data[:whole].decode("utf-8").split("\n")[:-1], start=1):
+    for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
         try:
-            yield Done.from_json(line)
+            yield Done.from_json(line.decode("utf-8"))
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"output: {path}:{number} is damaged; choose another folder") from error
     if repair and whole < len(data):

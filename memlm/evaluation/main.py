@@ -62,8 +62,11 @@ def model_names(sources: Sequence[str]) -> list[str]:
         if source in sources[:number]:
             raise UserError(f"--model names {source!r} twice")
         name = Path(source).resolve().name if Path(source).is_dir() else Path(source).name
-        same = sum(name == other or other.startswith(f"{name}-") for other in names)
-        names.append(f"{name}-{same + 1}" if name in names else name)
+        choice, same = name, 1
+        while choice in names:
+            same += 1
+            choice = f"{name}-{same}"
+        names.append(choice)
     return names
 
 

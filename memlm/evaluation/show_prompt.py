@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from memlm.cli import run_entry_point
 from memlm.data.tokenizers import load_tokenizer
@@ -49,12 +48,17 @@ def _show(options: argparse.Namespace) -> None:
         identity = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{options.folder} holds no evaluation ({IDENTITY} is missing)") from error
-    config = EvaluationConfig.from_dict(identity["config"])
-    number = _number(identity["models"], options.model)
-    source = options.tokenizer or identity["models"][number]["tokenizer"]
+    try:
+        config = EvaluationConfig.from_dict(identity["config"])
+        models = {model["name"]: model["tokenizer"] for model in identity["models"]}
+        distance = identity["distance"]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not of an evaluation of this version") from error
+    number = _number(list(models), options.model)
+    source = options.tokenizer or list(models.values())[number]
     if source is None:
         raise UserError("--tokenizer is needed: this model was evaluated from memory")
-    tools = Tools(config, load_tokenizer(source), identity["distance"])
+    tools = Tools(config, load_tokenizer(source), distance)
     trial = regenerate(tools, options.task, options.setting, options.trial, options.variant)
     expected = _recorded(options, number)
     if expected not in (None, trial.fingerprint()):
@@ -96,8 +100,7 @@ def regenerate(tools: Tools, task: str, setting: str, index: int, variant: str =
     return made.trial(int(setting), index, variant)
 
 
-def _number(models: list[dict[str, Any]], name: str | None) -> int:
-    names = [model["name"] for model in models]
+def _number(names: list[str], name: str | None) -> int:
     if name is None:
         return 0
     if name not in names:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from memlm.evaluation.config import EvaluationConfig
-from memlm.evaluation.main import main, parse_arguments
+from memlm.evaluation.main import main, model_names, parse_arguments
 
 
 @pytest.fixture
@@ -52,6 +52,11 @@ def test_arguments_reach_the_config():
 )
 def test_wrong_arguments(words, message, capsys):
     assert message in _fails(words.split(), capsys)
+
+
+def test_names_are_different():
+    sources = ["a/x", "a/x-3", "b/x", "c/x", "org/y"]
+    assert model_names(sources) == ["x", "x-3", "x-2", "x-4", "y"]
 
 
 def test_help_names_the_options(capsys):

@@ -79,6 +79,18 @@ def test_damage_before_the_end_is_refused(tmp_path):
     path.write_bytes(b'{"no": 1}\n' + path.read_bytes())
     with pytest.raises(UserError, match=r"0\.jsonl:1 is damaged"):
         Ledger(tmp_path, {})
+    path.write_bytes(b'{"no": "\xff"}\n' + path.read_bytes())
+    with pytest.raises(UserError, match=r"0\.jsonl:1 is damaged"):
+        Ledger(tmp_path, {})
+
+
+def test_half_a_surrogate_pair_is_kept(tmp_path):
+    """As in a reference of a SQuAD file; UTF-8 has no such thing."""
+    ledger, done = Ledger(tmp_path, {}), _done(0)
+    done.records[0].answers[0]["prediction"] = "\ud800"
+    ledger.add(done)
+    ledger.close()
+    assert list(read_records(tmp_path)) == [done]
 
 
 def test_records_of_another_evaluation_are_refused(tmp_path):
@@ -94,7 +106,15 @@ def test_a_folder_belongs_to_one_evaluation_at_a_time(tmp_path):
     first = Ledger(tmp_path, {})
     with pytest.raises(UserError, match="another evaluation is writing into"):
         Ledger(tmp_path, {})
+    # One that is refused leaves no trace, even if both began at once.
+    (tmp_path / "evaluation.json").unlink()
+    with pytest.raises(UserError, match="another evaluation is writing into"):
+        Ledger(tmp_path, {"config": 2})
+    assert not (tmp_path / "evaluation.json").exists()
     first.close()
+    Ledger(tmp_path, {}).close()
+    with pytest.raises(UserError, match="records of another"):
+        Ledger(tmp_path, {"config": 2})
     Ledger(tmp_path, {}).close()
 
 
@@ -223,3 +243,7 @@ def test_a_prompt_whose_text_has_changed(gated_delta, tokenizer, text_file, tmp_
     assert "its texts or its tokenizer have changed" in capsys.readouterr().err
     assert show_prompt([str(tmp_path), *words[1:]]) == 2
     assert "holds no evaluation" in capsys.readouterr().err
+    for content in ("{}", "[]", '{"config": {"new": 1}}'):
+        (tmp_path / "evaluation.json").write_text(content)
+        assert show_prompt([str(tmp_path), *words[1:]]) == 2
+        assert "is not of an evaluation of this version" in capsys.readouterr().err
