@@ -32,11 +32,14 @@ class Meter:
 
     Attributes:
         bar: moved by `advance`.
+        device: of the model; what a GPU was told to do is waited for, so that it counts where it
+            belongs.
         tokens, seconds: by kind: "read", "generate", "answer", "score".
         state_bytes: of the largest states of a row that were seen.
     """
 
     bar: ProgressBar | None = None
+    device: torch.device | None = None
     tokens: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     state_bytes: StateBytes = StateBytes(0, 0, 0)
@@ -49,10 +52,16 @@ class Meter:
     @contextmanager
     def measure(self, kind: str, tokens: int) -> Iterator[None]:
         """Count `tokens` and the time spent inside as `kind`."""
+        self._wait()
         start = time.perf_counter()
         yield
+        self._wait()
         self.tokens[kind] = self.tokens.get(kind, 0) + tokens
         self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def saw(self, found: StateBytes) -> None:
         """Keep the largest states."""

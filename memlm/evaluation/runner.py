@@ -221,8 +221,17 @@ def _setting(task: Task, batch: Batch) -> Setting:
 
 
 def _run_batch(batch: Batch, subject: Subject, task: Task, bar: tqdm) -> Done:
-    start, peak, meter = time.perf_counter(), PeakMemory(subject.device), Meter(bar)
-    records = task.run(_setting(task, batch), range(batch.first, batch.last), subject, meter)
+    start, peak = time.perf_counter(), PeakMemory(subject.device)
+    meter = Meter(bar, subject.device)
+    rows = range(batch.first, batch.last)
+    try:
+        records = task.run(_setting(task, batch), rows, subject, meter)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{task.name}: {subject.name} has no memory left on {device_name(subject.device)} for "
+            f"{len(rows)} rows of {batch.setting}; use a smaller batch_size or segment (and "
+            "another output folder)"
+        ) from error
     costs = meter.costs() | {
         "peak_memory_bytes": peak.bytes(),
         "total_seconds": time.perf_counter() - start,
@@ -250,7 +259,8 @@ def _results(
             }
         runs.append(
             {
-                "model": models[number],
+                # Not what the numbers depend on, so it may change while they are gathered.
+                "model": models[number] | {"device": device_name(subject.device)},
                 "conditions": list(subject.plan.conditions),
                 "notes": list(subject.plan.notes),
                 "tasks": found,
@@ -275,9 +285,22 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
         "attention_reach_tokens": subject.plan.attention_reach,
         "fingerprint": fingerprint(subject.model.state_dict())[:16],
+        "configuration": configuration_hash(subject.model),
         "tokenizer": subject.tokenizer_source,
         "vocabulary": tokenizer_hash(subject.tokenizer),
     }
+
+
+def configuration_hash(model: nn.Module) -> str:
+    """SHA-256 of what no weight tells, windows and the like, 16 hexadecimal digits."""
+    attached = getattr(model, "attachment", None)
+    parts = [model.config] if attached is None else [model.config, attached.config, attached.window]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU; otherwise the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,10 +1,12 @@
 import json
 
 import pytest
+import torch
 
 from memlm.errors import UserError
 from memlm.evaluation import EvaluationConfig, evaluate
 from memlm.evaluation.config import MqarOptions, NeedleOptions, NiahOptions, PerplexityOptions
+from memlm.evaluation.prompts import Trial
 from memlm.evaluation.results import check_output
 
 
@@ -77,6 +79,43 @@ def test_segments_do_not_change_the_results(gated_delta, tokenizer, text_file):
     for task in ("needle", "mqar"):
         first, second = (found["runs"][0]["tasks"][task] for found in (whole, cut))
         assert first["scores"] == second["scores"]
+
+
+@pytest.mark.parametrize("capacity", [64, 16])
+def test_the_config_is_part_of_a_model(tiny_model, tokenizer, text_file, tmp_path, capacity):
+    """Weights alone do not tell how many entries a cache holds."""
+    models = []
+    for entries in (64, capacity):
+        torch.manual_seed(0)
+        cache = {"type": "knn_cache", "segment": 8, "capacity": entries}
+        models.append(tiny_model(memory=cache))
+    config = small(text_file, ["mqar"])
+    first = evaluate(models[0], tokenizer, config, tmp_path, progress=False)
+    (tmp_path / "results.json").unlink()
+    if capacity != 64:
+        with pytest.raises(UserError, match=r"another evaluation \(models differ\)"):
+            evaluate(models[1], tokenizer, config, tmp_path, progress=False)
+        return
+    again = evaluate(models[1], tokenizer, config, tmp_path, progress=False)
+    assert again["seconds"] == first["seconds"]  # nothing ran again
+    assert again["runs"][0]["model"]["device"] == "cpu"
+
+
+def test_no_memory_left(oracle, tokenizer, text_file, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(oracle, "forward", full)
+    message = "needle: model has no memory left on cpu for 4 rows of 150; use a smaller batch_size"
+    with pytest.raises(UserError, match=message):
+        evaluate(oracle, tokenizer, small(text_file, ["needle"]), tmp_path, progress=False)
+
+
+def test_a_prompt_is_hashed_once(oracle, tokenizer, text_file, monkeypatch):
+    hashed, original = [], Trial.fingerprint
+    monkeypatch.setattr(Trial, "fingerprint", lambda self: hashed.append(1) or original(self))
+    evaluate(oracle, tokenizer, small(text_file, ["needle"]), progress=False)
+    assert len(hashed) == 4 * 4  # trials x readings: on, off, changed, absent
 
 
 def test_results_are_never_overwritten(oracle, tokenizer, text_file, tmp_path):

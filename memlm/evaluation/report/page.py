@@ -5,10 +5,7 @@ from typing import Any
 
 from memlm.evaluation.report.groups import group_body
 from memlm.evaluation.report.html import Pictures, details, estimate, table, text
-from memlm.evaluation.report.numbers import (
-    estimate_text,
-    setting_text,
-)
+from memlm.evaluation.report.numbers import MISSING, estimate_text, setting_text
 from memlm.evaluation.report.overview import heading_of, overview
 from memlm.evaluation.report.shape import (
     Runs,
@@ -104,12 +101,14 @@ def _repeat(results: dict[str, Any]) -> str:
     rows = [
         [
             text(name_of(run)),
-            text(run["model"]["source"]),
+            text(run["model"]["source"] or "made in memory"),
+            text(run["model"].get("device") or MISSING),
             f"<code>{text(run['model']['fingerprint'])}</code>",
         ]
         for run in results["runs"]
     ]
-    parts.append(table(["model", "source", "hash of its weights"], rows, texts=3))
+    header = ["model", "source", "device", "hash of its weights"]
+    parts.append(table(header, rows, texts=4))
     versions = ", ".join(f"{key} {value}" for key, value in results["versions"].items())
     parts.append(f'<p class="dim">{text(versions)}</p>')
     if results["hashes"]:

@@ -183,8 +183,11 @@ class PromptTask(Task):
             if one.variant not in (PLAIN, *self.variants):
                 continue
             prompts = [self.trial(int(setting.label), index, one.variant) for index in trials]
+            marks = [prompt.fingerprint() for prompt in prompts]
             for condition, predictions in subject.ask(prompts, one, meter).items():
-                for index, prompt, answers in zip(trials, prompts, predictions, strict=True):
+                for index, prompt, mark, answers in zip(
+                    trials, prompts, marks, predictions, strict=True
+                ):
                     found = [
                         {
                             "prediction": prediction,
@@ -202,7 +205,7 @@ class PromptTask(Task):
                             answers=found,
                             labels=prompt.labels,
                             tokens=len(prompt.context),
-                            prompt=prompt.fingerprint(),
+                            prompt=mark,
                             excerpt=prompt.excerpt if condition == "on" else "",
                         )
                     )
