@@ -19,6 +19,7 @@ from memlm.cli import run_entry_point
 from memlm.config import RunConfig, load_config
 from memlm.errors import UserError
 from memlm.evaluation import evaluate
+from memlm.evaluation.report.shape import PROMPT_CONDITIONS
 from memlm.training import Trainer
 
 RESULTS = "results.json"
@@ -119,13 +120,16 @@ def format_results(results: dict[str, Any]) -> str:
     """The demo's numbers as a page of plain text."""
     bits, seconds, cost = results["bits_per_byte"], results["seconds"], results["cost"]
     conditions = list(next(iter(results["needle"].values())))
+    headings = [
+        f"{name} prompt" if name in PROMPT_CONDITIONS else f"memory {name}" for name in conditions
+    ]
     lines = [
         "",
         f"Needles in real text, recall in % with 95 % interval "
         f"({results['trials_per_length']} trials per length, the needle at least "
         f"{results['least_distance_tokens']} tokens before the question)",
         "",
-        "tokens  " + "".join(f"{'memory ' + name:>22}" for name in conditions),
+        "tokens  " + "".join(f"{heading:>22}" for heading in headings),
     ]
     for length, recalls in results["needle"].items():
         cells = []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from memlm.config import load_config
-from memlm.demo import main, run_demo
+from memlm.demo import format_results, main, run_demo
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 CONDITIONS = {"on", "off", "reset", "swapped"}
@@ -39,6 +39,12 @@ def test_demo_writes_its_numbers_and_prints_them(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for part in ("memory swapped", "bits per byte", "tokens/s", "bytes of memory", "report.html"):
         assert part in printed
+
+    results["needle"] = {"192": {"on": 1.0, "changed": 0.5}}
+    results["needle_intervals"] = {"192": {"on": [0.5, 1.0], "changed": [0.2, 0.8]}}
+    (head,) = [line for line in format_results(results).splitlines() if line[:6] == "tokens"]
+    assert head.split() == ["tokens", "memory", "on", "changed", "prompt"]
+    results = json.loads(Path("runs/demo/results.json").read_text())
 
     assert main(TINY) == 0  # a second demo leaves the first one alone
     assert json.loads(Path("runs/demo/results.json").read_text()) == results

@@ -105,9 +105,10 @@ def test_first_segment_is_shared(gated_delta, tokenizer, files):
 
 def test_bits_per_byte_count_bytes(tiny_model, files, monkeypatch):
     class Halves:
-        """One token for two bytes."""
+        """One token for two bytes, but for the bos."""
 
         vocab_size = 259
+        bos_token_id = 0
 
         def __len__(self):
             return 259
@@ -116,7 +117,7 @@ def test_bits_per_byte_count_bytes(tiny_model, files, monkeypatch):
             return {}
 
         def decode(self, ids):
-            return "ab" * len(ids)
+            return "".join("<bos>" if token == 0 else "ab" for token in ids)
 
     model = tiny_model(memory="gated_delta")
     documents = [torch.arange(100).numpy(), torch.arange(50, 150).numpy()]
@@ -139,6 +140,19 @@ def test_documents_are_the_first_long_ones_then_the_longest():
     assert len(choose_documents(corpus, 2, 30)) == 2
     with pytest.raises(UserError, match="1 document with text"):
         choose_documents(Corpus(tokens[:9], np.array([0, 9])), 5, 30)
+
+
+@pytest.mark.parametrize("weight", [math.nan, 1e4])
+def test_losses_without_bounds_are_reported(gated_delta, tokenizer, files, tmp_path, weight):
+    """No number at all, or one whose perplexity is too large to be one."""
+    gated_delta.model.norm.weight.data.fill_(weight)
+    options = PerplexityOptions(length=140, documents=3, segment=50, files=files)
+    config = EvaluationConfig(tasks=["perplexity"], perplexity=options)
+    found = evaluate(gated_delta, tokenizer, config, tmp_path, progress=False)
+    task = found["runs"][0]["tasks"]["perplexity"]
+    assert task["perplexity_per_token"]["on"] is None
+    assert (task["scores"]["all"]["on"]["value"] is None) == math.isnan(weight)
+    assert "perplexity per token: on ?" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("length", [16, 128, 129, 700, 4096])

@@ -146,7 +146,12 @@ def _draw_conditions(
     step = _WIDEST_SHIFT / max(len(conditions) - 1, 1)
     for number, condition in enumerate(conditions):
         points = [(setting, estimate(setting, condition)) for setting in places.values]
-        points = [(setting, point) for setting, point in points if point is not None]
+        # A loss that is no number is unknown.
+        points = [
+            (setting, point)
+            for setting, point in points
+            if point is not None and point["value"] is not None
+        ]
         if not points:
             continue
         shift = (number - (len(conditions) - 1) / 2) * step

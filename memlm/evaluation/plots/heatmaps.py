@@ -44,7 +44,7 @@ def draw_depths(run: dict[str, Any], task: str) -> bytes | None:
         [tick_text(setting, axis) for setting in settings],
         f"{found['title']}: {shorten(name_of(run))}",
         axis,
-        "depth (% of the context)",
+        "depth (%)",
         columns=4,
     )
 
@@ -73,7 +73,7 @@ def draw_group_depths(run: dict[str, Any], tasks: list[str]) -> bytes | None:
         [tick_text(setting, axis) for setting in settings],
         f"By depth, memory on: {shorten(name_of(run))}",
         axis,
-        "depth (% of the context)",
+        "depth (%)",
         columns=4,
         numbered=False,
     )

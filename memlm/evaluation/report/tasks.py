@@ -84,7 +84,8 @@ def _details(task: dict[str, Any]) -> str:
         )
     if "perplexity_per_token" in task:
         values = ", ".join(
-            f"{key} {value:.2f}" for key, value in task["perplexity_per_token"].items()
+            f"{key} {'?' if value is None else f'{value:.2f}'}"
+            for key, value in task["perplexity_per_token"].items()
         )
         found.append(f"perplexity per token: {values}")
     return f"{'; '.join(found)}." if found else ""
@@ -136,7 +137,7 @@ def _gains(runs: Runs, name: str) -> str:
         one for one in conditions_of(runs, name) if one != "on" and one not in PROMPT_CONDITIONS
     ]
     if not others:
-        return "<p>None of these models has a memory that could be taken away.</p>"
+        return "<p>No model was measured with its memory taken away.</p>"
     shares = task["kind"] != "losses"
 
     def cells(task: dict[str, Any], setting: str) -> list[str] | None:

@@ -107,14 +107,16 @@ class Perplexity(Task):
             "tokens": sum(map(len, self.documents)),
             "segment": self.options.segment,
             "loss_nats_per_token": mean,
-            "perplexity_per_token": {name: math.exp(value) for name, value in mean.items()},
+            "perplexity_per_token": {name: _exp(value) for name, value in mean.items()},
         }
 
     def _tokens_per_byte(self, document: np.ndarray) -> float:
         tokenizer = self.tools.tokenizer
         if byte_level(tokenizer):
             return 1.0
-        return len(document) / len(tokenizer.decode(document.tolist()).encode())
+        # A bos is no text, and it is not predicted.
+        text = document[1:] if document[0] == tokenizer.bos_token_id else document
+        return len(text) / len(tokenizer.decode(text.tolist()).encode())
 
     def _score(
         self, subject: Subject, inputs: Tensor, targets: Tensor, one: Pass, meter: Meter
@@ -143,6 +145,13 @@ class Perplexity(Task):
                     losses[condition].append(losses[first][0])
         meter.saw(subject.state_bytes(states))
         return {name: torch.cat(parts, dim=1) for name, parts in losses.items()}
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def choose_documents(corpus: Corpus, count: int, length: int) -> list[np.ndarray]:
