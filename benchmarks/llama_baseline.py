@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_entry_point(lambda: _train(options.output, options.seed))
 
 
-def _train(folder: Path, seed: int, stages: Sequence[tuple[int, int]] = STAGES) -> None:
+def _train(folder: Path, seed: int) -> None:
     if folder.exists():
         raise UserError(f"--output: {folder} exists already; choose another folder")
     tokenizer = load_tokenizer("bytes")
@@ -56,7 +56,7 @@ def _train(folder: Path, seed: int, stages: Sequence[tuple[int, int]] = STAGES) 
     model = LlamaForCausalLM(config)
     start = time.process_time()
     with one_thread():
-        train_on_needles(model, stages, TOKENS_PER_STEP, seed)
+        train_on_needles(model, STAGES, TOKENS_PER_STEP, seed)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())

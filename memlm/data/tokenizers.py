@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizer, SentencePieceBackend
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from memlm.errors import UserError
@@ -102,7 +103,12 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     if spec.endswith(".model"):
         return _load_sentencepiece(Path(spec))
     try:
-        return AutoTokenizer.from_pretrained(spec)
+        # AutoTokenizer knows these classes beside models of this library only.
+        named = get_tokenizer_config(spec).get("tokenizer_class")
+        for own in (ByteTokenizer, SentencePieceTokenizer):
+            if named == own.__name__:
+                return own.from_pretrained(spec)
+        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
