@@ -1,7 +1,7 @@
 """Prompts of any length: a context that is read piece by piece, and questions about it."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memlm.data.corpus import adds_bos
 from memlm.data.tokenizers import byte_level
+from memlm.errors import UserError
 
 _BLOCK = 1 << 16
 
@@ -116,6 +117,29 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     if byte_level(tokenizer) or not adds_bos(tokenizer):
         return ids
     return np.concatenate([[tokenizer.bos_token_id], ids])
+
+
+def encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> np.ndarray:
+    """Ids int64 of `text` as it stands behind `before`, where they can be told apart.
+
+    SentencePiece writes a space before whatever starts a text; here nothing starts.
+    """
+    alone, both = encode(tokenizer, before), encode(tokenizer, before + text)
+    joins = np.array_equal(both[: len(alone)], alone)
+    return both[len(alone) :] if joins else encode(tokenizer, text)
+
+
+def check_writes(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], task: str) -> None:
+    """Raise UserError for a text that does not survive the tokenizer, upper and lower case alike.
+
+    An answer that cannot be written would never be right.
+    """
+    for text in texts:
+        written = tokenizer.decode(encode(tokenizer, text).tolist())
+        if text.casefold() not in written.casefold():
+            raise UserError(
+                f"{task}: the tokenizer cannot write {text!r}; choose a model whose tokenizer can"
+            )
 
 
 def split_prompt(

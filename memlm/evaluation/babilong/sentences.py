@@ -91,13 +91,3 @@ class Sentences:
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode([*self.anchor, *ids], skip_special_tokens=True)
-
-
-def encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> np.ndarray:
-    """Ids int64 of `text` as it stands behind `before`, where they can be told apart.
-
-    SentencePiece writes a space before whatever starts a text; here nothing starts.
-    """
-    alone, both = encode(tokenizer, before), encode(tokenizer, before + text)
-    joins = np.array_equal(both[: len(alone)], alone)
-    return both[len(alone) :] if joins else encode(tokenizer, text)

@@ -2,8 +2,14 @@
 
 Twenty question types (Kuratov et al., "BABILong: Testing the Limits of LLMs with Long Context
 Reasoning-in-a-Haystack", 2024, arXiv:2406.10149), with the stories of bAbI (Weston et al., 2015) or
-of a simulated world. Prompts and scores are BABILong's; lengths are those of whole prompts in the
-model's own tokens, where BABILong counts the text alone in tokens of GPT-2 and allows 300 more.
+of a simulated world. Prompts are BABILong's. What differs:
+
+- Lengths are those of whole prompts in the model's own tokens, where BABILong counts the text alone
+  in tokens of GPT-2 and allows 300 more.
+- The text is one stretch of the haystack with all its sentences and blank lines; BABILong leaves
+  out sentences of less than 10 tokens. Facts stand at the ends of sentences behind uniform places
+  in tokens, where BABILong draws among the sentences.
+- Answers are scored as there, but labels count as whole words (see `is_right`).
 """
 
 from collections import Counter
@@ -15,9 +21,17 @@ import numpy as np
 from memlm.errors import UserError
 from memlm.evaluation.babilong.labels import LABELS, answer_labels, is_right
 from memlm.evaluation.babilong.prompts import likely_answers, prompt_end, prompt_start
-from memlm.evaluation.babilong.sentences import Sentences, encode_behind
+from memlm.evaluation.babilong.sentences import Sentences
 from memlm.evaluation.babilong.stories import Story, find_stories, read_stories
-from memlm.evaluation.prompts import Context, Question, Trial, encode, encode_prompt
+from memlm.evaluation.prompts import (
+    Context,
+    Question,
+    Trial,
+    check_writes,
+    encode,
+    encode_behind,
+    encode_prompt,
+)
 from memlm.evaluation.tasks.base import ABSENT, PLAIN, PromptTask, Record, Tools
 
 _SUBJECTS = (
@@ -72,6 +86,7 @@ class Babilong(PromptTask):
         self.number = int(name.removeprefix("babilong_qa"))
         self.title = f"BABILong qa{self.number}: {_SUBJECTS[self.number - 1]}"
         tokenizer = tools.tokenizer
+        check_writes(tokenizer, LABELS[self.number], name)
         self.start = encode_prompt(tokenizer, prompt_start(self.number))
         longest = max(len(encode(tokenizer, answer)) for answer in likely_answers(self.number))
         self.new_tokens = _NEW_TOKENS if longest <= _NEW_TOKENS else longest + _SPARE
@@ -84,7 +99,9 @@ class Babilong(PromptTask):
             path = find_stories(tools.config.babilong.stories, self.number)
             self.source, self.stories = path.name, self._checked(read_stories(path), str(path))
         for length in tools.config.all_lengths:
-            self._story(length, 0)
+            # Of a file all trials take those that fit; of a world each draws its own.
+            for index in range(tools.config.trials_at(length) if self.stories is None else 1):
+                self._story(length, index)
 
     def trial(self, length: int, index: int, variant: str = PLAIN) -> Trial:
         story = self._story(length, index)
@@ -142,7 +159,8 @@ class Babilong(PromptTask):
             for story in self._simulated(index):
                 if self._least(story) <= length:
                     return story
-            least = min(map(self._least, self._simulated(index)))
+            trials = range(max(index + 1, self.tools.config.trials_at(length)))
+            least = max(min(map(self._least, self._simulated(one))) for one in trials)
         else:
             if length not in self.fitting:
                 self.fitting[length] = [

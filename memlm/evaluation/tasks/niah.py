@@ -28,7 +28,14 @@ from transformers import PreTrainedTokenizerBase
 
 from memlm.errors import UserError
 from memlm.evaluation.haystack import Haystack
-from memlm.evaluation.prompts import Context, Question, Trial, encode, encode_prompt
+from memlm.evaluation.prompts import (
+    Context,
+    Question,
+    Trial,
+    check_writes,
+    encode_behind,
+    encode_prompt,
+)
 from memlm.evaluation.tasks.base import ABSENT, CHANGED, PLAIN, PromptTask, Record, Tools
 
 HEAD = (
@@ -87,9 +94,6 @@ class Fact:
     def phrases(self) -> tuple[str, ...]:
         """What an answer has to hold."""
         return self.action, self.place, f"{self.weather} day"
-
-
-OFFICIAL = Fact(CITIES[0], ACTIONS[0], PLACES[0], WEATHERS[0])
 
 
 def draw_facts(needles: int, rng: np.random.Generator) -> tuple[list[Fact], list[Fact]]:
@@ -176,17 +180,6 @@ def sentence_enders(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     return np.asarray([text.endswith(".") for text in texts])
 
 
-def encode_inside(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
-    """Token ids of a text that goes on behind a sentence; int64.
-
-    SentencePiece writes a space before what starts a text, but here nothing starts.
-    """
-    stop, both = encode(tokenizer, "."), encode(tokenizer, "." + text)
-    if np.array_equal(both[: len(stop)], stop):
-        return both[len(stop) :]
-    return encode(tokenizer, text)
-
-
 class Niah(PromptTask):
     """Needles at depths from the start of the context to its end."""
 
@@ -210,7 +203,7 @@ class Niah(PromptTask):
         self.ends_sentence = sentence_enders(tools.tokenizer)
         if not self.ends_sentence.any():
             raise UserError(f"{name}: the tokenizer has no token that ends with a full stop")
-        self._check_characters()
+        check_writes(tools.tokenizer, (*ACTIONS, *PLACES, *WEATHERS), name)
         self.head = encode_prompt(tools.tokenizer, HEAD)
         self.questions = {city: self._question(city) for city in CITIES}
         self.asked = max(map(len, self.questions.values()))
@@ -225,7 +218,7 @@ class Niah(PromptTask):
         rng = self.rng(length, index)
         plain, changed = draw_facts(self.needles, rng)
         needles, others = (
-            [encode_inside(self.tools.tokenizer, fact.needle) for fact in facts]
+            [encode_behind(self.tools.tokenizer, ".", fact.needle) for fact in facts]
             for facts in (plain, changed)
         )
         # Room for either, so that the text is the same for both.
@@ -276,25 +269,17 @@ class Niah(PromptTask):
 
     def _question(self, city: str) -> np.ndarray:
         question = RETRIEVAL_QUESTION.format(city=city)
-        return encode_inside(self.tools.tokenizer, TAIL.format(retrieval_question=question))
+        return encode_behind(self.tools.tokenizer, ".", TAIL.format(retrieval_question=question))
 
     def _longest_needle(self) -> int:
         """No needle has more tokens: the longest of each part, together."""
 
-        def longest(parts: Sequence[str]) -> str:
-            return max(parts, key=lambda part: len(encode_inside(self.tools.tokenizer, " " + part)))
+        def tokens(text: str) -> int:
+            return len(encode_behind(self.tools.tokenizer, ".", text))
 
-        fact = Fact(*map(longest, (CITIES, ACTIONS, PLACES, WEATHERS)))
-        return len(encode_inside(self.tools.tokenizer, fact.needle))
-
-    def _check_characters(self) -> None:
-        """A needle has to survive the tokenizer, or no answer is ever right."""
-        tokenizer = self.tools.tokenizer
-        text = OFFICIAL.needle
-        written = tokenizer.decode(encode(tokenizer, text).tolist())
-        for phrase in OFFICIAL.phrases:
-            if phrase.casefold() not in written.casefold():
-                raise UserError(f"{self.name}: the tokenizer cannot write {phrase!r}")
+        parts = (CITIES, ACTIONS, PLACES, WEATHERS)
+        longest = [max(words, key=lambda word: tokens(f" {word}")) for words in parts]
+        return tokens(Fact(*longest).needle)
 
     def _excerpt(self, offset: int, room: int, place: int, needle: np.ndarray) -> str:
         """A needle and the text around it."""

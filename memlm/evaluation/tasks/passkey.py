@@ -19,7 +19,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from memlm.errors import UserError
-from memlm.evaluation.prompts import Context, Question, Trial, encode, encode_prompt, split_prompt
+from memlm.evaluation.prompts import (
+    Context,
+    Question,
+    Trial,
+    check_writes,
+    encode_prompt,
+    split_prompt,
+)
 from memlm.evaluation.tasks.base import ABSENT, CHANGED, PLAIN, PromptTask, Record, Tools
 
 TASK = (
@@ -160,11 +167,7 @@ class Passkey(PromptTask):
 
     def __init__(self, name: str, tools: Tools):
         super().__init__(name, tools)
-        encoded = encode(tools.tokenizer, "0123456789")
-        written = tools.tokenizer.decode(encoded.tolist())
-        missing = [digit for digit in "0123456789" if digit not in written]
-        if missing:
-            raise UserError(f"{name}: the tokenizer cannot write the digit {missing[0]!r}")
+        check_writes(tools.tokenizer, "0123456789", name)
         self.sizes: dict[tuple[int, int], int] = {}
         rng = np.random.default_rng(0)
         keys = [LARGEST_KEY, *rng.integers(10_000, LARGEST_KEY, size=32).tolist()]

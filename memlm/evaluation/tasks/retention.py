@@ -7,13 +7,23 @@ distance to the question grows with the length. Paragraphs of other articles fol
 order, then text of the haystack when they run out.
 """
 
+import string
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from memlm.errors import UserError
-from memlm.evaluation.prompts import Context, Piece, Question, Trial, encode, encode_prompt
+from memlm.evaluation.prompts import (
+    Context,
+    Piece,
+    Question,
+    Trial,
+    check_writes,
+    encode,
+    encode_behind,
+    encode_prompt,
+)
 from memlm.evaluation.question_files import DocumentQuestion, QuestionOrder, squad_questions
 from memlm.evaluation.tasks.base import ABSENT, PLAIN, PromptTask, Record, Tools
 
@@ -33,6 +43,7 @@ class Retention(PromptTask):
 
     def __init__(self, name: str, tools: Tools):
         super().__init__(name, tools)
+        check_writes(tools.tokenizer, string.ascii_lowercase + string.digits, name)
         self.distance = tools.distance
         self.source = tools.config.retention.facts
         self.corpus = squad_questions(self.source, _OPTION)
@@ -91,19 +102,22 @@ class Retention(PromptTask):
         return fact + max(1, self.distance) + asking
 
     def _ids(self, number: int) -> np.ndarray:
-        """Token ids of a paragraph and an empty line, int32."""
+        """Token ids of a paragraph behind an empty line, and of another one, int32."""
         if number not in self.encoded:
-            text = f"{self.corpus.documents[number]}\n\n"
-            self.encoded[number] = encode(self.tools.tokenizer, text).astype(np.int32)
+            ids = encode_behind(self.tools.tokenizer, "\n\n", self._text(number))
+            self.encoded[number] = ids.astype(np.int32)
         return self.encoded[number]
 
     def _start_ids(self, number: int) -> np.ndarray:
         """Those of a paragraph that starts a prompt."""
-        bos = encode_prompt(self.tools.tokenizer, "")
-        return np.concatenate([bos, self._ids(number)])
+        return encode_prompt(self.tools.tokenizer, self._text(number))
+
+    def _text(self, number: int) -> str:
+        return f"{self.corpus.documents[number]}\n\n"
 
     def _question_ids(self, asked: DocumentQuestion) -> np.ndarray:
-        return encode(self.tools.tokenizer, f"\n\nQuestion: {asked.text}\nAnswer:")
+        text = f"\n\nQuestion: {asked.text}\nAnswer:"
+        return encode_behind(self.tools.tokenizer, ".", text)
 
     def _answer_tokens(self, asked: DocumentQuestion) -> int:
         answers = (len(encode(self.tools.tokenizer, f" {answer}")) for answer in asked.answers)

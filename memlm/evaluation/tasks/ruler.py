@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memlm.errors import UserError
-from memlm.evaluation.prompts import Question, Trial, encode_prompt, text_trial
+from memlm.evaluation.prompts import Question, Trial, check_writes, encode_prompt, text_trial
 from memlm.evaluation.tasks.base import PLAIN, PromptTask, Tools
 
 # A line of the haystack of niah_single_1 and of vt.
@@ -200,8 +200,11 @@ class SizedTask(PromptTask):
         return match_all(prediction, question.references)
 
     def check_lengths(self) -> None:
-        """Raise UserError for a length that the smallest prompt of a trial does not fit."""
+        """Raise UserError for a length that the smallest prompt of a trial does not fit, or for a
+        tokenizer that cannot write the answers."""
         for length in self.tools.config.all_lengths:
+            references = self.draft(length, 0, PLAIN, self.least).references
+            check_writes(self.tools.tokenizer, references, self.name)
             # Where there is plenty of room, the other trials fit as well.
             roomy = 2 * self._tokens(length, 0, self.least) <= length
             if not roomy and self._most_tokens(length) > length:

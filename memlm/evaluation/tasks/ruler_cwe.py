@@ -4,16 +4,25 @@ As in RULER an example with its answer comes first, and how often words are repe
 length: 30 and 3 times from 4096 tokens on, 6 times and once below. A tokenizer that makes many
 tokens of a word, such as bytes, has no room for these at the shortest lengths, where the original
 never ends; there the next smaller kind of list is taken for all trials of the length, at last one
-without an example. The labels say which one it was.
+without an example. The labels say which one it was. Where a list needs more words than
+wonderwords has, pairs such as "quizzical-aardvark" follow, in place of RULER's second list.
 """
 
+import string
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from memlm.errors import UserError
-from memlm.evaluation.prompts import Question, Trial, encode, encode_prompt, text_trial
+from memlm.evaluation.prompts import (
+    Question,
+    Trial,
+    check_writes,
+    encode,
+    encode_prompt,
+    text_trial,
+)
 from memlm.evaluation.tasks.base import PLAIN, PromptTask, Tools
 from memlm.evaluation.tasks.ruler import TEMPLATES, largest_fit, match_all
 from memlm.evaluation.tasks.words import all_words, word_list
@@ -61,6 +70,7 @@ class CommonWords(PromptTask):
         prompt = TEMPLATES["common_words_extraction"]
         self.before, self.after = (prompt.template + prompt.answer_prefix).split("{context}")
         self.new_tokens = prompt.tokens_to_generate
+        check_writes(tools.tokenizer, string.ascii_lowercase, name)
         self.kinds: dict[int, ListKind] = {}
         self._kind_of(min(tools.config.all_lengths))
 

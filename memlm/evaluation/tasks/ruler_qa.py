@@ -7,10 +7,19 @@ twice: a file that is too small for a length is an error. Where the ten document
 question are longer than the prompt, those with supporting facts stay and as many others as fit.
 """
 
+import string
+
 import numpy as np
 
 from memlm.errors import UserError
-from memlm.evaluation.prompts import Question, Trial, encode, encode_prompt, text_trial
+from memlm.evaluation.prompts import (
+    Question,
+    Trial,
+    check_writes,
+    encode,
+    encode_prompt,
+    text_trial,
+)
 from memlm.evaluation.question_files import (
     DocumentQuestion,
     QuestionOrder,
@@ -33,6 +42,7 @@ class QuestionAnswering(PromptTask):
 
     def __init__(self, name: str, tools: Tools):
         super().__init__(name, tools)
+        check_writes(tools.tokenizer, string.ascii_lowercase + string.digits, name)
         prompt = TEMPLATES["qa"]
         self.before, self.after = (prompt.template + prompt.answer_prefix).split("{context}")
         self.new_tokens = prompt.tokens_to_generate

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from memlm.evaluation.prompts import encode, encode_prompt
+from memlm.evaluation.prompts import check_writes, encode, encode_prompt
 from memlm.evaluation.tasks.base import ABSENT, CHANGED, PLAIN, Tools
 from memlm.evaluation.tasks.ruler import (
     NOISE,
@@ -76,6 +76,7 @@ class VariableTracking(SizedTask):
 
     def __init__(self, name: str, tools: Tools):
         super().__init__(name, tools)
+        check_writes(tools.tokenizer, string.ascii_uppercase, name)
 
         def tokens_of(noise: int) -> int:
             text, _ = self._example(["AAA", "BBB", "CCC", "DDD", "EEE"], "12345", noise)

@@ -307,6 +307,9 @@ def test_ends_of_sentences() -> None:
         (7, "How many objects is Mary carrying?", "none", "none", True),
         (7, "How many objects is Mary carrying?", "none", "none or one", False),
         (7, "How many objects is Mary carrying?", "one", "none", False),
+        (5, "Who gave Jeff the milk?", "Bill", "Bill, said Alfred to Freddie", True),
+        (15, "What is emily afraid of?", "cat", "Mice are afraid of cats.", True),
+        (15, "What is emily afraid of?", "cat", "cattle", False),
         (8, "What is Mary carrying?", "apple,milk", "milk and apple", True),
         (8, "What is Mary carrying?", "apple,milk", "apple", False),
         (8, "What is Mary carrying?", "apple,milk", "apple, milk, football", False),
@@ -367,6 +370,18 @@ def test_a_world_without_short_stories(make_task, monkeypatch) -> None:
     with pytest.raises(UserError, match="too short for the prompt and the facts"):
         make_task([2048], stories=None)
     assert make_task([8192], stories=None).trial(8192, 0).labels["facts"] == 200
+
+
+@pytest.mark.parametrize("number", [5, 14, 19])
+def test_the_least_length_is_enough_for_all_trials(make_task, number: int) -> None:
+    name = f"babilong_qa{number}"
+    with pytest.raises(UserError, match="too short for the prompt and the facts") as error:
+        make_task([64], name, stories=None)
+    least = int(str(error.value).split()[-1])
+    with pytest.raises(UserError, match=f"at least {least}$"):
+        make_task([least - 1], name, stories=None)
+    task = make_task([least], name, stories=None)
+    assert all(size_of(task.trial(least, index)) == least for index in range(96))
 
 
 def test_tokens_of_an_answer(make_task, sentencepiece_tokenizer) -> None:

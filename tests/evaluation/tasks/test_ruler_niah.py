@@ -309,6 +309,9 @@ class FourTokensPerCharacter:
     def __call__(self, text: str, **kwargs) -> SimpleNamespace | dict:
         return {"input_ids": [4 * ord(one) + part for one in text for part in range(4)]}
 
+    def decode(self, ids: list[int]) -> str:
+        return "".join(chr(token // 4) for token in ids[::4])
+
 
 @pytest.mark.parametrize("name", ["niah_single_1", "niah_multiquery", "niah_multikey_3"])
 def test_a_wasteful_tokenizer_finishes(name: str, make_tools: Callable[..., Tools]) -> None:
