@@ -226,7 +226,8 @@ class SizedTask(PromptTask):
             )
             tokens = len(trial.context) + len(trial.questions[0].token_ids) + self.new_tokens
             excess = tokens + draft.spare - length
-            if excess <= 0:
+            # What another variant has more is estimated; the smallest prompts are known to fit.
+            if excess <= 0 or (size == self.least and tokens <= length):
                 return trial
             if size == self.least:
                 raise self._too_short(length)
@@ -243,22 +244,27 @@ class SizedTask(PromptTask):
 
             size = largest_fit(tokens_of, length, self.least)
             if size is None:
-                raise self._too_short(length)
+                if self._most_tokens(length) > length:
+                    raise self._too_short(length)
+                size = self.least
             grown = max(size, self.least + 1)
             rate = (tokens_of(grown) - known[self.least]) / (grown - self.least)
             self._scales[length] = _Scale(size, known[self.least], max(rate, 1e-3))
         return self._scales[length]
 
     def _most_tokens(self, length: int) -> int:
-        """Of the smallest prompts of all trials of a length."""
-        trials = range(self.tools.config.trials_at(length))
-        return max(self._tokens(length, index, self.least) for index in trials)
+        """Of the smallest prompts of all trials of a length, each variant made itself."""
+        return max(
+            self._tokens(length, index, self.least, variant)
+            for index in range(self.tools.config.trials_at(length))
+            for variant in (PLAIN, *self.variants)
+        )
 
-    def _tokens(self, length: int, index: int, size: int) -> int:
-        """Of the longest variant of a trial, the answer included."""
-        draft = self.draft(length, index, PLAIN, size)
+    def _tokens(self, length: int, index: int, size: int, variant: str | None = None) -> int:
+        """Of a variant of a trial, the answer included; None = of the longest, estimated."""
+        draft = self.draft(length, index, variant or PLAIN, size)
         ids = encode_prompt(self.tools.tokenizer, draft.context + draft.question)
-        return len(ids) + self.new_tokens + draft.spare
+        return len(ids) + self.new_tokens + (0 if variant else draft.spare)
 
     def _too_short(self, length: int) -> UserError:
         # Other lengths have other keys, so the length that is named is tried itself.

@@ -95,15 +95,21 @@ class CommonWords(PromptTask):
     def _choose_kind(self, length: int) -> ListKind:
         """The first kind of list that fits whatever words are drawn, as far as samples tell."""
         for kind in (LONG, SHORT, SHORTEST) if length >= LONG_FROM else (SHORT, SHORTEST):
-            needed = max(
-                self._tokens(_List(self, kind, length, index), _LEAST) for index in range(_SAMPLES)
-            )
-            if needed <= length:
+            if self._needed(kind, length) <= length:
                 return kind
+        # Other lengths have other words, so the length that is named is tried itself.
+        least = length
+        while (needed := self._needed(SHORTEST, least)) > least:
+            least = needed
         raise UserError(
             f"{self.name}: lengths: {length} tokens are too short for a list of {_LEAST} words "
-            f"with this tokenizer; use at least {needed}"
+            f"with this tokenizer; use at least {least}"
         )
+
+    def _needed(self, kind: ListKind, length: int) -> int:
+        """Tokens of the longest of some of the smallest prompts of a length."""
+        drawn = (_List(self, kind, length, index) for index in range(_SAMPLES))
+        return max(self._tokens(one, _LEAST) for one in drawn)
 
     def _tokens(self, drawn: "_List", size: int) -> int:
         """Of the whole prompt with the answer, for a list of `size` different words."""

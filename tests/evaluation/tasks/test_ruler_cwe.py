@@ -146,3 +146,5 @@ def test_a_length_that_is_too_short(make_tools: Callable[..., Tools]) -> None:
         make(make_tools, 512, 4096)
     least = int(re.findall(r"at least (\d+)$", str(caught.value))[0])
     assert 700 < least < 1024
+    task = make(make_tools, least)
+    assert all(tokens(task.trial(least, index)) <= least for index in range(20))

@@ -298,7 +298,8 @@ def test_a_length_that_is_too_short_is_told(name: str, make_tools: Callable[...,
     least = int(str(error.value).split()[-1])
     assert least < 1024
     task = make(name, make_tools, least)
-    assert all(tokens(task.trial(least, index)) <= least for index in range(4))
+    for variant in (PLAIN, CHANGED, ABSENT):
+        assert all(tokens(task.trial(least, index, variant)) <= least for index in range(4))
 
 
 class FourTokensPerCharacter:

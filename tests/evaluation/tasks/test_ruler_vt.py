@@ -149,7 +149,9 @@ def test_a_length_that_is_too_short_is_told(make_tools: Callable[..., Tools]) ->
     with pytest.raises(UserError, match="vt: lengths: 256 tokens .* at least") as error:
         make(make_tools, 256)
     least = int(str(error.value).split()[-1])
-    assert tokens(make(make_tools, least).trial(least, 0)) <= least
+    task = make(make_tools, least)
+    for variant in (PLAIN, CHANGED, ABSENT):
+        assert all(tokens(task.trial(least, index, variant)) <= least for index in range(4))
 
 
 class FourTokensPerCharacter:
