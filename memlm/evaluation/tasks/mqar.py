@@ -54,14 +54,16 @@ class Mqar(Task):
         check_mqar(self.vocabulary, self.options.length, pairs)
 
     def example(self, pairs: int, index: int) -> MqarExample:
-        """Row `index` of a setting."""
-        rng = np.random.default_rng((self.tools.config.seed, pairs, index))
+        """Row `index` of a setting, none of training's with the same seed."""
         options = self.options
-        return make_mqar(self.vocabulary, options.length, pairs, rng, options.power)
+        return make_mqar(
+            self.vocabulary, options.length, pairs, self.rng(pairs, index), options.power
+        )
 
     def settings(self) -> list[Setting]:
         options = self.options
-        return [Setting(str(pairs), options.rows, options.length) for pairs in options.pairs]
+        numbers = dict.fromkeys(options.pairs)  # none twice
+        return [Setting(str(pairs), options.rows, options.length) for pairs in numbers]
 
     def passes(self, plan: Plan) -> int:
         return sum(one.variant == "plain" for one in plan.passes)

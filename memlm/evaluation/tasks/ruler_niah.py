@@ -8,7 +8,8 @@ of some keys. Prompts follow the official generator (see `ruler`), with these di
   download.
 - The official essays are not contained here. `haystack` takes the official PaulGrahamEssays.json,
   or any text; the default is the standard library's held-out sources.
-- The keys of one prompt are all different, and so are the values of its needles.
+- The keys and values that are hidden all differ, and no other needle of the haystack has one of
+  them; in the official prompts, by chance, one may.
 - The size of a prompt goes down to one unit of haystack; the official search starts at 500 words
   or 5 lines and never ends where they do not fit.
 """
@@ -98,6 +99,7 @@ class _Needles:
         answers, changed_answers: their values, in the order of the keys.
         hidden: the needles in the order of the text.
         places: of the needles, as shares of the text, ascending.
+        taken: what stands in no other needle.
     """
 
     keys: list[str]
@@ -105,6 +107,7 @@ class _Needles:
     changed_answers: list[str]
     hidden: list[_Hidden]
     places: list[float]
+    taken: list[str]
 
 
 class Essay:
@@ -270,11 +273,12 @@ class RulerNiah(SizedTask):
         drawn = _distinct(lambda: _random_item(setup.values, rng), 2 * count)
         values = np.array(drawn).reshape(2, setup.needle_keys, setup.values_per_key)
         queried = rng.choice(setup.needle_keys, setup.queries, replace=False)
+        taken = [f" for {key} is: " for key in keys] + [f" is: {value}." for value in drawn]
         hidden = []
         for number in rng.permutation(count):
             key, value = divmod(int(number), setup.values_per_key)
             plain, changed = (self._needle(keys[key], values[i, key, value]) for i in (0, 1))
-            filler = self._filler(rng, plain, length)
+            filler = self._filler(rng, plain, length, taken)
             hidden.append(_Hidden(key in queried, plain, changed, filler))
         if setup.haystack == "essay":
             places = rng.choice(DEPTHS, count, replace=False) / 100
@@ -286,21 +290,26 @@ class RulerNiah(SizedTask):
             values[1, queried].ravel().tolist(),
             hidden,
             np.sort(places).tolist(),
+            taken,
         )
 
     def _needle(self, key: str, value: str) -> str:
         return NEEDLE.format(type_needle_v=self.setup.values, key=key, value=value)
 
-    def _random_needle(self, rng: np.random.Generator) -> str:
-        setup = self.setup
-        return self._needle(_random_item(setup.keys, rng), _random_item(setup.values, rng))
+    def _random_needle(self, rng: np.random.Generator, taken: list[str]) -> str:
+        """A needle of the haystack, with no part that is `taken`."""
+        while True:
+            key, value = (_random_item(kind, rng) for kind in (self.setup.keys, self.setup.values))
+            needle = self._needle(key, value)
+            if not any(part in needle for part in taken):
+                return needle
 
-    def _filler(self, rng: np.random.Generator, needle: str, length: int) -> str:
+    def _filler(self, rng: np.random.Generator, needle: str, length: int, taken: list[str]) -> str:
         """What stands where a needle is left out: of the haystack's kind."""
         if self.setup.haystack == "noise":
             return NOISE
         if self.essay is None:
-            return self._random_needle(rng)
+            return self._random_needle(rng, taken)
         # Of the words that every config with this length loads.
         start = int(rng.integers(length))
         text = self.essay.text(start, start + needle.count(" ") + 1)
@@ -316,12 +325,7 @@ class RulerNiah(SizedTask):
             parts = [NOISE] * size
         else:
             rng = self.rng(length, index, 1)
-            taken = {f" for {key} is: " for key in needles.keys}
-            parts = []
-            while len(parts) < size:
-                line = self._random_needle(rng)
-                if not any(key in line for key in taken):
-                    parts.append(line)
+            parts = [self._random_needle(rng, needles.taken) for _ in range(size)]
         lines = [int(place * size) for place in needles.places]
         for line, text in zip(reversed(lines), reversed(texts), strict=True):
             parts.insert(line, text)

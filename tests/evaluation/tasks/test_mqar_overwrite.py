@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from memlm.data.mqar import MqarRows
 from memlm.errors import UserError
 from memlm.evaluation.conditions import Pass, Plan
 from memlm.evaluation.config import MqarOptions
@@ -92,6 +93,19 @@ def test_rows_are_regenerated(make_tools: MakeTools) -> None:
         assert np.array_equal(*rows)
         assert not np.array_equal(rows[0], first.example(8, index + 1).input_ids)
         assert (plain.example(8, index).stale == -100).all()
+
+
+def test_no_row_is_one_of_training(make_tools: MakeTools) -> None:
+    options = MqarOptions(length=128, pairs=[16])
+    task = make_task("mqar", make_tools({"mqar": options, "seed": 3}))
+    trained = MqarRows(256, 128, 16, seed=3, random_filler=False).batch(np.arange(64))["input_ids"]
+    for index in range(8):
+        assert not (trained == task.example(16, index).input_ids).all(axis=1).any()
+
+
+def test_a_number_of_pairs_that_is_given_twice_is_one_setting(make_tools: MakeTools) -> None:
+    task = make_task("mqar", make_tools({"mqar": MqarOptions(pairs=[8, 4, 8])}))
+    assert task.labels() == ["8", "4"]
 
 
 def test_rows_that_are_too_short(make_tools: MakeTools) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from memlm.data import ByteTokenizer
 from memlm.errors import UserError
 from memlm.evaluation.prompts import Trial
-from memlm.evaluation.tasks import make_task
+from memlm.evaluation.tasks import make_task, ruler_niah
 from memlm.evaluation.tasks.base import ABSENT, CHANGED, PLAIN, Tools
 from memlm.evaluation.tasks.ruler import NOISE
 from memlm.evaluation.tasks.ruler_niah import DEPTHS, SETUPS, Essay, RulerNiah, niah_template
@@ -235,6 +235,23 @@ def test_all_depths_are_used(make_tools: Callable[..., Tools]) -> None:
     task = make("niah_multivalue", make_tools, 1024)
     places = {place for index in range(80) for place in task.trial(1024, index).labels["places"]}
     assert {round(100 * place) for place in places} == set(DEPTHS)
+
+
+def test_other_needles_have_other_keys_and_values(
+    make_tools: Callable[..., Tools], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def from_few(kind: str, rng: np.random.Generator) -> str:
+        return f"key-{rng.integers(8)}" if kind == "words" else str(rng.integers(1000000, 1000008))
+
+    monkeypatch.setattr(ruler_niah, "_random_item", from_few)
+    task = make("niah_multikey_2", make_tools, 4096)
+    for index in range(4):
+        plain, absent = task.trial(4096, index), task.trial(4096, index, ABSENT)
+        (key,), (value,) = plain.labels["keys"], plain.questions[0].references
+        context = texts(task, plain)[0]
+        assert context.count(f" {key} ") == context.count(f" {value}.") == 1
+        assert f" {key} " not in texts(task, absent)[0]
+        assert f" {value}." not in texts(task, absent)[0]
 
 
 def test_sentences() -> None:
