@@ -14,6 +14,7 @@ from memlm.data.config import DataConfig
 from memlm.data.corpus import Corpus, build_corpus, encode_documents, in_split
 from memlm.data.sources import find_files, stdlib_documents, text_documents
 from memlm.errors import UserError
+from memlm.evaluation.prompts import well_formed
 
 
 class Haystack:
@@ -113,10 +114,8 @@ def haystack_documents(files: list[str]) -> Iterator[str]:
         fraction = DataConfig().validation_fraction
         yield from (text for text in stdlib_documents() if in_split(text, "validation", fraction))
     for path in find_files(files):
-        if path.suffix == ".json":
-            yield _json_text(path)
-        else:
-            yield from text_documents([str(path)])
+        texts = [_json_text(path)] if path.suffix == ".json" else text_documents([str(path)])
+        yield from map(well_formed, texts)
 
 
 def _json_text(path: Path) -> str:

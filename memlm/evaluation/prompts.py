@@ -103,11 +103,16 @@ class Trial:
         return self.context.fingerprint(*(question.token_ids for question in self.questions))
 
 
+def well_formed(text: str) -> str:
+    """`text` with a question mark for each half of a surrogate pair, which JSON may hold."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
     """Token ids int64 of `text` alone, without special tokens."""
     if byte_level(tokenizer):
         return tokenizer.encode_bytes(text.encode("utf-8", errors="replace")).astype(np.int64)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(well_formed(text), add_special_tokens=False, verbose=False)["input_ids"]
     return np.asarray(ids, dtype=np.int64)
 
 

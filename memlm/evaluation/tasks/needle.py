@@ -11,7 +11,7 @@ import numpy as np
 
 from memlm.data.passkey import passkey_tokens
 from memlm.errors import UserError
-from memlm.evaluation.prompts import Context, Question, Trial
+from memlm.evaluation.prompts import Context, Question, Trial, encode_prompt
 from memlm.evaluation.tasks.base import ABSENT, CHANGED, PLAIN, PromptTask, Record, Tools
 
 _LOOK = 1 << 12  # tokens read at a time where a line border is looked for
@@ -32,10 +32,11 @@ class NeedleTask(PromptTask):
         super().__init__(name, tools)
         options = tools.config.needle
         self.pieces = passkey_tokens(tools.tokenizer)
+        self.start = encode_prompt(tools.tokenizer, "")  # a bos, where there is one
         self.depths, self.digits = options.depths, options.digits
         self.distance = tools.distance if options.distance is None else options.distance
         line = self.pieces.overhead + self.digits
-        self.least = self.distance + 2 * line + 1
+        self.least = len(self.start) + self.distance + 2 * line + 1
         for length in tools.config.all_lengths:
             if length < self.least:
                 raise UserError(
@@ -50,7 +51,8 @@ class NeedleTask(PromptTask):
         key = rng.integers(0, 10, size=self.digits)
         line = self.pieces.line(key)
         question = np.concatenate([self.pieces.newline, self.pieces.prefix])
-        room = length - len(question) - self.digits - len(self.pieces.stop) - len(line)
+        around = len(self.start) + len(line) + len(question) + self.digits + len(self.pieces.stop)
+        room = length - around
         haystack = self.tools.haystack
         # A text that has to be repeated anyway may start anywhere.
         starts = len(haystack) - room + 1 if room <= len(haystack) else len(haystack)
@@ -67,7 +69,7 @@ class NeedleTask(PromptTask):
         answer = "".join(map(str, key))
         before, after = haystack.piece(offset, position), room - position
         return Trial(
-            Context([before, line, haystack.piece(offset + position, after)]),
+            Context([self.start, before, line, haystack.piece(offset + position, after)]),
             (Question(question, (answer,), self.digits),),
             {"depth": depth, "position": position, "distance": after},
             self._excerpt(offset, position, room, line),
