@@ -159,6 +159,26 @@ def test_prompts_repeat_and_differ(text_file):
     assert len(prints) == 8
 
 
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("{}", 1),
+        ("{}.\n#", 1),
+        (" {}", 1),
+        ("{}0", 0),
+        ("0{}", 0),
+        ("{:.4}", 0),
+        ("{:.4}.", 0),
+        ("is {}", 0),
+        ("", 0),
+    ],
+)
+def test_the_key_and_nothing_but_the_key(text_file, answer, right):
+    task = _task(text_file)
+    (question,) = task.trial(400, 0).questions
+    assert task.score(question, answer.format(question.references[0])) == right
+
+
 def test_too_short_for_the_distance(oracle, tokenizer, text_file, tmp_path):
     config = _config(text_file, lengths=[400, 64], distance=60)
     with pytest.raises(UserError, match=r"needle: lengths: 64 tokens are too short.*at least 111"):

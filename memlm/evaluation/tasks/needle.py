@@ -1,9 +1,11 @@
 """A pass key hidden in real text, asked for from further away than attention reaches.
 
 Every prompt is real text with one line `# The pass key is 12345.` in it and ends with the same
-line cut before the digits. The digits are generated greedily; only an exact match counts.
+line cut before the digits. What follows is generated greedily; the number that it starts with has
+to be the key, no digit more or less.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,7 +78,9 @@ class NeedleTask(PromptTask):
         )
 
     def score(self, question: Question, prediction: str) -> float:
-        return float(prediction == question.references[0])
+        # Tokens of several digits leave room for more text behind the key.
+        found = re.match(r"\s*(\d+)", prediction)
+        return float(found is not None and found[1] == question.references[0])
 
     def _line_border(self, offset: int, wanted: float, latest: int) -> int:
         """The start of a line of the text at `offset` that is nearest to `wanted`, not later than
