@@ -87,7 +87,10 @@ class Ledger:
         if folder is None:
             return
         records = folder / FOLDER
-        records.mkdir(parents=True, exist_ok=True)
+        try:
+            records.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output: {records} cannot be written ({error.strerror})") from error
         path = records / f"{process}.jsonl"
         self.lock = FileLock(records / f".{process}.lock")
         try:
@@ -139,6 +142,8 @@ def _check_identity(path: Path, identity: dict[str, Any], process: int) -> None:
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no identity")
     except (OSError, ValueError) as error:
         raise UserError(f"output: {path} is damaged; choose another folder") from error
     if found != json.loads(json.dumps(identity)):

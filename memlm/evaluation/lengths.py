@@ -5,7 +5,7 @@ import re
 from memlm.errors import UserError
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
-_NUMBER = re.compile(r"(\d+)([kKmM]?)")
+_NUMBER = re.compile(r"(\d{1,12})([kKmM]?)")
 
 
 def parse_length(text: int | str, where: str) -> int:

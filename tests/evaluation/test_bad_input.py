@@ -44,6 +44,10 @@ def place(tiny_model, tmp_path, monkeypatch):
     Path("taken/results.json").write_text("{}")
     Path("other").mkdir()
     Path("other/evaluation.json").write_text('{"config": "another"}')
+    Path("list").mkdir()
+    Path("list/evaluation.json").write_text("[]")
+    Path("filed").mkdir()
+    Path("filed/records").write_text("x")
     Path("damaged").mkdir()
     Path("damaged/evaluation.json").write_text("{")
     return tmp_path
@@ -135,6 +139,8 @@ CASES = {
     "finished before": (f"{NEEDLE} --output taken", "taken already holds results.json"),
     "another evaluation": (f"{NEEDLE} --output other", "records of another evaluation"),
     "damaged records": (f"{NEEDLE} --output damaged", "damaged"),
+    "records are a list": (f"{NEEDLE} --output list", "damaged"),
+    "records are a file": (f"{NEEDLE} --output filed", "filed/records cannot be written"),
     "output is a file": (f"{NEEDLE} --output file/out", "cannot be written"),
 }
 

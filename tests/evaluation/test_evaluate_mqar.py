@@ -80,6 +80,13 @@ def test_pairs_are_found_by_the_memory_alone(tokenizer):
         assert cost["key_value_bytes"] == 0
 
 
+def test_a_number_of_pairs_counts_once(tokenizer):
+    config = _config(pairs=[2, 6, 2])
+    task = _judge(config, tokenizer)["mqar"]
+    assert list(task["scores"]) == ["2", "6"]
+    assert task["cost"]["2"]["tokens"]["read"] == 4 * 10 * 2  # on and off
+
+
 def _judge(config, tokenizer, **options):
     return evaluate(Lookup(**options), tokenizer, config, progress=False)["runs"][0]["tasks"]
 

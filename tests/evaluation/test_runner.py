@@ -157,6 +157,7 @@ def test_tokenizer_of_another_model(tiny_model, tokenizer, text_file):
         ({"lengths": []}, "lengths: empty"),
         ({"lengths": [16]}, "lengths: 16 is too small; the least is 32"),
         ({"lengths": ["4kb"]}, "lengths: '4kb' is no length; valid are 4096, 4k, 1M and 4k..64k"),
+        ({"lengths": ["9" * 20]}, "lengths: '9999.*' is no length"),
         ({"lengths": ["8k..4k"]}, "lengths: the range '8k..4k' ends below its start"),
         ({"long_length": "far"}, "long_length: 'far' is no length"),
         ({"conditions": ["of"]}, r"unknown condition 'of'; did you mean 'off'\?"),
