@@ -71,7 +71,8 @@ class Babilong(PromptTask):
 
     description = (
         "Facts of a story stand between the sentences of a long text, in order, and a question "
-        "follows from them. An answer counts when it names the right label and no other."
+        "follows from them. An answer counts when it names the right label and no other. There are "
+        "few labels, so guesses are right at times; absent prompts tell how often."
     )
     metric = "accuracy (%)"
     variants = (ABSENT,)

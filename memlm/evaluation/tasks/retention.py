@@ -37,7 +37,8 @@ class Retention(PromptTask):
     title = "Knowledge retention"
     description = (
         "A paragraph, then unrelated text, then a question about the paragraph; an answer whose "
-        "first line contains one of the right ones counts."
+        "first line contains one of the right ones counts. Absent prompts tell how many are known "
+        "without the paragraph."
     )
     variants = (ABSENT,)
 

@@ -10,7 +10,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from memlm.errors import UserError
 from memlm.evaluation.prompts import Question, Trial, check_writes, encode_prompt, text_trial
@@ -163,8 +163,8 @@ class _Scale:
     """How prompts of one length grow.
 
     Attributes:
-        size: the largest that fits trial 0.
-        smallest: tokens of the smallest prompt of trial 0.
+        size: the largest that fits the trial that is measured.
+        smallest: tokens of the smallest prompt of that trial.
         rate: tokens per unit of size, above 0.
     """
 
@@ -181,16 +181,18 @@ class SizedTask(PromptTask):
     variants of a trial get the same size but for rounding.
 
     Attributes:
+        alike: whether all trials grow at the same rate; otherwise the size of each is searched.
         least: the smallest size of a prompt.
         new_tokens: most tokens of an answer.
     """
 
+    alike: ClassVar[bool] = True
     least: int = 1
     new_tokens: int
 
     def __init__(self, name: str, tools: Tools):
         super().__init__(name, tools)
-        self._scales: dict[int, _Scale] = {}
+        self._scales: dict[tuple[int, int], _Scale] = {}
 
     @abstractmethod
     def draft(self, length: int, index: int, variant: str, size: int) -> Draft:
@@ -211,7 +213,7 @@ class SizedTask(PromptTask):
                 raise self._too_short(length)
 
     def trial(self, length: int, index: int, variant: str = PLAIN) -> Trial:
-        scale = self._scale(length)
+        scale = self._scale(length, 0 if self.alike else index)
         smallest = self._tokens(length, index, self.least)
         size = max(self.least, scale.size + int((scale.smallest - smallest) / scale.rate))
         while True:
@@ -233,13 +235,13 @@ class SizedTask(PromptTask):
                 raise self._too_short(length)
             size = max(self.least, size - max(1, round(excess / scale.rate)))
 
-    def _scale(self, length: int) -> _Scale:
-        if length not in self._scales:
+    def _scale(self, length: int, index: int) -> _Scale:
+        if (length, index) not in self._scales:
             known: dict[int, int] = {}
 
             def tokens_of(size: int) -> int:
                 if size not in known:
-                    known[size] = self._tokens(length, 0, size)
+                    known[size] = self._tokens(length, index, size)
                 return known[size]
 
             size = largest_fit(tokens_of, length, self.least)
@@ -249,8 +251,8 @@ class SizedTask(PromptTask):
                 size = self.least
             grown = max(size, self.least + 1)
             rate = (tokens_of(grown) - known[self.least]) / (grown - self.least)
-            self._scales[length] = _Scale(size, known[self.least], max(rate, 1e-3))
-        return self._scales[length]
+            self._scales[length, index] = _Scale(size, known[self.least], max(rate, 1e-3))
+        return self._scales[length, index]
 
     def _most_tokens(self, length: int) -> int:
         """Of the smallest prompts of all trials of a length, each variant made itself."""
