@@ -99,10 +99,14 @@ class Babilong(PromptTask):
         if tools.config.babilong.stories is not None:
             path = find_stories(tools.config.babilong.stories, self.number)
             self.source, self.stories = path.name, self._checked(read_stories(path), str(path))
+        checked = 0
         for length in tools.config.all_lengths:
-            # Of a file all trials take those that fit; of a world each draws its own.
-            for index in range(tools.config.trials_at(length) if self.stories is None else 1):
+            # Of a file all trials take those that fit; of a world each draws its own. What fits
+            # fits longer lengths as well.
+            trials = tools.config.trials_at(length) if self.stories is None else 1
+            for index in range(checked, trials):
                 self._story(length, index)
+            checked = max(checked, trials)
 
     def trial(self, length: int, index: int, variant: str = PLAIN) -> Trial:
         story = self._story(length, index)
