@@ -26,7 +26,8 @@ class NeedleTask(PromptTask):
     title = "Needle in real text"
     description = (
         "A line with a pass key stands in real text; the prompt ends with the same line cut before "
-        "the digits, and only the exact key counts."
+        "the digits, and only the exact key counts. Depth 100 % is the last place that is "
+        "far enough from the question."
     )
     variants = (CHANGED, ABSENT)
 

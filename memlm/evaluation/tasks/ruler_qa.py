@@ -26,7 +26,7 @@ from memlm.evaluation.question_files import (
     hotpotqa_questions,
     squad_questions,
 )
-from memlm.evaluation.tasks.base import PLAIN, PromptTask, Tools
+from memlm.evaluation.tasks.base import ABSENT, PLAIN, PromptTask, Tools
 from memlm.evaluation.tasks.ruler import TEMPLATES, around, match_part
 
 _MARGIN = 300  # characters shown on each side of an answer
@@ -37,8 +37,10 @@ class QuestionAnswering(PromptTask):
 
     description = (
         "Documents in random order, one or two of which answer the question; an answer that "
-        "contains one of the right ones counts, in RULER's prompt."
+        "contains one of the right ones counts, in RULER's prompt. Absent: without the documents "
+        "that are needed."
     )
+    variants = (ABSENT,)
 
     def __init__(self, name: str, tools: Tools):
         super().__init__(name, tools)
@@ -81,12 +83,15 @@ class QuestionAnswering(PromptTask):
         if tokens > length:
             # Of the needed ones alone only their own order is known to fit.
             shuffled = list(asked.needed)
+        places = sorted(shuffled.index(one) + 1 for one in asked.needed)
+        if variant == ABSENT:
+            shuffled = [number for number in shuffled if number not in asked.needed]
         return text_trial(
             self.tools.tokenizer,
             self._context(shuffled),
             [(self.after.format(query=asked.text), asked.answers)],
             self._answer_tokens(asked),
-            {"documents": count, "places": sorted(shuffled.index(one) + 1 for one in asked.needed)},
+            {"documents": count, "places": places},
             self._excerpt(asked),
         )
 

@@ -253,3 +253,18 @@ def test_published_files(
                 prompt = text(task, trial).lower()
                 if name == "qa_1":
                     assert all(one.lower() in prompt for one in trial.questions[0].references)
+
+
+@pytest.mark.parametrize("name", ["qa_1", "qa_2"])
+def test_without_the_documents_that_answer(
+    name: str, options: RulerOptions, make_tools: Callable[..., Tools]
+) -> None:
+    task = make(name, make_tools, options, 2048)
+    for index in range(4):
+        plain, absent = (task.trial(2048, index, variant) for variant in ("plain", "absent"))
+        assert absent.questions[0].references == plain.questions[0].references
+        with pytest.raises(IndexError):
+            answer(name, text(task, absent))
+        shown = [re.findall(r"Document \d+:\n(.*)", text(task, trial)) for trial in (plain, absent)]
+        assert len(shown[1]) == len(shown[0]) - (1 if name == "qa_1" else 2)
+        assert set(shown[1]) < set(shown[0])
