@@ -1,5 +1,6 @@
 """What the entry points share."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -9,14 +10,20 @@ from memlm.errors import UserError
 def run_entry_point(function: Callable[[], int | None]) -> int:
     """Call `function` and return the exit code.
 
-    A UserError prints `error: ...` on stderr and gives 2, Ctrl-C gives 130; other exceptions are
-    bugs and keep their traceback.
+    A UserError prints `error: ...` on stderr and gives 2, Ctrl-C gives 130, a reader of stdout that
+    has seen enough (`| head`) 141; other exceptions are bugs and keep their traceback.
     """
     try:
-        return function() or 0
+        code = function() or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # What is still to be written at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

@@ -65,7 +65,7 @@ def load_subject(
     """
     model = load_model(source).to(device)
     found = load_tokenizer(source if tokenizer is None else tokenizer)
-    _check_sizes(model, found)
+    check_sizes(model, found)
     subject = make_subject(model, found, config, name or Path(source).name, source)
     subject.tokenizer_source = source if tokenizer is None else tokenizer
     return subject
@@ -99,10 +99,11 @@ def make_subject(
 def check_tokenizer(subject: Subject) -> None:
     """Raise UserError when the tokenizer has more tokens than the model."""
     if subject.tokenizer is not None:
-        _check_sizes(subject.model, subject.tokenizer)
+        check_sizes(subject.model, subject.tokenizer)
 
 
-def _check_sizes(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_sizes(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError when the tokenizer has more tokens than the model."""
     config = model.config
     if isinstance(config, PreTrainedConfig):
         config = config.get_text_config(decoder=True)

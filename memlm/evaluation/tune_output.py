@@ -25,7 +25,7 @@ from memlm.data.tokenizers import load_tokenizer
 from memlm.errors import UserError, nearest
 from memlm.evaluation.conditions import make_plan
 from memlm.evaluation.haystack import held_out_corpus
-from memlm.evaluation.loading import load_model
+from memlm.evaluation.loading import check_sizes, load_model
 from memlm.evaluation.scoring import pad_documents, score_targets
 from memlm.evaluation.subject import MemorySubject
 from memlm.layers.context import CallContext
@@ -310,11 +310,16 @@ def _main(options: argparse.Namespace) -> None:
         raise UserError(f"--out: {options.out} cannot be written ({error.strerror})") from error
     model = load_model(options.model)
     attached = isinstance(model, AttachedMixin)
+    if not hasattr(model, "memories"):
+        raise UserError(
+            f"--model: {options.model} has no place for an output memory; attach one and save it"
+        )
     if options.output is not None:
         if attached:
             raise UserError("--output: this model was saved with what is attached to it; leave it")
         model.set_output_memory(options.output)
     tokenizer = load_tokenizer(options.tokenizer or options.model)
+    check_sizes(model, tokenizer)
     corpus = held_out_corpus(tokenizer, options.files)
     documents = [
         corpus.tokens[corpus.starts[index] :][: min(corpus.lengths[index], options.length)]

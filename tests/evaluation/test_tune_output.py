@@ -172,6 +172,21 @@ def test_the_command_on_a_saved_attached_memory(tmp_path, capsys):
     assert result["output"] == CACHE and result["best"]["nats"] < result["base"]
 
 
+def test_models_and_tokenizers_that_do_not_fit(tmp_path, capsys):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = LlamaConfig(vocab_size=259, num_attention_heads=2, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    build_model(LAYERS, torch.float32).save_pretrained(tmp_path / "small")
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 20)
+    words = ["--files", str(text), "--out", str(tmp_path / "out.json"), "--tokenizer", "bytes"]
+    for more in ([], ["--output", "neural_cache"]):
+        assert main([*words, "--model", str(tmp_path / "llama"), *more]) == 2
+        assert "has no place for an output memory" in capsys.readouterr().err
+    assert main([*words, "--model", str(tmp_path / "small"), "--output", "neural_cache"]) == 2
+    assert "tokenizer: it has 259 tokens" in capsys.readouterr().err
+
+
 def test_unknown_options():
     with pytest.raises(UserError, match="unknown option --weight; did you mean '--weights'"):
         parse_arguments(["--model", "m", "--out", "o", "--weight", "0.1"])
