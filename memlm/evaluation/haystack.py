@@ -1,6 +1,5 @@
 """Real text as one long line of tokens on disk, read where it is needed."""
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ class Haystack:
     Attributes:
         tokenizer: what made the ids.
         files: where it comes from; empty = the standard library.
-        digest: SHA-256 of the ids, 16 hexadecimal digits.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, files: list[str]):
@@ -40,18 +38,14 @@ class Haystack:
         self.files = list(files)
         self.folder = tempfile.TemporaryDirectory(prefix="memlm-haystack-")
         self.path = Path(self.folder.name) / "tokens"
-        digest = hashlib.sha256()
         tokens = 0
         with self.path.open("wb") as out:
             for ids in encode_documents(haystack_documents(self.files), tokenizer):
-                data = ids.tobytes()
-                out.write(data)
-                digest.update(data)
+                out.write(ids.tobytes())
                 tokens += len(ids)
                 self.dtype = ids.dtype
         if tokens == 0:
             raise UserError("haystack: the files hold no text")
-        self.digest = digest.hexdigest()[:16]
         self.tokens = tokens
 
     def __len__(self) -> int:

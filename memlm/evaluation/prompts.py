@@ -150,7 +150,7 @@ def check_writes(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], task:
 def split_prompt(
     tokenizer: PreTrainedTokenizerBase, context: str, questions: Sequence[str]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Ids of a context and of each question, such that together they are those of the whole text.
+    """Ids of a context (int32) and of each question (int64): together those of the whole text.
 
     Tokens that reach over the border between context and question belong to the questions.
 
@@ -163,7 +163,8 @@ def split_prompt(
     cut = min(cut, *(len(whole) - 1 for whole in wholes))
     if cut < 1:
         raise ValueError("a prompt needs a context and a question")
-    return alone[:cut], [whole[cut:] for whole in wholes]
+    # Copies: views would keep the ids of the whole text for as long as a question lives.
+    return alone[:cut].astype(np.int32), [whole[cut:].copy() for whole in wholes]
 
 
 def _common(first: np.ndarray, second: np.ndarray) -> int:

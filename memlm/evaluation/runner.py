@@ -105,7 +105,7 @@ def evaluate_subjects(
         "models": models,
         "distance": _distance(subjects),
         "inputs": inputs,
-        "versions": versions(),
+        "versions": {name: value for name, value in versions().items() if name != "platform"},
     }
     folder = None if output_dir is None else Path(output_dir)
     ledger = Ledger(folder, identity, processes.number)

@@ -8,6 +8,7 @@ from statistics import NormalDist
 import numpy as np
 
 CONFIDENCE = 0.95
+_PICKS = 1 << 20  # numbers of a bootstrap that are drawn at a time
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,12 @@ def bootstrap_mean(values: Sequence[float], resamples: int = 4000, seed: int = 0
     mean = float(array.mean())
     if array.size == 1:
         return Estimate(mean, -math.inf, math.inf, 1)
-    picks = np.random.default_rng(seed).integers(0, array.size, (resamples, array.size))
+    rng = np.random.default_rng(seed)
+    block = max(1, _PICKS // array.size)
+    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+    means = [array[rng.integers(0, array.size, (rows, array.size))].mean(axis=1) for rows in sizes]
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(array[picks].mean(axis=1), [tail, 100 - tail])
+    low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
     return Estimate(mean, min(float(low), mean), max(float(high), mean), int(array.size))
 
 
