@@ -230,13 +230,13 @@ def test_a_checkpoint_of_something_else(attached, make_config):
 def test_the_command_line_trains_and_evaluates(attached, corpus, tmp_path, capsys):
     config = attached(steps=2)
     save_config(config, tmp_path / "run.yaml")
-    files = [str(corpus / "0.txt")]
-    evaluation = {"tasks": ["needle"], "needle": {"lengths": [128], "trials": 4, "depths": 2}}
-    evaluation["needle"]["files"] = files
+    evaluation = {"tasks": ["needle"], "lengths": [128], "trials": 4, "needle": {"depths": 2}}
+    evaluation["haystack"] = [str(corpus / "0.txt")]
     words = ["--config", str(tmp_path / "run.yaml"), f"--evaluate={json.dumps(evaluation)}"]
     assert main(words) == 0
     results = json.loads((config.output_dir / "evaluation" / "results.json").read_text())
-    assert results["conditions"] == ["on", "off", "reset", "swapped"]
+    conditions = ["on", "off", "reset", "swapped", "changed", "absent"]
+    assert results["runs"][0]["conditions"] == conditions
     assert main(words) == 2
     assert "the run folder is not empty" in capsys.readouterr().err
 
