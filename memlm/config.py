@@ -56,6 +56,9 @@ class TrainConfig:
             accumulated. None = all at once.
         curriculum: stages of growing length; empty = one stage of `length`.
         carry_state: rows continue documents, and the memory states go from row to row.
+        backprop: truncated = one graph for a whole row; replay = segments of `replay_segment` are
+            run again one by one, for the same gradients in the memory of one segment.
+        replay_segment: tokens of a segment of `backprop: replay`.
         loss_weights: {group: weight} with groups text and answer: the loss is the weighted sum of
             the groups' mean losses. None = the mean over all targets.
         optimizer: adamw, or muon for the hidden matrices with AdamW for everything else. Muon
@@ -85,6 +88,8 @@ class TrainConfig:
         evaluation_rows: held-out rows of one evaluation; 0 = no evaluation.
         save_every: steps between two checkpoints; 0 = at the end only.
         keep_checkpoints: how many of the latest checkpoints stay.
+        keep_every: checkpoints at multiples of so many steps are written and stay for ever;
+            0 = none.
         trackers: accelerate's trackers to log to, such as tensorboard or wandb.
     """
 
@@ -96,6 +101,8 @@ class TrainConfig:
     micro_batch_rows: int | None = None
     curriculum: list[Stage] = field(default_factory=list)
     carry_state: bool = False
+    backprop: Literal["truncated", "replay"] = "truncated"
+    replay_segment: int | None = None
     loss_weights: dict[str, float] | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-4
@@ -117,6 +124,7 @@ class TrainConfig:
     evaluation_rows: int = 32
     save_every: int = 500
     keep_checkpoints: int = 2
+    keep_every: int = 0
     trackers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -135,6 +143,11 @@ class TrainConfig:
                     f"train.tokens_per_step: {self.tokens_per_step} is not a multiple of the row "
                     f"length {stage.length}"
                 )
+        if (self.backprop == "replay") != (self.replay_segment is not None):
+            raise UserError(
+                f"train.replay_segment: {self.replay_segment} does not fit train.backprop: "
+                f"{self.backprop}; replay needs a number of tokens, truncated has none"
+            )
         for group in self.loss_weights or {}:
             if group not in LOSS_GROUPS:
                 hint = nearest(group, LOSS_GROUPS) or f" (valid: {', '.join(LOSS_GROUPS)})"
@@ -150,6 +163,7 @@ _LEAST = {
     "steps": 1,
     "tokens_per_step": 1,
     "micro_batch_rows": 1,
+    "replay_segment": 1,
     "memory_parallel": 1,
     "warmup_steps": 0,
     "clip_norm": 0,
@@ -159,6 +173,7 @@ _LEAST = {
     "evaluation_rows": 0,
     "save_every": 0,
     "keep_checkpoints": 1,
+    "keep_every": 0,
 }
 
 

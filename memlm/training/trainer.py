@@ -26,12 +26,16 @@ from memlm.training import checkpoint as checkpoints
 from memlm.training.clipping import clip_gradients
 from memlm.training.dead_keys import DeadKeys, save_key_reads
 from memlm.training.feed import RowFeed
+from memlm.training.files import disk_errors, write_folder
 from memlm.training.held_out import HeldOut
+from memlm.training.interrupt import Interruption
 from memlm.training.lanes import Lanes, save_states
 from memlm.training.logs import METRICS_FILE, PLOT_FILE, RunLog, bits, flat_config, read_metrics
 from memlm.training.loss import RowLoss, group_coefficients, group_counts, total
 from memlm.training.optimizer import build_optimizers, set_learning_rates, table_updates
 from memlm.training.plot import plot_metrics, plot_usage
+from memlm.training.replay import row_passes
+from memlm.training.retention import checkpoint_path, keep_latest, set_aside_later
 from memlm.training.schedule import CurriculumState, learning_rate_factor
 from memlm.training.setup import (
     build_accelerator,
@@ -42,6 +46,7 @@ from memlm.training.setup import (
     prepare,
     share_tables,
 )
+from memlm.training.together import on_main
 from memlm.training.updates import UpdateLog
 from memlm.training.usage import USAGE_PLOT_FILE, UsageLog, held_out_usage
 
@@ -57,6 +62,7 @@ class TrainSummary:
         before, after: held-out evaluation (see `Trainer.evaluate`), None without held-out rows.
         seconds: time in training steps, earlier parts of a resumed run included.
         tokens_per_second: over those seconds.
+        interrupted: a signal ended the run early; a checkpoint holds where it stands.
     """
 
     output_dir: Path
@@ -66,6 +72,7 @@ class TrainSummary:
     after: dict[str, float] | None
     seconds: float
     tokens_per_second: float
+    interrupted: bool = False
 
 
 class Trainer:
@@ -77,8 +84,9 @@ class Trainer:
 
     Args:
         config: the run.
-        resume: False starts a new run; True continues the run's latest complete checkpoint; a
-            path continues that checkpoint, or the latest one of that run folder.
+        resume: False starts a new run; True continues the run's newest whole checkpoint; "auto"
+            does too, or starts a new run where there is none; a path continues that checkpoint,
+            or the newest whole one of that run folder.
 
     Raises:
         UserError: for a run folder that is in use, data or sizes that do not fit, a checkpoint
@@ -90,7 +98,7 @@ class Trainer:
         self.folder = config.output_dir
         self.stages = self.options.stages()
         self.accelerator = build_accelerator(config)
-        source = find_start(config, resume)
+        source = on_main(self.accelerator, lambda: find_start(config, resume))
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.dataset, held_out = open_datasets(config, self.tokenizer)
         self.held_out = None
@@ -103,6 +111,7 @@ class Trainer:
         self.row_loss, *self.optimizers = prepare(
             self.accelerator, RowLoss(model), build_optimizers(model, self.options)
         )
+        self.passes = row_passes(self.options, self.accelerator, self.row_loss)
         # Without DDP's wrapper; FSDP2 shards the module itself.
         self.plain_loss = self.accelerator.unwrap_model(self.row_loss)
         self.model: PreTrainedModel = self.plain_loss.model
@@ -117,6 +126,7 @@ class Trainer:
         self.curriculum = CurriculumState()
         self.before: dict[str, float] | None = None
         self.seconds = 0.0
+        self.evaluation_due = False
         self.feed: RowFeed | None = None
         if source is not None:
             self._restore(source)
@@ -157,32 +167,58 @@ class Trainer:
         log.line(self._opening())
         for update in self.table_updates:
             log.line(f"{update.name}: {update.method} ({update.reason})")
-        if self.step == 0:
-            self.before = self._evaluate_and_record()
-        after, loss = None, math.nan
-        self.row_loss.train()
+        on_main(self.accelerator, self._set_aside_later)
+        after, loss, interrupted = None, math.nan, False
         try:
-            while self.step < self.options.steps:
-                loss = self._one_step()
-                if self._due(self.options.evaluate_every):
+            with Interruption() as interruption:
+                if self.step == 0:
+                    self.before = self._evaluate_and_record()
+                elif self.evaluation_due:
                     after = self._evaluate_and_record()
-                if self._due(self.options.save_every):
-                    self.save_checkpoint()
-            if after is None:  # an interrupted run that had done all its steps
-                after = self._evaluate_and_record()
-            self._save_model(self.folder)
+                self.evaluation_due = False
+                self.row_loss.train()
+                while self.step < self.options.steps and not interrupted:
+                    loss = self._one_step()
+                    interrupted = interruption.agreed(self.accelerator)
+                    if self._due(self.options.evaluate_every):
+                        # Whoever sent the signal may not wait as long as an evaluation takes.
+                        self.evaluation_due = interrupted
+                        if not interrupted:
+                            after = self._evaluate_and_record()
+                    if interrupted or self._save_due():
+                        self.save_checkpoint()
+                if not interrupted:
+                    if after is None:  # an interrupted run that had done all its steps
+                        after = self._evaluate_and_record()
+                    self._save_model(self.folder)
         finally:
             self.feed.close()
             log.close()
-        self._plot()
+        if not interrupted:
+            self._plot()
         self.accelerator.end_training()
         tokens = self.step * self.options.tokens_per_step
         rate = tokens / self.seconds if self.seconds else 0.0
+        place = f"model in {self.folder}"
+        if interrupted:
+            place = (
+                f"stopped by a signal, all of it is in "
+                f"{checkpoint_path(self.folder, self.step)}; go on with --resume"
+            )
         log.line(
-            f"trained {self.step} steps in {self.seconds:.0f} s ({rate:.0f} tokens/s); "
-            f"model in {self.folder}"
+            f"trained {self.step} steps in {self.seconds:.0f} s ({rate:.0f} tokens/s); {place}"
         )
-        return TrainSummary(self.folder, self.step, loss, self.before, after, self.seconds, rate)
+        return TrainSummary(
+            self.folder, self.step, loss, self.before, after, self.seconds, rate, interrupted
+        )
+
+    def _save_due(self) -> bool:
+        keep = self.options.keep_every
+        return self._due(self.options.save_every) or (keep > 0 and self.step % keep == 0)
+
+    def _set_aside_later(self) -> None:
+        for path in set_aside_later(self.folder, self.step):
+            self.log.line(f"{path}: a checkpoint after step {self.step}, which the run repeats")
 
     def _due(self, every: int) -> bool:
         return self.step == self.options.steps or (every > 0 and self.step % every == 0)
@@ -221,12 +257,10 @@ class Trainer:
             part = {name: row[rows].to(accelerator.device) for name, row in batch.items()}
             with contextlib.nullcontext() if last else accelerator.no_sync(self.row_loss):
                 with self.updates.watch(), self.usage.watch():
-                    losses, states = self.row_loss(
-                        part, self.lanes.states[index], options.carry_state
-                    )
-                accelerator.backward((losses * scale).sum())
+                    losses, states = self.passes.forward(part, self.lanes.states[index])
+                self.passes.backward(scale)
             self.lanes.states[index] = states
-            sums += losses.detach()
+            sums += losses
         sums = total(sums, accelerator)
         loss = float((sums * coefficients).sum())
         grad_norm = self._update()
@@ -357,6 +391,7 @@ class Trainer:
             before=self.before,
             seconds=self.seconds,
             config=self.config.to_dict(),
+            evaluation_due=self.evaluation_due,
         )
         # Collective calls: every process takes part, the first one writes.
         self._average_statistics()
@@ -371,11 +406,13 @@ class Trainer:
             save_key_reads(key_reads, folder)
             checkpoints.write_state(folder, state)
 
-        target = checkpoints.checkpoint_path(self.folder, self.step)
-        if self.accelerator.is_main_process:
-            checkpoints.write_folder(target, write)
-            checkpoints.keep_latest(self.folder, self.options.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        target = checkpoint_path(self.folder, self.step)
+
+        def replace() -> None:
+            checkpoints.write_checkpoint(target, write)
+            keep_latest(self.folder, self.options.keep_checkpoints, self.options.keep_every)
+
+        on_main(self.accelerator, replace)
         return target
 
     def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
@@ -392,16 +429,20 @@ class Trainer:
         """Put the model beside the metrics, so that the run folder loads as a model."""
         self._average_statistics()
         weights = checkpoints.whole_weights(self.model)
-        if self.accelerator.is_main_process:
-            finished = folder / "checkpoints" / "final"
-            checkpoints.write_folder(finished, lambda new: self._write_model(new, weights))
-            for path in finished.iterdir():
-                path.replace(folder / path.name)
-            finished.rmdir()
-        self.accelerator.wait_for_everyone()
+        finished = folder / "checkpoints" / "final"
+
+        def replace() -> None:
+            write_folder(finished, lambda new: self._write_model(new, weights))
+            with disk_errors(folder):
+                for path in finished.iterdir():
+                    path.replace(folder / path.name)
+                finished.rmdir()
+
+        on_main(self.accelerator, replace)
 
     def _restore(self, source: Path) -> None:
         state = checkpoints.read_state(source)
+        self.evaluation_due = state.evaluation_due
         self.step, self.before, self.seconds = state.step, state.before, state.seconds
         if state.stage >= len(self.stages):
             raise UserError(
