@@ -13,6 +13,7 @@ import yaml
 
 from memlm.data.config import DataConfig
 from memlm.errors import UserError, nearest, require_known
+from memlm.files import replace_file
 from memlm.yaml_tree import merge, parse_overrides, read_yaml, set_value
 
 if typing.TYPE_CHECKING:
@@ -244,7 +245,7 @@ def load_config(
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write the sections as YAML that `load_config` reads back to the same config."""
-    Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+    replace_file(Path(path), yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
 def _build(sections: dict[str, Any], path: Path, changed: Mapping[str, Any]) -> RunConfig:

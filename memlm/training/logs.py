@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from memlm.config import LOSS_GROUPS, RunConfig
 from memlm.errors import UserError, nearest
+from memlm.files import append_line, recover, replace_file
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "training.png"
@@ -66,10 +67,13 @@ class RunLog:
             self._bar.update()
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl."""
+        """Append a record to metrics.jsonl.
+
+        Raises:
+            UserError: when the disk is full.
+        """
         if not self.silent:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
+            append_line(self.path, json.dumps(metrics))
 
     def step_line(self, metrics: dict[str, Any], stages: int) -> None:
         """The readable line of one step's metrics."""
@@ -100,14 +104,36 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl, in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """All records of a metrics.jsonl, in order, without a last one that a kill cut off.
+
+    Raises:
+        UserError: naming a line that is no record.
+    """
+    # Bytes: the cut may be in the middle of a character.
+    *lines, last = path.read_bytes().split(b"\n")
+    if _record(last) is not None:
+        lines.append(last)
+    records = [_record(line) for line in lines]
+    if None in records:
+        number = records.index(None) + 1
+        raise UserError(f"{path}: line {number} is no record of a run; delete it to go on")
+    return records
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
 
 
 def _drop_after(path: Path, step: int) -> None:
+    """Drop the records of later steps; a run at its start has none yet."""
+    recover(path.parent, path.name)
     if path.exists():
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        kept = [record for record in read_metrics(path) if record["step"] <= step and step]
+        replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _short(number: float) -> str:

@@ -17,7 +17,8 @@ def _train(argv: Sequence[str] | None) -> None:
     options, overrides = _parser().parse_known_args(argv)
     config = load_config(options.config, overrides, options.preset)
     trainer = Trainer(config, resume=options.resume)
-    trainer.run()
+    if trainer.run().interrupted:
+        return
     if config.evaluate is not None and trainer.accelerator.is_main_process:
         _evaluate(trainer)
 
@@ -51,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
         const=True,
         default=False,
         metavar="CHECKPOINT",
-        help="continue the run's latest checkpoint, or the one given",
+        help="continue the run's newest whole checkpoint, or the one given; auto: the newest, or "
+        "a new run where there is none",
     )
     return parser
 

@@ -21,12 +21,12 @@ from transformers.utils.logging import (
 from memlm.config import RunConfig, Stage
 from memlm.data import load_tokenizer
 from memlm.errors import UserError
+from memlm.files import disk_errors, write_folder
 from memlm.memory.query_norm import average_running_statistics
 from memlm.training import checkpoint as checkpoints
 from memlm.training.clipping import clip_gradients
 from memlm.training.dead_keys import DeadKeys, save_key_reads
 from memlm.training.feed import RowFeed
-from memlm.training.files import disk_errors, write_folder
 from memlm.training.held_out import HeldOut
 from memlm.training.interrupt import Interruption
 from memlm.training.lanes import Lanes, save_states
