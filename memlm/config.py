@@ -62,10 +62,16 @@ class TrainConfig:
         replay_segment: tokens of a segment of `backprop: replay`.
         loss_weights: {group: weight} with groups text and answer: the loss is the weighted sum of
             the groups' mean losses. None = the mean over all targets.
-        optimizer: adamw, or muon for the hidden matrices with AdamW for everything else. Muon
-            orthogonalises in bf16, so its runs repeat exactly, but another number of processes
-            changes the losses by about 1e-4.
-        learning_rate: of AdamW.
+        optimizer: adamw; spam, AdamW that clips spikes and forgets its moments now and then; or
+            muon for the hidden matrices with AdamW for everything else. Muon orthogonalises in
+            bf16, so its runs repeat exactly, but another number of processes changes the losses by
+            about 1e-4.
+        spam_threshold: SPAM clips entries of the gradient whose square is above so many times its
+            running mean.
+        spam_reset_every: steps between two resets of SPAM's moments; no clipping in the 20 steps
+            after one.
+        spam_warmup_steps: steps of warm-up after each reset.
+        learning_rate: of AdamW and SPAM.
         muon_learning_rate: of Muon.
         value_learning_rate: of the value tables of product-key memories, constant, no decay.
         value_optimizer: of the value tables. lazy_adam and rowwise_adagrad update only the rows
@@ -75,10 +81,15 @@ class TrainConfig:
             process has whole tables.
         memory_shard: what a part has: columns of all values, or rows.
         warmup_steps: linear warm-up.
-        final_learning_rate: where the cosine ends, as a fraction of the learning rate.
+        schedule: after the warm-up, cosine over all steps, or wsd: constant, then a decay over the
+            last steps, as 1 - sqrt.
+        decay_fraction: of all steps, the share over which wsd decays.
+        final_learning_rate: where the schedule ends, as a fraction of the learning rate.
         weight_decay: of everything but norms, biases, gates' rates and value tables.
-        betas: of AdamW.
+        betas: of AdamW and SPAM.
         clip_norm: largest norm of the gradient; 0 = no clipping.
+        max_skipped_steps: a step whose loss or gradient is not finite changes nothing and its batch
+            is kept in the run folder's `skipped`; one more than so many in a row end the run.
         mixed_precision: no, or bf16.
         gradient_checkpointing: recompute the blocks in the backward pass to save memory.
         reinit_keys_after: half keys of product-key memories that no token chose in so many steps
@@ -105,7 +116,10 @@ class TrainConfig:
     backprop: Literal["truncated", "replay"] = "truncated"
     replay_segment: int | None = None
     loss_weights: dict[str, float] | None = None
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "spam", "muon"] = "adamw"
+    spam_threshold: float = 5000.0
+    spam_reset_every: int = 500
+    spam_warmup_steps: int = 150
     learning_rate: float = 3e-4
     muon_learning_rate: float = 5e-3
     value_learning_rate: float = 1e-3
@@ -113,10 +127,13 @@ class TrainConfig:
     memory_parallel: int = 1
     memory_shard: Literal["columns", "rows"] = "columns"
     warmup_steps: int = 100
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay_fraction: float = 0.1
     final_learning_rate: float = 0.1
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
+    max_skipped_steps: int = 5
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     reinit_keys_after: int | None = None
@@ -131,8 +148,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:  # NaN as well
                 raise UserError(f"train.{name}: must be at least {least}, got {value}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"train.betas: each must be in [0, 1), got {list(self.betas)}")
+        if not 0 < self.decay_fraction <= 1:
+            raise UserError(
+                f"train.decay_fraction: must be above 0 and at most 1, got {self.decay_fraction}"
+            )
+        if self.spam_warmup_steps > self.spam_reset_every:
+            raise UserError(
+                f"train.spam_warmup_steps: {self.spam_warmup_steps} steps do not fit between two "
+                f"resets, which train.spam_reset_every puts {self.spam_reset_every} apart"
+            )
         ends = [stage.until for stage in self.stages()]
         if ends != sorted(ends) or not 0 < ends[0] <= ends[-1] == 1.0:
             raise UserError(
@@ -167,6 +195,15 @@ _LEAST = {
     "replay_segment": 1,
     "memory_parallel": 1,
     "warmup_steps": 0,
+    "learning_rate": 0,
+    "muon_learning_rate": 0,
+    "value_learning_rate": 0,
+    "final_learning_rate": 0,
+    "weight_decay": 0,
+    "spam_threshold": 1,
+    "spam_reset_every": 1,
+    "spam_warmup_steps": 0,
+    "max_skipped_steps": 0,
     "clip_norm": 0,
     "reinit_keys_after": 1,
     "log_every": 1,

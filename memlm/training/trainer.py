@@ -247,7 +247,12 @@ class Trainer:
         # Data parallelism averages the gradients; the sum is wanted.
         scale = coefficients * accelerator.num_processes
         factor = learning_rate_factor(
-            self.step, options.steps, options.warmup_steps, options.final_learning_rate
+            self.step,
+            options.steps,
+            options.warmup_steps,
+            options.final_learning_rate,
+            options.schedule,
+            options.decay_fraction,
         )
         set_learning_rates(self.optimizers, factor)
 
