@@ -25,19 +25,19 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target.parent, target.name)
-        temporary.mkdir()
         try:
+            temporary.mkdir()
             write(temporary)
             for path in [*temporary.rglob("*"), temporary]:
                 sync(path)
+            if target.exists():
+                target.rename(old)
+            temporary.rename(target)
+            sync(target.parent)
+            sync(target.parent.parent)
         except Exception:
-            shutil.rmtree(temporary, ignore_errors=True)
+            recover(target.parent, target.name)
             raise
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        sync(target.parent)
-        sync(target.parent.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 

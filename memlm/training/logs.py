@@ -45,7 +45,7 @@ class RunLog:
         self._first_step: tuple[float, int] | None = None
         self._bar: tqdm | None = None
         if not silent:
-            _drop_after(self.path, step)
+            _drop_after(self.path, step, ended=step == steps)
             # On a terminal only: elsewhere the log lines say the same.
             self._bar = tqdm(
                 total=steps, initial=step, unit="step", disable=None, leave=False, file=sys.stderr
@@ -128,11 +128,19 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and "step" in record else None
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Drop the records of later steps; a run at its start has none yet."""
+def _drop_after(path: Path, step: int, ended: bool) -> None:
+    """Drop what the run records again: later steps, and its last evaluation if it had `ended`.
+
+    A run at its start has no records yet.
+    """
     recover(path.parent, path.name)
     if path.exists():
-        kept = [record for record in read_metrics(path) if record["step"] <= step and step]
+        kept = [
+            record
+            for record in read_metrics(path)
+            if 0 < step >= record["step"]
+            and not (ended and record["step"] == step and record.get("evaluation"))
+        ]
         replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
