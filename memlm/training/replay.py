@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from memlm.config import TrainConfig
 from memlm.errors import UserError
-from memlm.layers.state import MemoryState
 from memlm.training.loss import Batch, RowLoss, StateGradients, States
 
 _POSSIBLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
@@ -44,14 +43,14 @@ def row_passes(options: TrainConfig, accelerator: Accelerator, row_loss: nn.Modu
         row_loss: a `RowLoss`, as the accelerator has wrapped it.
 
     Raises:
-        UserError: for replay where weights are sharded.
+        UserError: for replay under anything but DDP and FSDP2.
     """
     if options.backprop == "truncated":
         return WholeRows(accelerator, row_loss, options.carry_state)
-    if accelerator.distributed_type not in _POSSIBLE:
+    if accelerator.distributed_type not in _POSSIBLE and not accelerator.is_fsdp2:
         raise UserError(
-            "train.backprop: replay needs whole weights on every process, but "
-            f"{accelerator.distributed_type.value} shards them; launch with DDP, or use truncated"
+            f"train.backprop: replay does not work under {accelerator.distributed_type.value}; "
+            "launch with DDP or FSDP2, or use truncated"
         )
     return ReplayedRows(accelerator, row_loss, options.carry_state, options.replay_segment)
 
@@ -89,7 +88,7 @@ class ReplayedRows:
     a segment draws the same random numbers, and finds the buffers (running statistics) as they
     were; what it does to them is undone.
 
-    Under data parallelism gradients are reduced once, in the backward pass of the first segment.
+    Under DDP and FSDP2 gradients are reduced once, in the backward pass of the first segment.
 
     Args:
         accelerator: of the run.
@@ -146,7 +145,7 @@ class ReplayedRows:
     def _without_graph(self, part: Batch, states: States | None) -> tuple[Tensor, States]:
         # The graph must die here, before the next segment makes its own.
         sums, states = self.plain_loss(part, states, True)
-        return sums.detach(), {name: _alone(state) for name, state in states.items()}
+        return sums.detach(), states
 
     def _backward(self, loss: Tensor) -> None:
         # Where only a memory is trained, a segment of nothing but padding has no graph.
@@ -199,18 +198,6 @@ class _Segment:
     part: Batch
     states: States | None
     surroundings: _Surroundings
-
-
-def _alone(state: MemoryState) -> MemoryState:
-    """The state; parts of larger tensors are copied, which would otherwise be kept alive."""
-    return type(state).from_state_dict(
-        {
-            name: tensor.clone()
-            if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
-            else tensor
-            for name, tensor in state.tensors().items()
-        }
-    )
 
 
 def _leaves(states: States) -> States:

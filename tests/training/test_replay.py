@@ -38,6 +38,7 @@ from tests.training.replay_tools import (
     passes_of,
     run,
 )
+from tests.training.test_processes import launch_sharded
 
 GATED_DELTA = {"type": "gated_delta", "num_heads": 2, "head_dim": 8}
 LAYERS = [{"repeat": 2, "mixer": ATTENTION, "memory": GATED_DELTA, "ffn": "swiglu"}]
@@ -304,6 +305,16 @@ def test_two_processes_reduce_once(name):
         assert gradient_error(gradients, expected) < 1e-9
 
 
+@pytest.mark.slow
+def test_sharded_weights(make_config, tmp_path):
+    options = {"model": {"layers": LAYERS}, "micro_batch_rows": 1, "learning_rate": 3e-2}
+    whole = make_config("whole", **options)
+    sharded = make_config("sharded", backprop="replay", replay_segment=24, **options)
+    Trainer(whole).run()
+    launch_sharded(sharded, tmp_path / "sharded.yaml")
+    assert losses(sharded) == pytest.approx(losses(whole), abs=1e-5)
+
+
 # --- what it costs ---
 
 
@@ -427,8 +438,8 @@ def test_options_that_do_not_fit():
         TrainConfig(backprop="replay", replay_segment=0)
 
 
-def test_sharded_weights_are_refused():
-    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP)
+def test_other_launchers_are_refused():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, is_fsdp2=False)
     options = TrainConfig(backprop="replay", replay_segment=64)
-    with pytest.raises(UserError, match="replay needs whole weights.*FSDP shards them"):
+    with pytest.raises(UserError, match="replay does not work under DEEPSPEED.*DDP or FSDP2"):
         row_passes(options, accelerator, RowLoss(nn.Identity()))
