@@ -136,9 +136,8 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
     path, found = tmp_path / "metrics.jsonl", []
     for at in itertools.count():
         replace_file(path, "old")
-        with failing(at, Killed()) as done:
-            with suppress(Killed):
-                replace_file(path, "new")
+        with failing(at, Killed()) as done, suppress(Killed):
+            replace_file(path, "new")
         if done[0] <= at:
             break
         recover(tmp_path, path.name)
