@@ -101,6 +101,8 @@ class DataConfig:
             raise UserError(
                 f"data.tokenize_processes must be at least 1, got {self.tokenize_processes}"
             )
+        if self.shards == "":
+            raise UserError("data.shards: needs the name of a folder, or null")
         if self.seed < 0:
             raise UserError(f"data.seed must be >= 0, got {self.seed}")
         if not 0 <= self.validation_fraction < 1:

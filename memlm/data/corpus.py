@@ -92,8 +92,14 @@ def encode_documents(
     prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     documents = iter(texts)
     while batch := list(islice(documents, _BATCH)):
-        encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        for ids in encoded:
+        encoded = tokenizer(
+            batch,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        for ids in encoded["input_ids"]:
             if ids:
                 yield np.asarray(prefix + ids, dtype=dtype)
 
