@@ -42,6 +42,8 @@ class RunState:
         seconds: time spent training so far.
         config: the run config.
         evaluation_due: the run was interrupted before the evaluation of its last step.
+        skipped_steps: steps that changed nothing so far (StepGuard).
+        skipped_in_a_row: the last of them, back to a step that was made.
 
     Random numbers need no entry: those of a step are a function of (seed, step, process).
     """
@@ -54,6 +56,8 @@ class RunState:
     seconds: float
     config: dict[str, Any]
     evaluation_due: bool = False
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 def find_checkpoint(resume: str | Path | None, run: Path) -> Path:

@@ -82,10 +82,11 @@ class RunLog:
         losses = "  ".join(f"{name} {metrics[f'{name}_bits']:.3f}" for name in groups)
         stage = f"  stage {metrics['stage'] + 1}/{stages}" if stages > 1 else ""
         window = f":{metrics['window']}" if metrics["window"] else ""
+        skipped = f"  skipped {metrics['skipped_steps']}" if metrics.get("skipped_steps") else ""
         self.line(
             f"step {step:>{len(str(self.steps))}}/{self.steps} ({100 * step // self.steps:>3} %)  "
             f"loss {metrics['loss']:.4f}  {losses} bits  lr {metrics['learning_rate']:.2e}  "
-            f"grad {metrics['grad_norm']:.2f}{stage}  length {metrics['length']}{window}  "
+            f"grad {metrics['grad_norm']:.2f}{skipped}{stage}  length {metrics['length']}{window}  "
             f"{_short(metrics['tokens_per_second'])} tokens/s  left {self._left()}"
         )
 

@@ -27,6 +27,7 @@ from memlm.training import checkpoint as checkpoints
 from memlm.training.clipping import clip_gradients
 from memlm.training.dead_keys import DeadKeys, save_key_reads
 from memlm.training.feed import RowFeed
+from memlm.training.guards import StepGuard
 from memlm.training.held_out import HeldOut
 from memlm.training.interrupt import Interruption
 from memlm.training.lanes import Lanes, save_states
@@ -122,6 +123,13 @@ class Trainer:
         every = self.options.reinit_keys_after
         self.usage = UsageLog(self.model, self.accelerator, half_keys=every is not None)
         self.dead_keys = DeadKeys(self.usage, self.optimizers, every, self.options.seed)
+        self.guard = StepGuard(
+            self.model,
+            self.optimizers,
+            self.accelerator,
+            self.folder,
+            self.options.max_skipped_steps,
+        )
         self.step = 0
         self.curriculum = CurriculumState()
         self.before: dict[str, float] | None = None
@@ -256,6 +264,7 @@ class Trainer:
         )
         set_learning_rates(self.optimizers, factor)
 
+        undo = self.guard.remember(self.lanes, self.updates)
         sums = torch.zeros_like(coefficients)
         for index, rows in enumerate(self.lanes.slices):
             last = index == len(self.lanes.slices) - 1
@@ -268,18 +277,24 @@ class Trainer:
             sums += losses
         sums = total(sums, accelerator)
         loss = float((sums * coefficients).sum())
-        grad_norm = self._update()
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            self.updates.check(self.step + 1)
-            raise UserError(
-                f"step {self.step + 1}: the loss is {loss} and the gradient norm {grad_norm}; "
-                "lower train.learning_rate, or raise train.warmup_steps"
-            )
+        grad_norm = clip_gradients(
+            self.row_loss.parameters(), self.optimizers, options.clip_norm or math.inf
+        )
+        made = self.guard.passes(loss, grad_norm)
+        if made:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        else:
+            line = self.guard.skip(self.step + 1, batch, loss, grad_norm, self.updates)
+            self.log.line(line)
+            undo()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
         self.step += 1
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        group_bits = bits(sums.tolist(), counts.tolist())
+        group_bits = bits(sums.tolist(), counts.tolist()) if made else {}
         self._report(loss, grad_norm, group_bits, seconds, factor)
         for line in self.dead_keys.after_step(self.step, last=self.step == options.steps):
             self.log.line(line)
@@ -294,17 +309,6 @@ class Trainer:
         # Hashed: torch's generator on the CPU takes only the lower 32 bits of a seed.
         torch.manual_seed(random.Random(name).getrandbits(63))
 
-    def _update(self) -> float:
-        """Clip, step the optimizers and clear the gradients; returns the gradient norm."""
-        limit = self.options.clip_norm or math.inf
-        norm = clip_gradients(self.row_loss.parameters(), self.optimizers, limit)
-        if math.isfinite(norm):
-            for optimizer in self.optimizers:
-                optimizer.step()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        return norm
-
     def _report(
         self,
         loss: float,
@@ -315,8 +319,10 @@ class Trainer:
     ) -> None:
         speed = self.options.tokens_per_step / seconds
         self.log.tick(speed)
+        made = self.guard.in_a_row == 0
         if (
-            self.step != 1
+            made
+            and self.step != 1
             and self.step % self.options.log_every
             and self.step != self.options.steps
         ):
@@ -324,10 +330,11 @@ class Trainer:
         self.updates.check(self.step)
         metrics = {
             "step": self.step,
-            "loss": loss,
+            "loss": loss if made else None,
             **group_bits,
             "learning_rate": self.options.learning_rate * factor,
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if made else None,
+            "skipped_steps": self.guard.skipped,
             "tokens_per_second": speed,
             "stage": self.curriculum.stage,
             "length": self.stage.length,
@@ -336,7 +343,8 @@ class Trainer:
             **self.usage.report(last=self.step == self.options.steps),
         }
         self.log.record(metrics)
-        self.log.step_line(metrics, len(self.stages))
+        if made:
+            self.log.step_line(metrics, len(self.stages))
         self._track(metrics)
 
     def _track(self, metrics: dict[str, Any]) -> None:
@@ -397,6 +405,8 @@ class Trainer:
             seconds=self.seconds,
             config=self.config.to_dict(),
             evaluation_due=self.evaluation_due,
+            skipped_steps=self.guard.skipped,
+            skipped_in_a_row=self.guard.in_a_row,
         )
         # Collective calls: every process takes part, the first one writes.
         self._average_statistics()
@@ -449,6 +459,7 @@ class Trainer:
         state = checkpoints.read_state(source)
         self.evaluation_due = state.evaluation_due
         self.step, self.before, self.seconds = state.step, state.before, state.seconds
+        self.guard.skipped, self.guard.in_a_row = state.skipped_steps, state.skipped_in_a_row
         if state.stage >= len(self.stages):
             raise UserError(
                 f"{source}: it is in stage {state.stage + 1} of its curriculum, but the config "
