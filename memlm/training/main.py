@@ -9,6 +9,7 @@ from pathlib import Path
 from memlm.cli import run_entry_point
 from memlm.config import RunConfig, load_config
 from memlm.errors import UserError
+from memlm.training.interrupt import Interruption
 from memlm.training.trainer import Trainer
 
 
@@ -22,8 +23,10 @@ def _train(argv: Sequence[str] | None) -> None:
     config = load_config(options.config, overrides, options.preset)
     with _full_disk(config.output_dir):
         trainer = Trainer(config, resume=options.resume)
-        if trainer.run().interrupted:
-            return
+        with Interruption() as interruption:
+            summary = trainer.run(interruption)
+    if summary.interrupted or interruption.name is not None:
+        return
     if config.evaluate is not None and trainer.accelerator.is_main_process:
         _evaluate(trainer)
 

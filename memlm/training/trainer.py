@@ -164,8 +164,16 @@ class Trainer:
 
     # --- a step ---
 
-    def run(self) -> TrainSummary:
-        """Train to the last step, evaluate, and save the model in the run folder."""
+    def run(self, interruption: Interruption | None = None) -> TrainSummary:
+        """Train to the last step, evaluate, and save the model in the run folder.
+
+        Args:
+            interruption: ends the run after the step in which it noted a signal, with a
+                checkpoint; None = signals do what they do elsewhere.
+
+        Raises:
+            UserError: when the disk is full, or training cannot go on.
+        """
         log = RunLog(
             self.folder, self.options.steps, self.step, not self.accelerator.is_main_process
         )
@@ -178,27 +186,26 @@ class Trainer:
         on_main(self.accelerator, self._set_aside_later)
         after, loss, interrupted = None, math.nan, False
         try:
-            with Interruption() as interruption:
-                if self.step == 0:
-                    self.before = self._evaluate_and_record()
-                elif self.evaluation_due:
-                    after = self._evaluate_and_record()
-                self.evaluation_due = False
-                self.row_loss.train()
-                while self.step < self.options.steps and not interrupted:
-                    loss = self._one_step()
-                    interrupted = interruption.agreed(self.accelerator)
-                    if self._due(self.options.evaluate_every):
-                        # Whoever sent the signal may not wait as long as an evaluation takes.
-                        self.evaluation_due = interrupted
-                        if not interrupted:
-                            after = self._evaluate_and_record()
-                    if interrupted or self._save_due():
-                        self.save_checkpoint()
-                if not interrupted:
-                    if after is None:  # an interrupted run that had done all its steps
+            if self.step == 0:
+                self.before = self._evaluate_and_record()
+            elif self.evaluation_due:
+                after = self._evaluate_and_record()
+            self.evaluation_due = False
+            self.row_loss.train()
+            while self.step < self.options.steps and not interrupted:
+                loss = self._one_step()
+                interrupted = interruption is not None and interruption.agreed(self.accelerator)
+                if self._due(self.options.evaluate_every):
+                    # Whoever sent the signal may not wait as long as an evaluation takes.
+                    self.evaluation_due = interrupted
+                    if not interrupted:
                         after = self._evaluate_and_record()
-                    self._save_model(self.folder)
+                if interrupted or self._save_due():
+                    self.save_checkpoint()
+            if not interrupted:
+                if after is None:  # an interrupted run that had done all its steps
+                    after = self._evaluate_and_record()
+                self._save_model(self.folder)
         finally:
             self.feed.close()
             log.close()
