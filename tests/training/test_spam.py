@@ -1,12 +1,18 @@
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from memlm.config import save_config
 from memlm.training import Trainer
 from memlm.training.logs import METRICS_FILE, read_metrics
 from memlm.training.spam import Spam
 
+ROOT = Path(__file__).parent.parent.parent
 OPTIONS = {
     "lr": 1e-2,
     "betas": (0.9, 0.99),
@@ -173,3 +179,35 @@ def test_a_run_of_adamw_can_go_on_with_spam(make_config):
     assert {int(state["step"]) for state in optimizer.state.values()} == {4}
     trainer.run()
     assert {int(state["step"]) for state in optimizer.state.values()} == {8}
+
+
+@pytest.mark.slow
+def test_sharded_weights_have_the_same_losses(make_config, tmp_path):
+    options = {
+        "steps": 30,
+        "optimizer": "spam",
+        "spam_reset_every": 24,
+        "spam_warmup_steps": 4,
+        "spam_threshold": 2.0,
+    }
+    plain, sharded = make_config("plain", **options), make_config("sharded", **options)
+    Trainer(plain).run()
+    save_config(sharded, tmp_path / "sharded.yaml")
+    worker = Path(__file__).with_name("sharded_worker.py")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", "2", str(worker), str(tmp_path / "sharded.yaml")),
+        ],
+        timeout=300,
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        [record["loss"] for record in read_metrics(config.output_dir / METRICS_FILE)]
+        for config in (plain, sharded)
+    )
+    assert two == pytest.approx(one, abs=1e-4)
