@@ -13,6 +13,7 @@ import yaml
 
 from memlm.data.config import DataConfig
 from memlm.errors import UserError, nearest, require_known
+from memlm.files import replace_file
 from memlm.yaml_tree import merge, parse_overrides, read_yaml, set_value
 
 if typing.TYPE_CHECKING:
@@ -56,12 +57,21 @@ class TrainConfig:
             accumulated. None = all at once.
         curriculum: stages of growing length; empty = one stage of `length`.
         carry_state: rows continue documents, and the memory states go from row to row.
+        backprop: truncated = one graph for a whole row; replay = segments of `replay_segment` are
+            run again one by one, for the same gradients in the memory of one segment.
+        replay_segment: tokens of a segment of `backprop: replay`.
         loss_weights: {group: weight} with groups text and answer: the loss is the weighted sum of
             the groups' mean losses. None = the mean over all targets.
-        optimizer: adamw, or muon for the hidden matrices with AdamW for everything else. Muon
-            orthogonalises in bf16, so its runs repeat exactly, but another number of processes
-            changes the losses by about 1e-4.
-        learning_rate: of AdamW.
+        optimizer: adamw; spam, AdamW that clips spikes and forgets its moments now and then; or
+            muon for the hidden matrices with AdamW for everything else. Muon orthogonalises in
+            bf16, so its runs repeat exactly, but another number of processes changes the losses by
+            about 1e-4.
+        spam_threshold: SPAM clips entries of the gradient whose square is above so many times its
+            running mean.
+        spam_reset_every: steps between two resets of SPAM's moments; no clipping in the 20 steps
+            after one.
+        spam_warmup_steps: steps of warm-up after each reset.
+        learning_rate: of AdamW and SPAM.
         muon_learning_rate: of Muon.
         value_learning_rate: of the value tables of product-key memories, constant, no decay.
         value_optimizer: of the value tables. lazy_adam and rowwise_adagrad update only the rows
@@ -71,10 +81,15 @@ class TrainConfig:
             process has whole tables.
         memory_shard: what a part has: columns of all values, or rows.
         warmup_steps: linear warm-up.
-        final_learning_rate: where the cosine ends, as a fraction of the learning rate.
+        schedule: after the warm-up, cosine over all steps, or wsd: constant, then a decay over the
+            last steps, as 1 - sqrt.
+        decay_fraction: of all steps, the share over which wsd decays.
+        final_learning_rate: where the schedule ends, as a fraction of the learning rate.
         weight_decay: of everything but norms, biases, gates' rates and value tables.
-        betas: of AdamW.
+        betas: of AdamW and SPAM.
         clip_norm: largest norm of the gradient; 0 = no clipping.
+        max_skipped_steps: a step whose loss or gradient is not finite changes nothing and its batch
+            is kept in the run folder's `skipped`; one more than so many in a row end the run.
         mixed_precision: no, or bf16.
         gradient_checkpointing: recompute the blocks in the backward pass to save memory.
         reinit_keys_after: half keys of product-key memories that no token chose in so many steps
@@ -85,6 +100,8 @@ class TrainConfig:
         evaluation_rows: held-out rows of one evaluation; 0 = no evaluation.
         save_every: steps between two checkpoints; 0 = at the end only.
         keep_checkpoints: how many of the latest checkpoints stay.
+        keep_every: checkpoints at multiples of so many steps are written and stay for ever;
+            0 = none.
         trackers: accelerate's trackers to log to, such as tensorboard or wandb.
     """
 
@@ -96,8 +113,13 @@ class TrainConfig:
     micro_batch_rows: int | None = None
     curriculum: list[Stage] = field(default_factory=list)
     carry_state: bool = False
+    backprop: Literal["truncated", "replay"] = "truncated"
+    replay_segment: int | None = None
     loss_weights: dict[str, float] | None = None
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "spam", "muon"] = "adamw"
+    spam_threshold: float = 5000.0
+    spam_reset_every: int = 500
+    spam_warmup_steps: int = 150
     learning_rate: float = 3e-4
     muon_learning_rate: float = 5e-3
     value_learning_rate: float = 1e-3
@@ -105,10 +127,13 @@ class TrainConfig:
     memory_parallel: int = 1
     memory_shard: Literal["columns", "rows"] = "columns"
     warmup_steps: int = 100
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay_fraction: float = 0.1
     final_learning_rate: float = 0.1
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
+    max_skipped_steps: int = 5
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     reinit_keys_after: int | None = None
@@ -117,13 +142,25 @@ class TrainConfig:
     evaluation_rows: int = 32
     save_every: int = 500
     keep_checkpoints: int = 2
+    keep_every: int = 0
     trackers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is not None and not value >= least:  # NaN as well
                 raise UserError(f"train.{name}: must be at least {least}, got {value}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"train.betas: each must be in [0, 1), got {list(self.betas)}")
+        if not 0 < self.decay_fraction <= 1:
+            raise UserError(
+                f"train.decay_fraction: must be above 0 and at most 1, got {self.decay_fraction}"
+            )
+        if self.spam_warmup_steps > self.spam_reset_every:
+            raise UserError(
+                f"train.spam_warmup_steps: {self.spam_warmup_steps} steps do not fit between two "
+                f"resets, which train.spam_reset_every puts {self.spam_reset_every} apart"
+            )
         ends = [stage.until for stage in self.stages()]
         if ends != sorted(ends) or not 0 < ends[0] <= ends[-1] == 1.0:
             raise UserError(
@@ -135,6 +172,11 @@ class TrainConfig:
                     f"train.tokens_per_step: {self.tokens_per_step} is not a multiple of the row "
                     f"length {stage.length}"
                 )
+        if (self.backprop == "replay") != (self.replay_segment is not None):
+            raise UserError(
+                f"train.replay_segment: {self.replay_segment} does not fit train.backprop: "
+                f"{self.backprop}; replay needs a number of tokens, truncated has none"
+            )
         for group in self.loss_weights or {}:
             if group not in LOSS_GROUPS:
                 hint = nearest(group, LOSS_GROUPS) or f" (valid: {', '.join(LOSS_GROUPS)})"
@@ -150,8 +192,18 @@ _LEAST = {
     "steps": 1,
     "tokens_per_step": 1,
     "micro_batch_rows": 1,
+    "replay_segment": 1,
     "memory_parallel": 1,
     "warmup_steps": 0,
+    "learning_rate": 0,
+    "muon_learning_rate": 0,
+    "value_learning_rate": 0,
+    "final_learning_rate": 0,
+    "weight_decay": 0,
+    "spam_threshold": 1,
+    "spam_reset_every": 1,
+    "spam_warmup_steps": 0,
+    "max_skipped_steps": 0,
     "clip_norm": 0,
     "reinit_keys_after": 1,
     "log_every": 1,
@@ -159,6 +211,7 @@ _LEAST = {
     "evaluation_rows": 0,
     "save_every": 0,
     "keep_checkpoints": 1,
+    "keep_every": 0,
 }
 
 
@@ -229,7 +282,7 @@ def load_config(
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write the sections as YAML that `load_config` reads back to the same config."""
-    Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+    replace_file(Path(path), yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
 def _build(sections: dict[str, Any], path: Path, changed: Mapping[str, Any]) -> RunConfig:

@@ -6,6 +6,7 @@ import pytest
 
 from memlm.config import RunConfig, Stage, TrainConfig, load_config, save_config
 from memlm.errors import UserError
+from memlm.yaml_tree import parse_overrides
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TEXT = """
@@ -50,6 +51,11 @@ def test_file_becomes_typed_sections(path):
     ]
 
 
+def test_negative_numbers_are_values_not_keys():
+    words = ["--train.learning_rate", "-1E2", "--train.steps", "-3"]
+    assert parse_overrides(words) == {"train.learning_rate": -100.0, "train.steps": -3}
+
+
 def test_preset_merges_lists_of_mappings_of_equal_length_and_replaces_others(path):
     config = load_config(path, preset="tiny")
     assert config.model["layers"][0]["mixer"] == {
@@ -72,7 +78,7 @@ def test_preset_with_another_type_replaces_the_mapping(path):
         (["--train.steps", "20"], ("train", "steps", 20)),
         (["--train.steps=20"], ("train", "steps", 20)),
         (["--train.learning_rate", "1e-2"], ("train", "learning_rate", 0.01)),
-        (["--train.learning_rate", "-1E2"], ("train", "learning_rate", -100.0)),
+        (["--train.learning_rate", "1E2"], ("train", "learning_rate", 100.0)),
         (["--train.learning_rate", "2"], ("train", "learning_rate", 2.0)),
         (["--train.betas", "[0.8, 0.9]"], ("train", "betas", (0.8, 0.9))),
         (["--train.micro_batch_rows", "null"], ("train", "micro_batch_rows", None)),

@@ -82,7 +82,10 @@ class DataConfig:
     `sources` are mappings `{type: stdlib|text|hub|passkey|mqar, weight: 1.0, ...}` with the
     fields of the source's dataclass; rows are mixed by weight. `validation_fraction` of the
     documents, chosen by a hash of their text, is held out. With `carry`, documents go on across
-    the rows of a lane (see PackedDataset). Raises UserError on any unknown or impossible value.
+    the rows of a lane (see PackedDataset). With `shards`, a folder, texts that are not streamed
+    are tokenised into files there once, by `tokenize_processes` processes, and read from them;
+    None = they are tokenised at every start and kept in memory. Raises UserError on any unknown or
+    impossible value.
     """
 
     tokenizer: str = "bytes"
@@ -90,8 +93,16 @@ class DataConfig:
     seed: int = 0
     validation_fraction: float = 0.05
     carry: bool = False
+    shards: str | None = None
+    tokenize_processes: int = 1
 
     def __post_init__(self) -> None:
+        if self.tokenize_processes < 1:
+            raise UserError(
+                f"data.tokenize_processes must be at least 1, got {self.tokenize_processes}"
+            )
+        if self.shards == "":
+            raise UserError("data.shards: needs the name of a folder, or null")
         if self.seed < 0:
             raise UserError(f"data.seed must be >= 0, got {self.seed}")
         if not 0 <= self.validation_fraction < 1:

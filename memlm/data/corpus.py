@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -11,6 +12,9 @@ from memlm.data.hashing import text_fraction
 from memlm.data.tokenizers import byte_level
 from memlm.errors import UserError
 
+if TYPE_CHECKING:
+    from memlm.data.shards import ShardedTokens
+
 _BATCH = 256  # documents handed to a tokenizer at once
 
 
@@ -18,7 +22,7 @@ _BATCH = 256  # documents handed to a tokenizer at once
 class Corpus:
     """Documents back to back: `tokens` [N] (uint16 or int32), `starts` [documents + 1] int64."""
 
-    tokens: np.ndarray
+    tokens: "np.ndarray | ShardedTokens"
     starts: np.ndarray
 
     @property
@@ -43,13 +47,20 @@ def split_documents(texts: Iterable[str], split: str, fraction: float) -> list[s
         cut = max(1, min(len(texts[0]) - 1, round(len(texts[0]) * (1 - fraction))))
         return [texts[0][:cut] if split == "train" else texts[0][cut:]]
     places = [text_fraction(text) for text in texts]
-    # Equal texts share a place, so copies of a document never sit on both sides of the limit.
-    limit = min(max(fraction, np.nextafter(min(places), 1)), max(places))
+    limit = split_limit(min(places), max(places), fraction)
     return [
         text
         for text, place in zip(texts, places, strict=True)
         if (place < limit) == (split == "validation")
     ]
+
+
+def split_limit(lowest: float, highest: float, fraction: float) -> float:
+    """Documents at a place below it are held out, of two or more from `lowest` to `highest`.
+
+    Equal texts share a place, so copies of a document never sit on both sides of the limit.
+    """
+    return min(max(fraction, float(np.nextafter(lowest, 1))), highest)
 
 
 def check_split(split: str, fraction: float) -> None:
@@ -72,7 +83,7 @@ def encode_documents(
 
     No special token is added but a leading bos where the tokenizer itself starts texts with one.
     """
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+    dtype = token_dtype(tokenizer)
     if byte_level(tokenizer):
         for text in texts:
             if text:
@@ -81,10 +92,21 @@ def encode_documents(
     prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     documents = iter(texts)
     while batch := list(islice(documents, _BATCH)):
-        encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-        for ids in encoded:
+        encoded = tokenizer(
+            batch,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        for ids in encoded["input_ids"]:
             if ids:
                 yield np.asarray(prefix + ids, dtype=dtype)
+
+
+def token_dtype(tokenizer: PreTrainedTokenizerBase) -> type[np.generic]:
+    """The smallest of uint16 and int32 that holds every id."""
+    return np.uint16 if len(tokenizer) <= 2**16 else np.int32
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -14,13 +14,13 @@ from memlm.data.config import (
     MqarSource,
     PasskeySource,
     Source,
-    StdlibSource,
-    TextSource,
 )
 from memlm.data.corpus import Corpus, build_corpus, check_split, encode_documents, in_split
 from memlm.data.mqar import MqarRows
 from memlm.data.passkey import PasskeyRows
-from memlm.data.sources import hub_documents, stdlib_documents, text_documents
+from memlm.data.shards import prepare_shards, read_shards
+from memlm.data.sources import hub_documents
+from memlm.data.text_origin import TextOrigin, text_origin
 from memlm.data.text_rows import CorpusRows, StreamRows
 from memlm.errors import UserError
 
@@ -42,7 +42,8 @@ class PackedDataset:
     `index // lanes` of lane `index % lanes`: a text document goes on in the lane's next row, with
     its positions, and each lane keeps to one source (lanes are shared out by weight).
 
-    Local text is tokenised once and kept in memory (uint16 or int32). Streamed datasets keep their
+    Local text is tokenised once and kept in memory (uint16 or int32), or read from the files of
+    `config.shards`, which hold the same documents in the same order. Streamed datasets keep their
     stream order: going back, or starting at a late row, reads the stream up to there again.
     Raises UserError for anything the config or its files get wrong.
     """
@@ -59,7 +60,7 @@ class PackedDataset:
         self.config, self.tokenizer, self.split = config, tokenizer, split
         self.sources = config.parsed_sources()
         self.seed = config.seed if split == "train" else 0
-        self._corpora: dict[str, Corpus] = {}
+        self._corpora: dict[TextOrigin, Corpus] = {}
         self._set_shape(length, lanes)
 
     def with_length(
@@ -200,12 +201,18 @@ class PackedDataset:
         return encode_documents(chosen, self.tokenizer)
 
     def _corpus(self, source: Source) -> Corpus:
-        texts, key = _local_texts(source)
-        if key not in self._corpora:
-            self._corpora[key] = build_corpus(
-                texts, self.tokenizer, self.split, self.config.validation_fraction
-            )
-        return self._corpora[key]
+        origin = text_origin(source)
+        if origin not in self._corpora:
+            self._corpora[origin] = self._read_corpus(origin)
+        return self._corpora[origin]
+
+    def _read_corpus(self, origin: TextOrigin) -> Corpus:
+        config, fraction = self.config, self.config.validation_fraction
+        if config.shards is None:
+            return build_corpus(origin.documents(), self.tokenizer, self.split, fraction)
+        processes = config.tokenize_processes
+        folder = prepare_shards(config.shards, origin, self.tokenizer, fraction, processes)
+        return read_shards(folder, self.split)
 
 
 def _ranks(tile: np.ndarray) -> np.ndarray:
@@ -215,13 +222,3 @@ def _ranks(tile: np.ndarray) -> np.ndarray:
         places = np.flatnonzero(tile == value)
         ranks[places] = np.arange(len(places))
     return ranks
-
-
-def _local_texts(source: Source) -> tuple[Iterator[str], str]:
-    """Documents of a source kept in memory, and a key that equal texts share."""
-    if isinstance(source, HubSource):
-        return hub_documents(source, 0), f"hub {source}"
-    if isinstance(source, StdlibSource) or source.files is None:
-        return stdlib_documents(), "stdlib"
-    column = source.column if isinstance(source, TextSource) else "text"
-    return text_documents(source.files, column), f"text {source.files} {column}"

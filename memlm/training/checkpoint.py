@@ -1,9 +1,8 @@
-"""Checkpoints: written beside their place and renamed, so that each one is complete."""
+"""Checkpoints: what is in them, and which one a run goes on from."""
 
 import dataclasses
 import json
-import os
-import shutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,12 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
 from memlm.errors import UserError
+from memlm.files import recover, write_folder
 from memlm.memory.sharding import MEMORY, local_part, whole_table
 from memlm.models import AttachConfig
 from memlm.models.attached_files import is_attached, read_attached
+from memlm.training.manifest import check_manifest, write_manifest
+from memlm.training.retention import FOLDER, complete_checkpoints, step_of
 from memlm.training.row_optimizer import RowOptimizer
 
 STATE_FILE = "state.json"
@@ -39,6 +41,9 @@ class RunState:
         before: the evaluation before training, if there was one.
         seconds: time spent training so far.
         config: the run config.
+        evaluation_due: the run was interrupted before the evaluation of its last step.
+        skipped_steps: steps that changed nothing so far (StepGuard).
+        skipped_in_a_row: the last of them, back to a step that was made.
 
     Random numbers need no entry: those of a step are a function of (seed, step, process).
     """
@@ -50,65 +55,52 @@ class RunState:
     before: dict[str, float] | None
     seconds: float
     config: dict[str, Any]
-
-
-def checkpoint_path(run: Path, step: int) -> Path:
-    """The folder of the checkpoint after `step` steps."""
-    return run / "checkpoints" / f"step_{step:06d}"
-
-
-def complete_checkpoints(run: Path) -> list[Path]:
-    """All complete checkpoints of a run, oldest first."""
-    found = [path.parent for path in (run / "checkpoints").glob(f"step_*/{STATE_FILE}")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    evaluation_due: bool = False
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 def find_checkpoint(resume: str | Path | None, run: Path) -> Path:
-    """The checkpoint to resume: `resume` (a checkpoint or a run folder), or the run's latest.
+    """The checkpoint to resume: `resume` (a checkpoint or a run folder), or the run's newest.
+
+    Of a run, the newest that is whole: damaged ones are passed over with a warning.
 
     Raises:
-        UserError: when there is none.
+        UserError: when there is none, or the one that was named is damaged.
     """
     place = Path(resume) if resume else run
-    if (place / STATE_FILE).is_file():
+    if not (place / FOLDER).is_dir() and ((place / STATE_FILE).is_file() or step_of(place) >= 0):
+        if not place.is_dir():
+            raise UserError(f"{place}: there is no such checkpoint")
+        check_manifest(place)
         return place
+    recover(place / FOLDER)
     found = complete_checkpoints(place)
-    if not found:
-        raise UserError(f"{place}: no complete checkpoint to resume from")
-    return found[-1]
+    for path in reversed(found):
+        try:
+            check_manifest(path)
+            return path
+        except UserError as error:
+            print(f"warning: {path} is passed over: {error}", file=sys.stderr, flush=True)
+    if found:
+        raise UserError(
+            f"{place}: none of its {len(found)} checkpoints is whole (see the warnings)"
+        )
+    raise UserError(f"{place}: no complete checkpoint to resume from")
 
 
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a new folder with `write` and put it in the place of `target` in one step.
+def write_checkpoint(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a checkpoint's files with `write`, then its manifest, and put it in its place.
 
-    Files are on disk before the rename, so an interruption leaves the old state or the new one.
+    Raises:
+        UserError: when the disk is full or refuses; other checkpoints stay as they are.
     """
-    temporary = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
-    _sync(target.parent)
 
+    def with_manifest(folder: Path) -> None:
+        write(folder)
+        write_manifest(folder)
 
-def keep_latest(run: Path, count: int) -> None:
-    """Delete all but the latest `count` checkpoints, and partial ones."""
-    for path in complete_checkpoints(run)[:-count]:
-        shutil.rmtree(path)
-    for path in (run / "checkpoints").glob(".step_*.partial"):
-        shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_folder(target, with_manifest)
 
 
 def write_state(folder: Path, state: RunState) -> None:

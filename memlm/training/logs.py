@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from memlm.config import LOSS_GROUPS, RunConfig
 from memlm.errors import UserError, nearest
+from memlm.files import append_line, recover, replace_file
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "training.png"
@@ -44,7 +45,7 @@ class RunLog:
         self._first_step: tuple[float, int] | None = None
         self._bar: tqdm | None = None
         if not silent:
-            _drop_after(self.path, step)
+            _drop_after(self.path, step, ended=step == steps)
             # On a terminal only: elsewhere the log lines say the same.
             self._bar = tqdm(
                 total=steps, initial=step, unit="step", disable=None, leave=False, file=sys.stderr
@@ -66,10 +67,13 @@ class RunLog:
             self._bar.update()
 
     def record(self, metrics: dict[str, Any]) -> None:
-        """Append a record to metrics.jsonl."""
+        """Append a record to metrics.jsonl.
+
+        Raises:
+            UserError: when the disk is full.
+        """
         if not self.silent:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
+            append_line(self.path, json.dumps(metrics))
 
     def step_line(self, metrics: dict[str, Any], stages: int) -> None:
         """The readable line of one step's metrics."""
@@ -78,10 +82,11 @@ class RunLog:
         losses = "  ".join(f"{name} {metrics[f'{name}_bits']:.3f}" for name in groups)
         stage = f"  stage {metrics['stage'] + 1}/{stages}" if stages > 1 else ""
         window = f":{metrics['window']}" if metrics["window"] else ""
+        skipped = f"  skipped {metrics['skipped_steps']}" if metrics.get("skipped_steps") else ""
         self.line(
             f"step {step:>{len(str(self.steps))}}/{self.steps} ({100 * step // self.steps:>3} %)  "
             f"loss {metrics['loss']:.4f}  {losses} bits  lr {metrics['learning_rate']:.2e}  "
-            f"grad {metrics['grad_norm']:.2f}{stage}  length {metrics['length']}{window}  "
+            f"grad {metrics['grad_norm']:.2f}{skipped}{stage}  length {metrics['length']}{window}  "
             f"{_short(metrics['tokens_per_second'])} tokens/s  left {self._left()}"
         )
 
@@ -100,14 +105,44 @@ class RunLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl, in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """All records of a metrics.jsonl, in order, without a last one that a kill cut off.
+
+    Raises:
+        UserError: naming a line that is no record.
+    """
+    # Bytes: the cut may be in the middle of a character.
+    *lines, last = path.read_bytes().split(b"\n")
+    if _record(last) is not None:
+        lines.append(last)
+    records = [_record(line) for line in lines]
+    if None in records:
+        number = records.index(None) + 1
+        raise UserError(f"{path}: line {number} is no record of a run; delete it to go on")
+    return records
 
 
-def _drop_after(path: Path, step: int) -> None:
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
+
+
+def _drop_after(path: Path, step: int, ended: bool) -> None:
+    """Drop what the run records again: later steps, and its last evaluation if it had `ended`.
+
+    A run at its start has no records yet.
+    """
+    recover(path.parent, path.name)
     if path.exists():
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        kept = [
+            record
+            for record in read_metrics(path)
+            if 0 < step >= record["step"]
+            and not (ended and record["step"] == step and record.get("evaluation"))
+        ]
+        replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _short(number: float) -> str:

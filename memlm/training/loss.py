@@ -10,6 +10,9 @@ from memlm.layers.state import MemoryState
 
 IGNORED = -100
 MODEL_INPUTS = ("input_ids", "segment_ids", "position_ids")
+Batch = dict[str, Tensor]
+States = dict[str, MemoryState]
+StateGradients = dict[tuple[str, str], Tensor]  # by name of the state and field
 
 
 def group_counts(batch: dict[str, Tensor]) -> Tensor:
@@ -53,11 +56,12 @@ class RowLoss(nn.Module):
 
     def forward(
         self,
-        batch: dict[str, Tensor],
-        memory_states: dict[str, MemoryState] | None = None,
+        batch: Batch,
+        memory_states: States | None = None,
         carry: bool = False,
         use_memory: bool = True,
-    ) -> tuple[Tensor, dict[str, MemoryState] | None]:
+        state_gradients: StateGradients | None = None,
+    ) -> tuple[Tensor, States | None]:
         """Sum the negative log-likelihoods, in nats, of each loss group.
 
         Args:
@@ -66,9 +70,12 @@ class RowLoss(nn.Module):
             memory_states: states the rows continue from; None = none.
             carry: whether to return the new states, detached.
             use_memory: False switches every memory off.
+            state_gradients: with `carry`, the gradients of the new states in a loss of later
+                tokens. One more entry follows the groups: its gradient is what flows back through
+                those states, its value means nothing.
 
         Returns:
-            float32 [groups], and the states or None.
+            float32 [groups] (float64 of a float64 model), and the states or None.
         """
         output = self.model(
             **{name: batch[name] for name in MODEL_INPUTS},
@@ -78,9 +85,17 @@ class RowLoss(nn.Module):
             use_cache=False,
         )
         labels, groups = batch["labels"].flatten(), batch["loss_groups"].flatten()
-        logits = output.logits.flatten(0, 1).float()
+        logits = output.logits.flatten(0, 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
         sums = torch.stack([losses[groups == group].sum() for group in range(len(LOSS_GROUPS))])
         if not carry:
             return sums, None
+        if state_gradients is not None:
+            flows = [
+                output.memory_states[name].tensors()[field].flatten().dot(gradient.flatten())
+                for (name, field), gradient in state_gradients.items()
+            ]
+            flow = sum((flow.to(sums.dtype) for flow in flows), sums.new_zeros(()))
+            sums = torch.cat([sums, flow[None]])
         return sums, {name: state.detach() for name, state in output.memory_states.items()}

@@ -1,10 +1,15 @@
 """The command line of training: `memlm-train`, or `python train.py`."""
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import errno
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from memlm.cli import run_entry_point
 from memlm.config import RunConfig, load_config
+from memlm.errors import UserError
+from memlm.training.interrupt import Interruption
 from memlm.training.trainer import Trainer
 
 
@@ -16,10 +21,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(argv: Sequence[str] | None) -> None:
     options, overrides = _parser().parse_known_args(argv)
     config = load_config(options.config, overrides, options.preset)
-    trainer = Trainer(config, resume=options.resume)
-    trainer.run()
+    with _full_disk(config.output_dir):
+        trainer = Trainer(config, resume=options.resume)
+        with Interruption() as interruption:
+            summary = trainer.run(interruption)
+    if summary.interrupted or interruption.name is not None:
+        return
     if config.evaluate is not None and trainer.accelerator.is_main_process:
         _evaluate(trainer)
+
+
+@contextlib.contextmanager
+def _full_disk(folder: Path) -> Iterator[None]:
+    """Checkpoints and metrics say so themselves; pictures and trackers' files do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{error.filename or folder}: {error.strerror}; what was saved before is whole: make "
+            "room, then go on with --resume"
+        ) from error
 
 
 def _evaluate(trainer: Trainer) -> None:
@@ -51,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         const=True,
         default=False,
         metavar="CHECKPOINT",
-        help="continue the run's latest checkpoint, or the one given",
+        help="continue the run's newest whole checkpoint, or the one given; auto: the newest, or "
+        "a new run where there is none",
     )
     return parser
 

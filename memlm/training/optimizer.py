@@ -10,6 +10,7 @@ from memlm.config import TrainConfig
 from memlm.errors import UserError
 from memlm.memory import ProductKey, ValueTable
 from memlm.training.row_optimizer import RowOptimizer
+from memlm.training.spam import Spam
 
 # Smallest side of a matrix that Muon updates: projections to one number per head are gates.
 MUON_LEAST_SIDE = 16
@@ -124,10 +125,11 @@ def _reads_per_token(model: nn.Module) -> dict[ValueTable, int]:
 
 
 def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over all parameters, or Muon over the matrices and AdamW over the rest.
+    """AdamW or SPAM over all parameters, or Muon over the matrices and AdamW over the rest.
 
     Every parameter group keeps its rate in `base_lr`; groups with `constant` ignore the schedule.
-    Muon is torch.optim.Muon (Jordan et al., 2024). Value tables learn at their own constant rate
+    Muon is torch.optim.Muon (Jordan et al., 2024). AdamW is fused: one pass over each parameter,
+    on a GPU and on a CPU. Value tables learn at their own constant rate
     without decay, as in Lample et al., 2019 and Berges et al., 2024; those of which a step reads
     few rows have a `RowOptimizer` (see `table_updates`).
     """
@@ -149,17 +151,28 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
             by_rows.setdefault(update.method, []).append(update.table)
             named["values"].remove(f"{update.name}.weight")
     decayed = named["others"]
-    if config.optimizer == "adamw":
+    if config.optimizer != "muon":
         decayed = named["matrices"] + decayed
-    adamw = [
+    groups = [
         group(decayed, config.learning_rate, config.weight_decay),
         group(named["no_decay"], config.learning_rate, 0.0),
-        group(named["values"], config.value_learning_rate, 0.0, constant=True) | {"fused": True},
     ]
-    adamw = [item for item in adamw if item["params"]]
+    values = [group(named["values"], config.value_learning_rate, 0.0, constant=True)]
+    spam, adamw = (groups, values) if config.optimizer == "spam" else ([], groups + values)
+    spam, adamw = ([item for item in part if item["params"]] for part in (spam, adamw))
     optimizers: list[torch.optim.Optimizer] = []
+    if spam:
+        optimizers.append(
+            Spam(
+                spam,
+                betas=config.betas,
+                threshold=config.spam_threshold,
+                reset_every=config.spam_reset_every,
+                warmup_steps=config.spam_warmup_steps,
+            )
+        )
     if adamw:
-        optimizers.append(torch.optim.AdamW(adamw, betas=config.betas))
+        optimizers.append(torch.optim.AdamW(adamw, betas=config.betas, fused=True))
     if config.optimizer == "muon" and named["matrices"]:
         matrices = group(named["matrices"], config.muon_learning_rate, config.weight_decay)
         optimizers.append(torch.optim.Muon([matrices]))

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from memlm.config import Stage
 
@@ -9,13 +10,27 @@ from memlm.config import Stage
 ANSWER_STEPS = 8
 
 
-def learning_rate_factor(step: int, steps: int, warmup_steps: int, final: float) -> float:
+def learning_rate_factor(
+    step: int,
+    steps: int,
+    warmup_steps: int,
+    final: float,
+    schedule: Literal["cosine", "wsd"] = "cosine",
+    decay_fraction: float = 0.1,
+) -> float:
     """Factor on the learning rate of step 0 <= `step` < `steps`.
 
-    Grows linearly to 1 over `warmup_steps`, then falls along a cosine to `final` at the last step.
+    Grows linearly to 1 over `warmup_steps`. Then "cosine" falls along a cosine, while "wsd" (Hu et
+    al., 2024, MiniCPM, arXiv:2404.06395) stays at 1 until the last `decay_fraction` of all steps,
+    in which it falls as 1 - sqrt(progress): the shape that Haegele et al., 2024 (arXiv:2405.18392)
+    found best. Both reach `final` at the last step.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
+    if schedule == "wsd":
+        decay_steps = min(max(1, round(decay_fraction * steps)), steps - warmup_steps)
+        progress = max(0, step + 1 - (steps - decay_steps)) / decay_steps
+        return final + (1 - final) * (1 - math.sqrt(min(progress, 1.0)))
     progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 

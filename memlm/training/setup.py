@@ -19,6 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from memlm.config import RunConfig, TrainConfig, save_config
 from memlm.data import PackedDataset
 from memlm.errors import UserError
+from memlm.files import recover
 from memlm.memory.exchange import all_gather_reads
 from memlm.memory.sharding import MEMORY, shard_values, tables_apart
 from memlm.models import (
@@ -32,9 +33,11 @@ from memlm.models.attached import AttachedMixin
 from memlm.training.checkpoint import check_architecture, find_checkpoint
 from memlm.training.logs import check_trackers
 from memlm.training.loss import RowLoss
+from memlm.training.retention import FOLDER, complete_checkpoints
 from memlm.training.row_optimizer import RowOptimizer
 
 REPLICATE = "replicate"  # the dimension of a mesh whose processes hold the same part of a table
+CONFIG_FILE = "config.yaml"
 _CPU_HINT = "on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ..."
 
 
@@ -101,11 +104,21 @@ def _keep_states_in_fp32(accelerator: Accelerator) -> None:
 def find_start(config: RunConfig, resume: bool | str | Path) -> Path | None:
     """The checkpoint to start from, None for a new run.
 
+    With `resume="auto"` a run that was killed before its first checkpoint starts anew.
+
     Raises:
         UserError: when a new run's folder is in use, or there is nothing to resume.
     """
     folder = config.output_dir
-    if resume:
+    if resume == "auto":
+        recover(folder / FOLDER)
+        recover(folder, CONFIG_FILE)
+        if complete_checkpoints(folder):
+            return find_checkpoint(None, folder)
+        # A finished model without checkpoints is not written over.
+        if (folder / CONFIG_FILE).is_file() and not any(folder.glob("*.safetensors")):
+            return None
+    elif resume:
         return find_checkpoint(None if resume is True else resume, folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: the run folder is a file")
@@ -122,7 +135,7 @@ def create_folder(config: RunConfig, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, config.output_dir / "config.yaml")
+        save_config(config, config.output_dir / CONFIG_FILE)
 
 
 def open_datasets(

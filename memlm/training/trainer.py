@@ -21,17 +21,22 @@ from transformers.utils.logging import (
 from memlm.config import RunConfig, Stage
 from memlm.data import load_tokenizer
 from memlm.errors import UserError
+from memlm.files import disk_errors, write_folder
 from memlm.memory.query_norm import average_running_statistics
 from memlm.training import checkpoint as checkpoints
 from memlm.training.clipping import clip_gradients
 from memlm.training.dead_keys import DeadKeys, save_key_reads
 from memlm.training.feed import RowFeed
+from memlm.training.guards import StepGuard
 from memlm.training.held_out import HeldOut
+from memlm.training.interrupt import Interruption
 from memlm.training.lanes import Lanes, save_states
 from memlm.training.logs import METRICS_FILE, PLOT_FILE, RunLog, bits, flat_config, read_metrics
 from memlm.training.loss import RowLoss, group_coefficients, group_counts, total
 from memlm.training.optimizer import build_optimizers, set_learning_rates, table_updates
 from memlm.training.plot import plot_metrics, plot_usage
+from memlm.training.replay import row_passes
+from memlm.training.retention import checkpoint_path, keep_latest, set_aside_later
 from memlm.training.schedule import CurriculumState, learning_rate_factor
 from memlm.training.setup import (
     build_accelerator,
@@ -42,6 +47,7 @@ from memlm.training.setup import (
     prepare,
     share_tables,
 )
+from memlm.training.together import on_main
 from memlm.training.updates import UpdateLog
 from memlm.training.usage import USAGE_PLOT_FILE, UsageLog, held_out_usage
 
@@ -57,6 +63,7 @@ class TrainSummary:
         before, after: held-out evaluation (see `Trainer.evaluate`), None without held-out rows.
         seconds: time in training steps, earlier parts of a resumed run included.
         tokens_per_second: over those seconds.
+        interrupted: a signal ended the run early; a checkpoint holds where it stands.
     """
 
     output_dir: Path
@@ -66,6 +73,7 @@ class TrainSummary:
     after: dict[str, float] | None
     seconds: float
     tokens_per_second: float
+    interrupted: bool = False
 
 
 class Trainer:
@@ -77,8 +85,9 @@ class Trainer:
 
     Args:
         config: the run.
-        resume: False starts a new run; True continues the run's latest complete checkpoint; a
-            path continues that checkpoint, or the latest one of that run folder.
+        resume: False starts a new run; True continues the run's newest whole checkpoint; "auto"
+            does too, or starts a new run where there is none; a path continues that checkpoint,
+            or the newest whole one of that run folder.
 
     Raises:
         UserError: for a run folder that is in use, data or sizes that do not fit, a checkpoint
@@ -90,7 +99,7 @@ class Trainer:
         self.folder = config.output_dir
         self.stages = self.options.stages()
         self.accelerator = build_accelerator(config)
-        source = find_start(config, resume)
+        source = on_main(self.accelerator, lambda: find_start(config, resume))
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.dataset, held_out = open_datasets(config, self.tokenizer)
         self.held_out = None
@@ -103,6 +112,7 @@ class Trainer:
         self.row_loss, *self.optimizers = prepare(
             self.accelerator, RowLoss(model), build_optimizers(model, self.options)
         )
+        self.passes = row_passes(self.options, self.accelerator, self.row_loss)
         # Without DDP's wrapper; FSDP2 shards the module itself.
         self.plain_loss = self.accelerator.unwrap_model(self.row_loss)
         self.model: PreTrainedModel = self.plain_loss.model
@@ -113,10 +123,18 @@ class Trainer:
         every = self.options.reinit_keys_after
         self.usage = UsageLog(self.model, self.accelerator, half_keys=every is not None)
         self.dead_keys = DeadKeys(self.usage, self.optimizers, every, self.options.seed)
+        self.guard = StepGuard(
+            self.model,
+            self.optimizers,
+            self.accelerator,
+            self.folder,
+            self.options.max_skipped_steps,
+        )
         self.step = 0
         self.curriculum = CurriculumState()
         self.before: dict[str, float] | None = None
         self.seconds = 0.0
+        self.evaluation_due = False
         self.feed: RowFeed | None = None
         if source is not None:
             self._restore(source)
@@ -146,8 +164,16 @@ class Trainer:
 
     # --- a step ---
 
-    def run(self) -> TrainSummary:
-        """Train to the last step, evaluate, and save the model in the run folder."""
+    def run(self, interruption: Interruption | None = None) -> TrainSummary:
+        """Train to the last step, evaluate, and save the model in the run folder.
+
+        Args:
+            interruption: ends the run after the step in which it noted a signal, with a
+                checkpoint; None = signals do what they do elsewhere.
+
+        Raises:
+            UserError: when the disk is full, or training cannot go on.
+        """
         log = RunLog(
             self.folder, self.options.steps, self.step, not self.accelerator.is_main_process
         )
@@ -157,32 +183,57 @@ class Trainer:
         log.line(self._opening())
         for update in self.table_updates:
             log.line(f"{update.name}: {update.method} ({update.reason})")
-        if self.step == 0:
-            self.before = self._evaluate_and_record()
-        after, loss = None, math.nan
-        self.row_loss.train()
+        on_main(self.accelerator, self._set_aside_later)
+        after, loss, interrupted = None, math.nan, False
         try:
-            while self.step < self.options.steps:
-                loss = self._one_step()
-                if self._due(self.options.evaluate_every):
-                    after = self._evaluate_and_record()
-                if self._due(self.options.save_every):
-                    self.save_checkpoint()
-            if after is None:  # an interrupted run that had done all its steps
+            if self.step == 0:
+                self.before = self._evaluate_and_record()
+            elif self.evaluation_due:
                 after = self._evaluate_and_record()
-            self._save_model(self.folder)
+            self.evaluation_due = False
+            self.row_loss.train()
+            while self.step < self.options.steps and not interrupted:
+                loss = self._one_step()
+                interrupted = interruption is not None and interruption.agreed(self.accelerator)
+                if self._due(self.options.evaluate_every):
+                    # Whoever sent the signal may not wait as long as an evaluation takes.
+                    self.evaluation_due = interrupted
+                    if not interrupted:
+                        after = self._evaluate_and_record()
+                if interrupted or self._save_due():
+                    self.save_checkpoint()
+            if not interrupted:
+                if after is None:  # an interrupted run that had done all its steps
+                    after = self._evaluate_and_record()
+                self._save_model(self.folder)
         finally:
             self.feed.close()
             log.close()
-        self._plot()
+        if not interrupted:
+            self._plot()
         self.accelerator.end_training()
         tokens = self.step * self.options.tokens_per_step
         rate = tokens / self.seconds if self.seconds else 0.0
+        place = f"model in {self.folder}"
+        if interrupted:
+            place = (
+                f"stopped by a signal, all of it is in "
+                f"{checkpoint_path(self.folder, self.step)}; go on with --resume"
+            )
         log.line(
-            f"trained {self.step} steps in {self.seconds:.0f} s ({rate:.0f} tokens/s); "
-            f"model in {self.folder}"
+            f"trained {self.step} steps in {self.seconds:.0f} s ({rate:.0f} tokens/s); {place}"
         )
-        return TrainSummary(self.folder, self.step, loss, self.before, after, self.seconds, rate)
+        return TrainSummary(
+            self.folder, self.step, loss, self.before, after, self.seconds, rate, interrupted
+        )
+
+    def _save_due(self) -> bool:
+        keep = self.options.keep_every
+        return self._due(self.options.save_every) or (keep > 0 and self.step % keep == 0)
+
+    def _set_aside_later(self) -> None:
+        for path in set_aside_later(self.folder, self.step):
+            self.log.line(f"{path}: a checkpoint after step {self.step}, which the run repeats")
 
     def _due(self, every: int) -> bool:
         return self.step == self.options.steps or (every > 0 and self.step % every == 0)
@@ -211,36 +262,46 @@ class Trainer:
         # Data parallelism averages the gradients; the sum is wanted.
         scale = coefficients * accelerator.num_processes
         factor = learning_rate_factor(
-            self.step, options.steps, options.warmup_steps, options.final_learning_rate
+            self.step,
+            options.steps,
+            options.warmup_steps,
+            options.final_learning_rate,
+            options.schedule,
+            options.decay_fraction,
         )
         set_learning_rates(self.optimizers, factor)
 
+        undo = self.guard.remember(self.lanes, self.updates)
         sums = torch.zeros_like(coefficients)
         for index, rows in enumerate(self.lanes.slices):
             last = index == len(self.lanes.slices) - 1
             part = {name: row[rows].to(accelerator.device) for name, row in batch.items()}
             with contextlib.nullcontext() if last else accelerator.no_sync(self.row_loss):
                 with self.updates.watch(), self.usage.watch():
-                    losses, states = self.row_loss(
-                        part, self.lanes.states[index], options.carry_state
-                    )
-                accelerator.backward((losses * scale).sum())
+                    losses, states = self.passes.forward(part, self.lanes.states[index])
+                self.passes.backward(scale)
             self.lanes.states[index] = states
-            sums += losses.detach()
+            sums += losses
         sums = total(sums, accelerator)
         loss = float((sums * coefficients).sum())
-        grad_norm = self._update()
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            self.updates.check(self.step + 1)
-            raise UserError(
-                f"step {self.step + 1}: the loss is {loss} and the gradient norm {grad_norm}; "
-                "lower train.learning_rate, or raise train.warmup_steps"
-            )
+        grad_norm = clip_gradients(
+            self.row_loss.parameters(), self.optimizers, options.clip_norm or math.inf
+        )
+        made = self.guard.passes(loss, grad_norm)
+        if made:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        else:
+            line = self.guard.skip(self.step + 1, batch, loss, grad_norm, self.updates)
+            self.log.line(line)
+            undo()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
         self.step += 1
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        group_bits = bits(sums.tolist(), counts.tolist())
+        group_bits = bits(sums.tolist(), counts.tolist()) if made else {}
         self._report(loss, grad_norm, group_bits, seconds, factor)
         for line in self.dead_keys.after_step(self.step, last=self.step == options.steps):
             self.log.line(line)
@@ -255,17 +316,6 @@ class Trainer:
         # Hashed: torch's generator on the CPU takes only the lower 32 bits of a seed.
         torch.manual_seed(random.Random(name).getrandbits(63))
 
-    def _update(self) -> float:
-        """Clip, step the optimizers and clear the gradients; returns the gradient norm."""
-        limit = self.options.clip_norm or math.inf
-        norm = clip_gradients(self.row_loss.parameters(), self.optimizers, limit)
-        if math.isfinite(norm):
-            for optimizer in self.optimizers:
-                optimizer.step()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        return norm
-
     def _report(
         self,
         loss: float,
@@ -276,8 +326,10 @@ class Trainer:
     ) -> None:
         speed = self.options.tokens_per_step / seconds
         self.log.tick(speed)
+        made = self.guard.in_a_row == 0
         if (
-            self.step != 1
+            made
+            and self.step != 1
             and self.step % self.options.log_every
             and self.step != self.options.steps
         ):
@@ -285,10 +337,11 @@ class Trainer:
         self.updates.check(self.step)
         metrics = {
             "step": self.step,
-            "loss": loss,
+            "loss": loss if made else None,
             **group_bits,
             "learning_rate": self.options.learning_rate * factor,
-            "grad_norm": grad_norm,
+            "grad_norm": grad_norm if made else None,
+            "skipped_steps": self.guard.skipped,
             "tokens_per_second": speed,
             "stage": self.curriculum.stage,
             "length": self.stage.length,
@@ -297,7 +350,8 @@ class Trainer:
             **self.usage.report(last=self.step == self.options.steps),
         }
         self.log.record(metrics)
-        self.log.step_line(metrics, len(self.stages))
+        if made:
+            self.log.step_line(metrics, len(self.stages))
         self._track(metrics)
 
     def _track(self, metrics: dict[str, Any]) -> None:
@@ -357,6 +411,9 @@ class Trainer:
             before=self.before,
             seconds=self.seconds,
             config=self.config.to_dict(),
+            evaluation_due=self.evaluation_due,
+            skipped_steps=self.guard.skipped,
+            skipped_in_a_row=self.guard.in_a_row,
         )
         # Collective calls: every process takes part, the first one writes.
         self._average_statistics()
@@ -371,11 +428,13 @@ class Trainer:
             save_key_reads(key_reads, folder)
             checkpoints.write_state(folder, state)
 
-        target = checkpoints.checkpoint_path(self.folder, self.step)
-        if self.accelerator.is_main_process:
-            checkpoints.write_folder(target, write)
-            checkpoints.keep_latest(self.folder, self.options.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        target = checkpoint_path(self.folder, self.step)
+
+        def replace() -> None:
+            checkpoints.write_checkpoint(target, write)
+            keep_latest(self.folder, self.options.keep_checkpoints, self.options.keep_every)
+
+        on_main(self.accelerator, replace)
         return target
 
     def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
@@ -392,17 +451,22 @@ class Trainer:
         """Put the model beside the metrics, so that the run folder loads as a model."""
         self._average_statistics()
         weights = checkpoints.whole_weights(self.model)
-        if self.accelerator.is_main_process:
-            finished = folder / "checkpoints" / "final"
-            checkpoints.write_folder(finished, lambda new: self._write_model(new, weights))
-            for path in finished.iterdir():
-                path.replace(folder / path.name)
-            finished.rmdir()
-        self.accelerator.wait_for_everyone()
+        finished = folder / "checkpoints" / "final"
+
+        def replace() -> None:
+            write_folder(finished, lambda new: self._write_model(new, weights))
+            with disk_errors(folder):
+                for path in finished.iterdir():
+                    path.replace(folder / path.name)
+                finished.rmdir()
+
+        on_main(self.accelerator, replace)
 
     def _restore(self, source: Path) -> None:
         state = checkpoints.read_state(source)
+        self.evaluation_due = state.evaluation_due
         self.step, self.before, self.seconds = state.step, state.before, state.seconds
+        self.guard.skipped, self.guard.in_a_row = state.skipped_steps, state.skipped_in_a_row
         if state.stage >= len(self.stages):
             raise UserError(
                 f"{source}: it is in stage {state.stage + 1} of its curriculum, but the config "

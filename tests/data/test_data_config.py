@@ -58,6 +58,8 @@ def test_bad_sources(source: object, message: str) -> None:
         ({"sources": []}, "at least one source"),
         ({"validation_fraction": 1.0}, "validation_fraction"),
         ({"seed": -1}, "seed"),
+        ({"shards": ""}, "data.shards: needs the name of a folder"),
+        ({"tokenize_processes": 0}, "data.tokenize_processes must be at least 1, got 0"),
     ],
 )
 def test_bad_values(values: dict, message: str) -> None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from memlm.config import TrainConfig
+from memlm.errors import UserError
 from memlm.models import MemLMConfig, MemLMForCausalLM
 from memlm.training.optimizer import (
     build_optimizers,
@@ -10,6 +11,7 @@ from memlm.training.optimizer import (
     table_updates,
 )
 from memlm.training.row_optimizer import RowOptimizer
+from memlm.training.spam import Spam
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
@@ -65,6 +67,80 @@ def test_muon_takes_the_matrices_and_adamw_the_rest(model):
     assert isinstance(single, torch.optim.AdamW)
 
 
+def test_spam_takes_all_but_the_value_tables(model):
+    config = TrainConfig(
+        optimizer="spam",
+        learning_rate=1.0,
+        weight_decay=0.2,
+        betas=(0.8, 0.9),
+        spam_threshold=50.0,
+        spam_reset_every=20,
+        spam_warmup_steps=7,
+    )
+    spam, adamw = build_optimizers(model, config)
+    assert isinstance(spam, Spam) and isinstance(adamw, torch.optim.AdamW)
+    assert (spam.threshold, spam.reset_every, spam.warmup_steps) == (50.0, 20, 7)
+    assert [group["weight_decay"] for group in spam.param_groups] == [0.2, 0.0]
+    assert [group["betas"] for group in spam.param_groups] == [(0.8, 0.9)] * 2
+    (table,) = [parameter for group in adamw.param_groups for parameter in group["params"]]
+    assert table.shape[0] == 64
+    counts = [len(group["params"]) for group in spam.param_groups]
+    assert sum(counts) + 1 == len(list(model.parameters()))
+    set_learning_rates([spam, adamw], 0.5)
+    assert [g["lr"] for o in (spam, adamw) for g in o.param_groups] == [0.5, 0.5, 1e-3]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "spam", "muon"])
+def test_decay_spares_norms_decay_rates_and_tables(model, optimizer):
+    config = TrainConfig(optimizer=optimizer, weight_decay=0.2)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decays = {
+        names[parameter]: group["weight_decay"]
+        for one in build_optimizers(model, config)
+        for group in one.param_groups
+        for parameter in group["params"]
+    }
+    parameters, (table,) = dict(model.named_parameters()), parameter_groups(model)["values"]
+    assert decays.keys() == parameters.keys()
+    for name, decay in decays.items():
+        spared = name == table or name.endswith("A_log") or parameters[name].ndim == 1
+        assert decay == (0.0 if spared else 0.2), name
+
+
+def test_fused_adamw_is_adamw():
+    torch.manual_seed(0)
+    start = [torch.randn(7, 5), torch.randn(33)]
+    results = []
+    for fused in (True, False):
+        parameters = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+        optimizer = torch.optim.AdamW(parameters, 1e-2, fused=fused)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(20):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        results.append(parameters)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"betas": (0.9, 1.0)}, r"train.betas: each must be in \[0, 1\), got \[0.9, 1.0\]"),
+        ({"weight_decay": -0.1}, "train.weight_decay: must be at least 0, got -0.1"),
+        ({"spam_threshold": 0.5}, "train.spam_threshold: must be at least 1, got 0.5"),
+        ({"spam_threshold": float("nan")}, "train.spam_threshold: .* got nan"),
+        ({"spam_reset_every": 0}, "train.spam_reset_every: must be at least 1, got 0"),
+        ({"spam_warmup_steps": -1}, "train.spam_warmup_steps: must be at least 0, got -1"),
+        ({"spam_reset_every": 100}, "train.spam_warmup_steps: 150 steps .* 100 apart"),
+    ],
+)
+def test_bad_options_of_the_optimizers(options, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**options)
+
+
 def test_value_tables_keep_their_rate(model):
     config = TrainConfig(optimizer="muon", learning_rate=1.0, muon_learning_rate=2.0)
     optimizers = build_optimizers(model, config)
@@ -117,4 +193,4 @@ def test_the_rows_keep_their_own_constant_rate():
     assert rows.param_groups[0]["lr"] == 0.5
     assert optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * config.learning_rate)
     (adamw,) = build_optimizers(tables(), TrainConfig(value_optimizer="adam"))
-    assert [group.get("fused") for group in adamw.param_groups] == [None, None, True]
+    assert [group.get("fused") for group in adamw.param_groups] == [True] * 3

@@ -217,7 +217,7 @@ def test_carrying_data_without_states(make_config):
 
 
 def test_diverging_loss_stops_the_run(make_config):
-    trainer = Trainer(make_config())
+    trainer = Trainer(make_config(max_skipped_steps=0))
     with torch.no_grad():
         next(trainer.model.parameters())[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"step 1: the loss is nan.*learning_rate"):
@@ -232,7 +232,7 @@ def test_a_diverged_memory_is_named(make_config):
     records = read_metrics(trainer.folder / "metrics.jsonl")
     assert [record["layers.0.memory.clipped"] for record in records] == [1.0, 1.0]
 
-    trainer = Trainer(make_config("broken", model={"layers": layers}))
+    trainer = Trainer(make_config("broken", model={"layers": layers}, max_skipped_steps=0))
     memory = trainer.model.model.layers[0].memory.module.memory
     with torch.no_grad():
         memory.initial_weights[0][0, 0, 0] = float("inf")

@@ -1,0 +1,70 @@
+"""The manifest of a checkpoint: size and SHA-256 of every file, written last."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from memlm.errors import UserError
+from memlm.files import sync
+
+MANIFEST_FILE = "manifest.json"
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the manifest of a folder's files; all of them are on disk before it is."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST_FILE:
+            sync(path)
+            files[path.relative_to(folder).as_posix()] = {
+                "size": path.stat().st_size,
+                "sha256": _sha256(path),
+            }
+    path = folder / MANIFEST_FILE
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"files": files}, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_manifest(folder: Path) -> None:
+    """Compare a folder with its manifest.
+
+    Files that the manifest does not know are no fault: a user may have added them.
+
+    Raises:
+        UserError: naming the first file that is missing, of another size or with other content.
+    """
+    for name, entry in _read(folder).items():
+        path = folder / name
+        try:
+            size, wanted = path.stat().st_size, entry["size"]
+            if size != wanted:
+                raise UserError(f"{path}: damaged: {size} bytes where {wanted} were written")
+            if _sha256(path) != entry["sha256"]:
+                raise UserError(f"{path}: damaged: its content changed after it was written")
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: missing, but it was part of the checkpoint") from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _read(folder: Path) -> dict[str, dict]:
+    path = folder / MANIFEST_FILE
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        if all({"size", "sha256"} == entry.keys() for entry in files.values()) and files:
+            return files
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: missing: without its checksums the checkpoint is not read"
+        ) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: damaged: it is no list of files") from error
+    raise UserError(f"{path}: damaged: it is no list of files")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
