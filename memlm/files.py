@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all, whenever a program is killed."""
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -110,6 +111,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from memlm.data.corpus import adds_bos, token_dtype
 from memlm.data.text_origin import TextOrigin
 from memlm.data.tokenizers import byte_level
 from memlm.errors import UserError
+from memlm.files import file_hash, sync
 
 FORMAT = "memlm shards"
 VERSION = 1
@@ -21,21 +22,6 @@ Content = dict[str, Any]
 
 # Words, digits, spaces, accents and a character outside the basic plane.
 _PROBE = "The 3 quick\n\tfoxes'  über-naïve 12345 日本語 \U0001f98a def f(x): return x_1"
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -33,7 +33,6 @@ from memlm.data.hashing import text_fraction
 from memlm.data.shard_manifest import (
     Content,
     describe_files,
-    file_hash,
     make_identity,
     require_same,
     write_manifest,
@@ -41,6 +40,7 @@ from memlm.data.shard_manifest import (
 )
 from memlm.data.text_origin import TextOrigin
 from memlm.errors import UserError
+from memlm.files import file_hash
 
 SPLITS = ("train", "validation")
 JOURNAL_FILE = "unfinished.jsonl"

@@ -17,7 +17,6 @@ from memlm.data.shard_manifest import (
     MANIFEST_FILE,
     Content,
     describe_files,
-    file_hash,
     make_identity,
     read_manifest,
     require_same,
@@ -25,6 +24,7 @@ from memlm.data.shard_manifest import (
 from memlm.data.shard_writer import JOURNAL_FILE, clean, survey_texts, write_shards
 from memlm.data.text_origin import TextOrigin
 from memlm.errors import UserError
+from memlm.files import file_hash
 
 _LOCK_FILE = ".lock"
 _PATIENCE = 5.0  # seconds of waiting for another process before a word about it

@@ -29,6 +29,7 @@ from memlm.evaluation.subject import Subject
 from memlm.evaluation.summary import summarise
 from memlm.evaluation.tasks import expand_tasks, make_task
 from memlm.evaluation.tasks.base import Setting, Task, Tools
+from memlm.files import file_hash
 from memlm.fingerprint import fingerprint
 
 
@@ -317,12 +318,7 @@ def input_hashes(config: EvaluationConfig) -> dict[str, str]:
     paths = find_files(entries) if entries else []
     if config.babilong.stories is not None:
         paths += sorted(Path(config.babilong.stories).expanduser().glob("*.txt"))
-    return {str(path): _file_hash(path) for path in paths}
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return {str(path): file_hash(path)[:16] for path in paths}
 
 
 def _plain(value: Any) -> Any:

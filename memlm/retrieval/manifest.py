@@ -8,7 +8,6 @@ latest manifest names, complete.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memlm.errors import UserError
+from memlm.files import file_hash, sync
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "memlm store"
@@ -98,9 +98,9 @@ def commit(folder: Path, kind: str, content: Content) -> None:
     text = json.dumps({**content, "sha256": _checksum(content)}, indent=1)
     temporary = folder / f"{MANIFEST_FILE}.partial"
     temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(folder / MANIFEST_FILE)
-    _sync(folder)
+    sync(folder)
     named = {shard["file"] for shard in content["shards"]}
     named.add((content.get("index") or {}).get("folder"))
     for path in sorted(folder.iterdir()):
@@ -126,10 +126,10 @@ def write_shard(folder: Path, number: int, tensors: dict[str, Tensor], entries: 
     path = folder / f"shard-{number:06d}.safetensors"
     temporary = path.with_name(f"{path.name}.partial")
     save_file(tensors, temporary)
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(path)
-    _sync(folder)
-    return Shard(path.name, path.stat().st_size, _file_hash(path), entries)
+    sync(folder)
+    return Shard(path.name, path.stat().st_size, file_hash(path), entries)
 
 
 def index_folder(number: int) -> str:
@@ -158,7 +158,7 @@ def read_shard(folder: Path, shard: Shard, verify: bool) -> dict[str, Tensor]:
         raise UserError(f"{path}: missing, though the manifest names it") from error
     if size != shard.bytes:
         raise UserError(f"{path}: {size} bytes long instead of {shard.bytes}; truncated or altered")
-    if verify and _file_hash(path) != shard.sha256:
+    if verify and file_hash(path) != shard.sha256:
         raise UserError(f"{path}: altered since it was written (its SHA-256 differs)")
     try:
         with safe_open(path, "pt") as file:
@@ -210,17 +210,3 @@ def lock_for_writing(folder: Path) -> FileLock:
 
 def _checksum(content: Content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

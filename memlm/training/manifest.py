@@ -1,12 +1,11 @@
 """The manifest of a checkpoint: size and SHA-256 of every file, written last."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
 
 from memlm.errors import UserError
-from memlm.files import sync
+from memlm.files import file_hash, sync
 
 MANIFEST_FILE = "manifest.json"
 
@@ -19,7 +18,7 @@ def write_manifest(folder: Path) -> None:
             sync(path)
             files[path.relative_to(folder).as_posix()] = {
                 "size": path.stat().st_size,
-                "sha256": _sha256(path),
+                "sha256": file_hash(path),
             }
     path = folder / MANIFEST_FILE
     with path.open("w", encoding="utf-8") as file:
@@ -42,7 +41,7 @@ def check_manifest(folder: Path) -> None:
             size, wanted = path.stat().st_size, entry["size"]
             if size != wanted:
                 raise UserError(f"{path}: damaged: {size} bytes where {wanted} were written")
-            if _sha256(path) != entry["sha256"]:
+            if file_hash(path) != entry["sha256"]:
                 raise UserError(f"{path}: damaged: its content changed after it was written")
         except FileNotFoundError as error:
             raise UserError(f"{path}: missing, but it was part of the checkpoint") from error
@@ -63,8 +62,3 @@ def _read(folder: Path) -> dict[str, dict]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: damaged: it is no list of files") from error
     raise UserError(f"{path}: damaged: it is no list of files")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
