@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +13,7 @@ from memlm.training import Trainer
 from memlm.training.dead_keys import KEY_READS_FILE, DeadKeys
 from memlm.training.logs import METRICS_FILE, read_metrics
 from memlm.training.usage import UsageLog
+from tests.training.launching import run_two
 
 ROOT = Path(__file__).parents[2]
 FFN = {"type": "product_key", "num_keys": 40, "num_heads": 2, "top_k": 1}
@@ -159,19 +157,8 @@ def test_two_processes_draw_the_same_keys_as_one(script, make_config, tmp_path, 
     arguments = [str(tmp_path / "two.yaml")]
     if script == "train.py":
         arguments.insert(0, "--config")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", "2", str(ROOT / script), *arguments),
-        ],
-        timeout=300,
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert [line for line in done.stdout.splitlines() if "drawn anew" in line] == expected
+    printed = run_two(ROOT / script, *arguments)
+    assert [line for line in printed.splitlines() if "drawn anew" in line] == expected
     records = [read_metrics(c.output_dir / METRICS_FILE) for c in (one, two)]
     for single, shared in zip(*records, strict=True):
         assert single.keys() == shared.keys()

@@ -1,9 +1,5 @@
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +10,8 @@ from memlm.errors import UserError
 from memlm.training import Trainer
 from memlm.training.guards import KEPT_BATCHES
 from memlm.training.logs import METRICS_FILE, read_metrics
+from tests.training.launching import run_two
 
-ROOT = Path(__file__).parent.parent.parent
 MEMORY = [
     {
         "mixer": {"type": "sliding_attention", "window": 16, "num_heads": 2},
@@ -204,19 +200,8 @@ def test_all_processes_skip_what_one_cannot_do(make_config, tmp_path):
     config = make_config("two", model={"layers": MEMORY}, carry_state=True, steps=4)
     save_config(config, tmp_path / "two.yaml")
     (tmp_path / "worker.py").write_text(WORKER)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", "2", str(tmp_path / "worker.py"), str(tmp_path / "two.yaml")),
-        ],
-        timeout=300,
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr
-    results = [line for line in done.stdout.splitlines() if "RESULT" in line]
+    printed = run_two(tmp_path / "worker.py", tmp_path / "two.yaml")
+    results = [line for line in printed.splitlines() if "RESULT" in line]
     assert len(results) == 2 and results[0] == results[1]
     assert "RESULT 1 0 " in results[0] and "nan" not in results[0]
     kept = load_file(config.output_dir / "skipped" / "step_000003" / "batch.safetensors")

@@ -12,6 +12,7 @@ from memlm.errors import UserError
 from memlm.training import Trainer
 from memlm.training.logs import METRICS_FILE, read_metrics
 from memlm.training.setup import check_processes
+from tests.training.launching import run_two
 
 ROOT = Path(__file__).parent.parent.parent
 MEMORY = [
@@ -40,18 +41,7 @@ def launch_sharded(config, path, *checkpoint):
     """Train under FSDP2 in two processes."""
     save_config(config, path)
     worker = Path(__file__).with_name("sharded_worker.py")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", "2", str(worker), str(path), *checkpoint),
-        ],
-        timeout=300,
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr
+    run_two(worker, path, *checkpoint)
 
 
 def losses(folder):

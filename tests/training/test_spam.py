@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +8,8 @@ from memlm.config import save_config
 from memlm.training import Trainer
 from memlm.training.logs import METRICS_FILE, read_metrics
 from memlm.training.spam import Spam
+from tests.training.launching import run_two
 
-ROOT = Path(__file__).parent.parent.parent
 OPTIONS = {
     "lr": 1e-2,
     "betas": (0.9, 0.99),
@@ -194,18 +191,7 @@ def test_sharded_weights_have_the_same_losses(make_config, tmp_path):
     Trainer(plain).run()
     save_config(sharded, tmp_path / "sharded.yaml")
     worker = Path(__file__).with_name("sharded_worker.py")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", "2", str(worker), str(tmp_path / "sharded.yaml")),
-        ],
-        timeout=300,
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr
+    run_two(worker, tmp_path / "sharded.yaml")
     one, two = (
         [record["loss"] for record in read_metrics(config.output_dir / METRICS_FILE)]
         for config in (plain, sharded)
