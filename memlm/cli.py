@@ -1,5 +1,6 @@
 """What the entry points share."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -27,3 +28,18 @@ def run_entry_point(function: Callable[[], int | None]) -> int:
         # What is still to be written at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    finally:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _stop_gloo()
+
+
+def _stop_gloo() -> None:
+    """End the threads of gloo, which the last reference to a process group does.
+
+    One that releases a tensor while the interpreter shuts down aborts the process (torch 2.13).
+    """
+    from torch import distributed
+
+    if distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
+    gc.collect()  # models under DDP hold the group, in cycles

@@ -2,6 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+from torch import distributed
+
+from memlm.cli import run_entry_point
 
 CODE = """
 import sys
@@ -18,3 +24,21 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(60) == 141
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are named in Linux only")
+def test_no_thread_of_gloo_outlives_an_entry_point(monkeypatch, tmp_path):
+    def threads():
+        return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+    def start():
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+        )
+        held = [distributed.group.WORLD]
+        held.append(held)  # as models under DDP do
+        assert "pt_gloo_runloop" in threads()
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_entry_point(start) == 0
+    assert "pt_gloo_runloop" not in threads()

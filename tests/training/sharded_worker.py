@@ -4,6 +4,7 @@ Accelerate turns FSDP on a CPU silently into DDP; setting its state by hand lift
 that the sharded path runs without a GPU. Run by torchrun: sharded_worker.py FILE.yaml [CHECKPOINT]
 """
 
+import os
 import sys
 
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -34,3 +35,7 @@ path, *checkpoint = sys.argv[1:]
 run = trainer.Trainer(load_config(path), resume=checkpoint[0] if checkpoint else False)
 assert all(isinstance(block, FSDPModule) for block in run.model.model.layers)
 run.run()
+sys.stdout.flush()
+# FSDP2 keeps its process group for ever, and a thread of gloo that releases a tensor while the
+# interpreter shuts down aborts the process.
+os._exit(0)
