@@ -6,37 +6,29 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.logging import (
-    disable_progress_bar,
-    enable_progress_bar,
-    is_progress_bar_enabled,
-)
 
 from memlm.config import RunConfig, Stage
 from memlm.data import load_tokenizer
 from memlm.errors import UserError
-from memlm.files import disk_errors, write_folder
 from memlm.memory.query_norm import average_running_statistics
-from memlm.training import checkpoint as checkpoints
 from memlm.training.clipping import clip_gradients
-from memlm.training.dead_keys import DeadKeys, save_key_reads
+from memlm.training.dead_keys import DeadKeys
 from memlm.training.feed import RowFeed
 from memlm.training.guards import StepGuard
 from memlm.training.held_out import HeldOut
 from memlm.training.interrupt import Interruption
-from memlm.training.lanes import Lanes, save_states
+from memlm.training.lanes import Lanes
 from memlm.training.logs import METRICS_FILE, PLOT_FILE, RunLog, bits, flat_config, read_metrics
 from memlm.training.loss import RowLoss, group_coefficients, group_counts, total
 from memlm.training.optimizer import build_optimizers, set_learning_rates, table_updates
 from memlm.training.plot import plot_metrics, plot_usage
 from memlm.training.replay import row_passes
-from memlm.training.retention import checkpoint_path, keep_latest, set_aside_later
+from memlm.training.report import Report, StepResult, opening
+from memlm.training.retention import checkpoint_path, set_aside_later
+from memlm.training.saving import restore, save_checkpoint, save_model
 from memlm.training.schedule import CurriculumState, learning_rate_factor
 from memlm.training.setup import (
     build_accelerator,
@@ -137,9 +129,9 @@ class Trainer:
         self.evaluation_due = False
         self.feed: RowFeed | None = None
         if source is not None:
-            self._restore(source)
+            restore(self, source)
         else:
-            self._start_stage()
+            self.start_stage()
         create_folder(config, self.accelerator)
 
     # --- stages ---
@@ -152,7 +144,8 @@ class Trainer:
     def _rows(self, stage: Stage) -> int:
         return self.options.tokens_per_step // stage.length
 
-    def _start_stage(self) -> None:
+    def start_stage(self) -> None:
+        """Read rows of the current stage from the current step on; no lane carries a state."""
         stage, processes = self.stage, self.accelerator.num_processes
         rows = self._rows(stage)
         if self.feed is not None:
@@ -180,7 +173,13 @@ class Trainer:
         self.log = log
         if self.options.trackers:
             self.accelerator.init_trackers("memlm", config=flat_config(self.config))
-        log.line(self._opening())
+        self.report = Report(
+            self.options, self.accelerator, log, self.guard, self.updates, self.usage
+        )
+        parts = len(self.lanes.slices)
+        now = opening(self.model, self.options, self.accelerator, self.stage.length, parts)
+        resumed = f", from step {self.step}" if self.step else ""
+        log.line(f"{self.folder}: {now}{resumed}")
         for update in self.table_updates:
             log.line(f"{update.name}: {update.method} ({update.reason})")
         on_main(self.accelerator, self._set_aside_later)
@@ -201,11 +200,11 @@ class Trainer:
                     if not interrupted:
                         after = self._evaluate_and_record()
                 if interrupted or self._save_due():
-                    self.save_checkpoint()
+                    save_checkpoint(self)
             if not interrupted:
                 if after is None:  # an interrupted run that had done all its steps
                     after = self._evaluate_and_record()
-                self._save_model(self.folder)
+                save_model(self)
         finally:
             self.feed.close()
             log.close()
@@ -237,19 +236,6 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return self.step == self.options.steps or (every > 0 and self.step % every == 0)
-
-    def _opening(self) -> str:
-        parameters = sum(p.numel() for p in self.model.parameters())
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        of_these = f" ({trained:,} of them trained)" if trained != parameters else ""
-        length, rows = self.stage.length, self.feed.rows
-        resumed = f", from step {self.step}" if self.step else ""
-        return (
-            f"{self.folder}: {parameters:,} parameters{of_these}, {self.options.steps} steps of "
-            f"{self.options.tokens_per_step} tokens ({rows} rows of {length} now, "
-            f"{self.accelerator.num_processes} process(es) x {len(self.lanes.slices)} "
-            f"micro-batch(es)) on {self.accelerator.device}{resumed}"
-        )
 
     def _one_step(self) -> float:
         """Do one step; returns its loss."""
@@ -302,12 +288,15 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.seconds += seconds
         group_bits = bits(sums.tolist(), counts.tolist()) if made else {}
-        self._report(loss, grad_norm, group_bits, seconds, factor)
+        rate, stage = options.learning_rate * factor, self.curriculum.stage
+        self.report.after_step(
+            StepResult(self.step, made, loss, grad_norm, group_bits, seconds, rate, stage)
+        )
         for line in self.dead_keys.after_step(self.step, last=self.step == options.steps):
             self.log.line(line)
         answer = group_bits.get("answer_bits")
         if self.curriculum.advance(self.stages, self.step, options.steps, answer):
-            self._start_stage()
+            self.start_stage()
         return loss
 
     def _seed(self) -> None:
@@ -315,49 +304,6 @@ class Trainer:
         name = f"{self.options.seed} {self.step} {self.accelerator.process_index}"
         # Hashed: torch's generator on the CPU takes only the lower 32 bits of a seed.
         torch.manual_seed(random.Random(name).getrandbits(63))
-
-    def _report(
-        self,
-        loss: float,
-        grad_norm: float,
-        group_bits: dict[str, float],
-        seconds: float,
-        factor: float,
-    ) -> None:
-        speed = self.options.tokens_per_step / seconds
-        self.log.tick(speed)
-        made = self.guard.in_a_row == 0
-        if (
-            made
-            and self.step != 1
-            and self.step % self.options.log_every
-            and self.step != self.options.steps
-        ):
-            return
-        self.updates.check(self.step)
-        metrics = {
-            "step": self.step,
-            "loss": loss if made else None,
-            **group_bits,
-            "learning_rate": self.options.learning_rate * factor,
-            "grad_norm": grad_norm if made else None,
-            "skipped_steps": self.guard.skipped,
-            "tokens_per_second": speed,
-            "stage": self.curriculum.stage,
-            "length": self.stage.length,
-            "window": self.stage.window,
-            **self.updates.report(),
-            **self.usage.report(last=self.step == self.options.steps),
-        }
-        self.log.record(metrics)
-        if made:
-            self.log.step_line(metrics, len(self.stages))
-        self._track(metrics)
-
-    def _track(self, metrics: dict[str, Any]) -> None:
-        if self.options.trackers:
-            numbers = {key: value for key, value in metrics.items() if value is not None}
-            self.accelerator.log(numbers, step=numbers.pop("step"))
 
     # --- evaluation ---
 
@@ -374,16 +320,16 @@ class Trainer:
     def _evaluate_and_record(self) -> dict[str, float] | None:
         if self.held_out is None:
             return None
-        self._average_statistics()
+        self.average_statistics()
         with held_out_usage(self.model, self.accelerator) as usage:
             result = self.evaluate()
         self.log.record({"step": self.step, "evaluation": True, **result, **usage})
         losses = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
         self.log.line(f"held-out after step {self.step}: {losses}")
-        self._track({"step": self.step} | {f"held_out/{k}": v for k, v in result.items()})
+        self.report.track({"step": self.step} | {f"held_out/{k}": v for k, v in result.items()})
         return result
 
-    def _average_statistics(self) -> None:
+    def average_statistics(self) -> None:
         """Evaluation and checkpoints have the running statistics of all processes' tokens."""
         processes = self.accelerator.num_processes
         if processes > 1:
@@ -398,83 +344,3 @@ class Trainer:
         plot_metrics(records, self.folder / PLOT_FILE, title)
         if self.usage.recorders:
             plot_usage(records, self.folder / USAGE_PLOT_FILE, title, self.usage.curves)
-
-    # --- checkpoints ---
-
-    def save_checkpoint(self) -> Path:
-        """Write the checkpoint of the current step and delete old ones; returns its folder."""
-        state = checkpoints.RunState(
-            step=self.step,
-            data_index=self.step * self.feed.rows,
-            stage=self.curriculum.stage,
-            answer_bits=self.curriculum.answer_bits,
-            before=self.before,
-            seconds=self.seconds,
-            config=self.config.to_dict(),
-            evaluation_due=self.evaluation_due,
-            skipped_steps=self.guard.skipped,
-            skipped_in_a_row=self.guard.in_a_row,
-        )
-        # Collective calls: every process takes part, the first one writes.
-        self._average_statistics()
-        weights = checkpoints.whole_weights(self.model)
-        optimizer = checkpoints.optimizer_tensors(self.optimizers, self.model)
-        lanes, key_reads = self.lanes.gather(), self.dead_keys.gathered()
-
-        def write(folder: Path) -> None:
-            self._write_model(folder, weights)
-            save_file(optimizer, folder / checkpoints.OPTIMIZER_FILE)
-            save_states(lanes, folder)
-            save_key_reads(key_reads, folder)
-            checkpoints.write_state(folder, state)
-
-        target = checkpoint_path(self.folder, self.step)
-
-        def replace() -> None:
-            checkpoints.write_checkpoint(target, write)
-            keep_latest(self.folder, self.options.keep_checkpoints, self.options.keep_every)
-
-        on_main(self.accelerator, replace)
-        return target
-
-    def _write_model(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
-        shown = is_progress_bar_enabled()
-        disable_progress_bar()  # its bar would break the run's own
-        try:
-            self.model.save_pretrained(folder, state_dict=weights)
-            self.tokenizer.save_pretrained(folder)
-        finally:
-            if shown:
-                enable_progress_bar()
-
-    def _save_model(self, folder: Path) -> None:
-        """Put the model beside the metrics, so that the run folder loads as a model."""
-        self._average_statistics()
-        weights = checkpoints.whole_weights(self.model)
-        finished = folder / "checkpoints" / "final"
-
-        def replace() -> None:
-            write_folder(finished, lambda new: self._write_model(new, weights))
-            with disk_errors(folder):
-                for path in finished.iterdir():
-                    path.replace(folder / path.name)
-                finished.rmdir()
-
-        on_main(self.accelerator, replace)
-
-    def _restore(self, source: Path) -> None:
-        state = checkpoints.read_state(source)
-        self.evaluation_due = state.evaluation_due
-        self.step, self.before, self.seconds = state.step, state.before, state.seconds
-        self.guard.skipped, self.guard.in_a_row = state.skipped_steps, state.skipped_in_a_row
-        if state.stage >= len(self.stages):
-            raise UserError(
-                f"{source}: it is in stage {state.stage + 1} of its curriculum, but the config "
-                f"has {len(self.stages)}"
-            )
-        self.curriculum = CurriculumState(state.stage, state.answer_bits)
-        self._start_stage()
-        checkpoints.load_optimizers(source, self.optimizers, self.model)
-        self.dead_keys.load(source, self.step)
-        if self.options.carry_state:
-            self.lanes.load(source, self.model.init_states(1), self.accelerator.device)
