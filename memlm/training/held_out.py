@@ -3,7 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-from memlm.config import LOSS_GROUPS
+from memlm.config import LOSS_GROUPS, TrainConfig
 from memlm.data import ByteTokenizer, PackedDataset
 from memlm.training.feed import Batch
 from memlm.training.logs import bits
@@ -15,14 +15,15 @@ class HeldOut:
 
     Args:
         dataset: the validation split.
-        rows: their number, rounded up so that every process has as many.
-        size: most rows of one forward pass.
+        options: with the number of rows, rounded up so that every process has as many.
         accelerator: the processes.
     """
 
-    def __init__(self, dataset: PackedDataset, rows: int, size: int, accelerator: Accelerator):
-        self.dataset, self.size, self.accelerator = dataset, size, accelerator
-        self.share = -(-rows // accelerator.num_processes)
+    def __init__(self, dataset: PackedDataset, options: TrainConfig, accelerator: Accelerator):
+        self.dataset, self.accelerator = dataset, accelerator
+        self.share = -(-options.evaluation_rows // accelerator.num_processes)
+        in_a_step = options.tokens_per_step // options.stages()[-1].length
+        self.size = options.micro_batch_rows or in_a_step  # most rows of one forward pass
         self._batches: list[Batch] | None = None
 
     @torch.no_grad()

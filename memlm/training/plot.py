@@ -3,7 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+from memlm.training.logs import METRICS_FILE, PLOT_FILE, read_metrics
+from memlm.training.usage import USAGE_PLOT_FILE, UsageLog
+
 _COLOURS = {"text": "tab:blue", "answer": "tab:red"}
+
+
+def plot_run(folder: Path, usage: UsageLog) -> None:
+    """Draw what a run folder's metrics say into it: training.png, and usage.png of its tables."""
+    records, title = read_metrics(folder / METRICS_FILE), f"Training of {folder}"
+    plot_metrics(records, folder / PLOT_FILE, title)
+    if usage.recorders:
+        plot_usage(records, folder / USAGE_PLOT_FILE, title, usage.curves)
 
 
 def plot_metrics(records: list[dict[str, Any]], path: Path, title: str) -> None:

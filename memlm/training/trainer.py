@@ -12,19 +12,18 @@ from transformers import PreTrainedModel
 
 from memlm.config import RunConfig, Stage
 from memlm.data import load_tokenizer
-from memlm.errors import UserError
-from memlm.memory.query_norm import average_running_statistics
 from memlm.training.clipping import clip_gradients
 from memlm.training.dead_keys import DeadKeys
+from memlm.training.evaluation import Evaluation, average_statistics
 from memlm.training.feed import RowFeed
 from memlm.training.guards import StepGuard
 from memlm.training.held_out import HeldOut
 from memlm.training.interrupt import Interruption
 from memlm.training.lanes import Lanes
-from memlm.training.logs import METRICS_FILE, PLOT_FILE, RunLog, bits, flat_config, read_metrics
+from memlm.training.logs import RunLog, bits, flat_config
 from memlm.training.loss import RowLoss, group_coefficients, group_counts, total
 from memlm.training.optimizer import build_optimizers, set_learning_rates, table_updates
-from memlm.training.plot import plot_metrics, plot_usage
+from memlm.training.plot import plot_run
 from memlm.training.replay import row_passes
 from memlm.training.report import Report, StepResult, opening
 from memlm.training.retention import checkpoint_path, set_aside_later
@@ -41,7 +40,7 @@ from memlm.training.setup import (
 )
 from memlm.training.together import on_main
 from memlm.training.updates import UpdateLog
-from memlm.training.usage import USAGE_PLOT_FILE, UsageLog, held_out_usage
+from memlm.training.usage import UsageLog
 
 
 @dataclass
@@ -94,10 +93,6 @@ class Trainer:
         source = on_main(self.accelerator, lambda: find_start(config, resume))
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         self.dataset, held_out = open_datasets(config, self.tokenizer)
-        self.held_out = None
-        if held_out is not None:
-            rows = self.options.micro_batch_rows or self._rows(self.stages[-1])
-            self.held_out = HeldOut(held_out, self.options.evaluation_rows, rows, self.accelerator)
         model = build_model(config, self.tokenizer, source)
         share_tables(self.accelerator, model, self.options)
         self.table_updates = table_updates(model, self.options)
@@ -108,6 +103,8 @@ class Trainer:
         # Without DDP's wrapper; FSDP2 shards the module itself.
         self.plain_loss = self.accelerator.unwrap_model(self.row_loss)
         self.model: PreTrainedModel = self.plain_loss.model
+        rows = None if held_out is None else HeldOut(held_out, self.options, self.accelerator)
+        self.evaluation = Evaluation(self.plain_loss, rows, self.accelerator)
         for stage in self.stages:  # a window that does not fit should not end a run half-way
             self.model.set_attention_window(stage.window)
 
@@ -308,39 +305,16 @@ class Trainer:
     # --- evaluation ---
 
     def evaluate(self, use_memory: bool = True) -> dict[str, float]:
-        """Loss on the held-out rows; see `HeldOut.evaluate`.
-
-        Raises:
-            UserError: when train.evaluation_rows is 0.
-        """
-        if self.held_out is None:
-            raise UserError("train.evaluation_rows is 0: there is nothing to evaluate on")
-        return self.held_out.evaluate(self.plain_loss, use_memory)
+        """Loss on the held-out rows; see `Evaluation.held_out_loss`."""
+        return self.evaluation.held_out_loss(use_memory)
 
     def _evaluate_and_record(self) -> dict[str, float] | None:
-        if self.held_out is None:
-            return None
-        self.average_statistics()
-        with held_out_usage(self.model, self.accelerator) as usage:
-            result = self.evaluate()
-        self.log.record({"step": self.step, "evaluation": True, **result, **usage})
-        losses = "  ".join(f"{name} {value:.3f}" for name, value in result.items())
-        self.log.line(f"held-out after step {self.step}: {losses}")
-        self.report.track({"step": self.step} | {f"held_out/{k}": v for k, v in result.items()})
-        return result
+        return self.evaluation.run(self.step, self.log, self.report.track)
 
     def average_statistics(self) -> None:
-        """Evaluation and checkpoints have the running statistics of all processes' tokens."""
-        processes = self.accelerator.num_processes
-        if processes > 1:
-            average_running_statistics(
-                self.model, lambda mine: total(mine, self.accelerator) / processes
-            )
+        """Give evaluation and checkpoints the running statistics of all processes' tokens."""
+        average_statistics(self.model, self.accelerator)
 
     def _plot(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        records, title = read_metrics(self.folder / METRICS_FILE), f"Training of {self.folder}"
-        plot_metrics(records, self.folder / PLOT_FILE, title)
-        if self.usage.recorders:
-            plot_usage(records, self.folder / USAGE_PLOT_FILE, title, self.usage.curves)
+        if self.accelerator.is_main_process:
+            plot_run(self.folder, self.usage)
