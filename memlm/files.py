@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from memlm.errors import UserError
 
 _PARTIAL, _OLD, _REMOVED = ".partial", ".old", ".removed"
@@ -102,6 +104,26 @@ def append_line(path: Path, text: str) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def try_lock(path: Path) -> FileLock | None:
+    """The lock of a file, until it is released or the process ends in whatever way.
+
+    The file is made where it is missing, and its folder; it stays when the lock is released.
+
+    Returns:
+        None while another holds the lock.
+
+    Raises:
+        OSError: where the file cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return lock
 
 
 def sync(path: Path) -> None:

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from memlm.errors import UserError
 from memlm.evaluation.tasks.base import Record
+from memlm.files import try_lock
 
 IDENTITY = "evaluation.json"
 FOLDER = "records"
@@ -87,16 +86,13 @@ class Ledger:
         if folder is None:
             return
         records = folder / FOLDER
+        path = records / f"{process}.jsonl"
         try:
-            records.mkdir(parents=True, exist_ok=True)
+            self.lock = try_lock(records / f".{process}.lock")
         except OSError as error:
             raise UserError(f"output: {records} cannot be written ({error.strerror})") from error
-        path = records / f"{process}.jsonl"
-        self.lock = FileLock(records / f".{process}.lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(f"output: another evaluation is writing into {folder}") from error
+        if self.lock is None:
+            raise UserError(f"output: another evaluation is writing into {folder}")
         try:
             _check_identity(folder / IDENTITY, identity, process)
             for file in sorted(records.glob("*.jsonl")):

@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from memlm.errors import UserError
-from memlm.files import file_hash, sync
+from memlm.files import file_hash, sync, try_lock
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "memlm store"
@@ -197,14 +197,12 @@ def lock_for_writing(folder: Path) -> FileLock:
     Raises:
         UserError: while another writer holds it, or where no folder can be made or written.
     """
-    lock = FileLock(folder / _LOCK_FILE, thread_local=False)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise UserError(f"{folder}: another writer has this store open") from error
+        lock = try_lock(folder / _LOCK_FILE)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    if lock is None:
+        raise UserError(f"{folder}: another writer has this store open")
     return lock
 
 
