@@ -1,8 +1,9 @@
 """Tokenised documents of a source, split into training and validation."""
 
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ from memlm.errors import UserError
 if TYPE_CHECKING:
     from memlm.data.shards import ShardedTokens
 
+SPLITS = ("train", "validation")
 _BATCH = 256  # documents handed to a tokenizer at once
 
 
@@ -65,7 +67,7 @@ def split_limit(lowest: float, highest: float, fraction: float) -> float:
 
 def check_split(split: str, fraction: float) -> None:
     """Raise UserError for an unknown split, or for validation when nothing is held out."""
-    if split not in ("train", "validation"):
+    if split not in SPLITS:
         raise UserError(f"data split must be 'train' or 'validation', got {split!r}")
     if split == "validation" and fraction == 0:
         raise UserError("data.validation_fraction is 0: there is no validation split")
@@ -83,11 +85,15 @@ def encode_documents(
 
     No special token is added but a leading bos where the tokenizer itself starts texts with one.
     """
+    return (ids for ids in encode_texts(texts, tokenizer) if len(ids))
+
+
+def encode_texts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """As `encode_documents`, with an empty array for each text without tokens."""
     dtype = token_dtype(tokenizer)
     if byte_level(tokenizer):
         for text in texts:
-            if text:
-                yield tokenizer.encode_bytes(text.encode("utf-8", errors="replace"))
+            yield tokenizer.encode_bytes(text.encode("utf-8", errors="replace"))
         return
     prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     documents = iter(texts)
@@ -100,8 +106,7 @@ def encode_documents(
             verbose=False,
         )
         for ids in encoded["input_ids"]:
-            if ids:
-                yield np.asarray(prefix + ids, dtype=dtype)
+            yield np.asarray(prefix + ids if ids else ids, dtype=dtype)
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> type[np.generic]:
@@ -119,9 +124,82 @@ def build_corpus(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, split: str, fraction: float
 ) -> Corpus:
     """Tokenise one split of a source; raises UserError when it holds no token."""
-    documents = list(encode_documents(split_documents(texts, split, fraction), tokenizer))
-    if not documents:
+    check_split(split, fraction)
+    return require_text(build_corpora(texts, tokenizer, fraction)[split], split)
+
+
+def require_text(corpus: Corpus, split: str) -> Corpus:
+    """`corpus` of `split`; raises UserError when it holds no token."""
+    if not len(corpus.tokens):
         raise UserError(f"data: the {split} split holds no text")
-    starts = np.zeros(len(documents) + 1, dtype=np.int64)
-    np.cumsum([len(document) for document in documents], out=starts[1:])
-    return Corpus(np.concatenate(documents), starts)
+    return corpus
+
+
+def build_corpora(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, fraction: float
+) -> dict[str, Corpus]:
+    """Tokenise both splits of a source, divided as `split_documents` does, reading each text once.
+
+    In memory are the tokens once, and a few hundred texts at a time.
+    """
+    texts = iter(texts)
+    first = list(islice(texts, 2))
+    if len(first) < 2 and fraction:
+        parts = {
+            split: split_documents(first, split, fraction) if first else [] for split in SPLITS
+        }
+        return {split: _divide(*_encode(parts[split], tokenizer))["train"] for split in SPLITS}
+    places = array("d")
+
+    def placed() -> Iterator[str]:
+        for text in chain(first, texts):
+            places.append(text_fraction(text))
+            yield text
+
+    if not fraction:
+        return _divide(*_encode(chain(first, texts), tokenizer))
+    tokens, lengths = _encode(placed(), tokenizer)
+    limit = split_limit(min(places), max(places), fraction)
+    return _divide(tokens, lengths, np.frombuffer(places) < limit)
+
+
+def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> tuple[array, np.ndarray]:
+    """The tokens of all texts in one array that grew in place, and their lengths."""
+    tokens = array("H" if token_dtype(tokenizer) is np.uint16 else "i")
+    lengths = array("q")
+    for ids in encode_texts(texts, tokenizer):
+        tokens.frombytes(ids.view(np.uint8))
+        lengths.append(len(ids))
+    return tokens, np.frombuffer(lengths, np.int64)
+
+
+def _divide(
+    tokens: array, lengths: np.ndarray, held: np.ndarray | None = None
+) -> dict[str, Corpus]:
+    """Both splits: documents that are `held` out, and the others, which close up in `tokens`."""
+    held = np.zeros(len(lengths), bool) if held is None else held
+    starts = _starts(lengths)
+    dtype = np.dtype(tokens.typecode)
+    with memoryview(tokens) as view:
+        parts = [view[starts[i] : starts[i + 1]] for i in np.flatnonzero(held)]
+        apart = np.concatenate([np.empty(0, dtype), *(np.frombuffer(p, dtype) for p in parts)])
+        for part in parts:
+            part.release()
+        # Runs of documents that stay, moved down within the same memory.
+        edges = np.flatnonzero(np.diff(np.concatenate([[True], held, [True]])))
+        size = 0
+        for begin, end in starts[edges].reshape(-1, 2):
+            view[size : size + end - begin] = view[begin:end]
+            size += end - begin
+    del tokens[size:]
+    train = np.frombuffer(tokens, dtype)
+    kept = lengths[~held], lengths[held]
+    both = zip((train, apart), kept, strict=True)
+    found = [Corpus(part, _starts(count[count > 0])) for part, count in both]
+    return dict(zip(SPLITS, found, strict=True))
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return starts

@@ -28,7 +28,7 @@ from safetensors.numpy import save
 from tqdm import tqdm
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from memlm.data.corpus import encode_documents, split_documents, split_limit
+from memlm.data.corpus import SPLITS, encode_documents, split_documents, split_limit
 from memlm.data.hashing import text_fraction
 from memlm.data.shard_manifest import (
     Content,
@@ -42,7 +42,6 @@ from memlm.data.text_origin import TextOrigin
 from memlm.errors import UserError
 from memlm.files import file_hash
 
-SPLITS = ("train", "validation")
 JOURNAL_FILE = "unfinished.jsonl"
 
 _CHUNKS = 256  # about so many chunks, within the sizes below

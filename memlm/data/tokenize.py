@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from memlm.cli import run_entry_point
 from memlm.config import load_config
 from memlm.data.config import DataConfig
+from memlm.data.corpus import SPLITS
 from memlm.data.shard_manifest import read_manifest
-from memlm.data.shard_writer import SPLITS
 from memlm.data.shards import prepare_shards, read_shards
 from memlm.data.text_origin import text_origin
 from memlm.data.tokenizers import load_tokenizer
