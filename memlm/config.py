@@ -20,6 +20,8 @@ if typing.TYPE_CHECKING:
     from memlm.evaluation.config import EvaluationConfig
 
 LOSS_GROUPS = ("text", "answer")
+# Where train.evaluate_during differs from the evaluate section; its lengths are that of a row.
+_DURING = {"tasks": ["needle"], "trials": 16, "conditions": ["on", "off"]}
 
 
 @dataclass
@@ -97,7 +99,9 @@ class TrainConfig:
             can fall to a tenth before it recovers.
         log_every: steps between two log lines and metric records.
         evaluate_every: steps between two evaluations on held-out rows; 0 = before and after only.
-        evaluation_rows: held-out rows of one evaluation; 0 = no evaluation.
+        evaluation_rows: held-out rows of one evaluation; 0 = none.
+        evaluate_during: tasks of those evaluations: fields of EvaluationConfig, by default 16
+            needles in rows of the last stage's length, with the memory on and off. None = no tasks.
         save_every: steps between two checkpoints; 0 = at the end only.
         keep_checkpoints: how many of the latest checkpoints stay.
         keep_every: checkpoints at multiples of so many steps are written and stay for ever;
@@ -140,6 +144,7 @@ class TrainConfig:
     log_every: int = 10
     evaluate_every: int = 0
     evaluation_rows: int = 32
+    evaluate_during: dict[str, Any] | None = None
     save_every: int = 500
     keep_checkpoints: int = 2
     keep_every: int = 0
@@ -185,6 +190,12 @@ class TrainConfig:
     def stages(self) -> list[Stage]:
         """The curriculum; one stage when none is configured."""
         return self.curriculum or [Stage(length=self.length)]
+
+    def during(self) -> dict[str, Any] | None:
+        """`evaluate_during` with its defaults."""
+        if self.evaluate_during is None:
+            return None
+        return {**_DURING, "lengths": [self.stages()[-1].length], **self.evaluate_during}
 
 
 _LEAST = {
@@ -308,15 +319,23 @@ def _build(sections: dict[str, Any], path: Path, changed: Mapping[str, Any]) -> 
     for section, section_class in (("data", DataConfig), ("train", TrainConfig)):
         if sections.get(section) is not None:
             built[section] = _typed(section_class, sections[section], section, where)
+    if "train" in built and (during := built["train"].during()) is not None:
+        during = _evaluation(during, "train.evaluate_during", where)
+        built["train"].evaluate_during = dataclasses.asdict(during)
     if sections.get("evaluate") is not None:
-        from memlm.evaluation.config import EvaluationConfig
-
-        built["evaluate"] = _typed(EvaluationConfig, sections["evaluate"], "evaluate", where)
-        try:
-            built["evaluate"].validate()
-        except UserError as error:
-            raise UserError(f"{where('evaluate')}: evaluate.{error}") from error
+        built["evaluate"] = _evaluation(sections["evaluate"], "evaluate", where)
     return RunConfig(**built, name=path.stem)
+
+
+def _evaluation(values: dict[str, Any], key: str, where) -> "EvaluationConfig":
+    from memlm.evaluation.config import EvaluationConfig
+
+    config = _typed(EvaluationConfig, values, key, where)
+    try:
+        config.validate()
+    except UserError as error:
+        raise UserError(f"{where(key)}: {key}.{error}") from error
+    return config
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -382,7 +401,7 @@ def _checked(hint: Any, value: Any, key: str, where) -> Any:
     import jsonargparse
 
     optional = types.NoneType in typing.get_args(hint)
-    if hint == list[dict[str, Any]]:
+    if hint == list[dict[str, Any]] or (hint == dict[str, Any] | None and isinstance(value, dict)):
         # Mappings of free content are checked by their owner; nothing may be converted inside.
         return value
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
