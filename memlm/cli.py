@@ -5,13 +5,14 @@ import os
 import sys
 from collections.abc import Callable
 
-from memlm.errors import UserError
+from memlm.errors import SharedError, UserError
 
 
 def run_entry_point(function: Callable[[], int | None]) -> int:
     """Call `function` and return the exit code.
 
-    A UserError prints `error: ...` on stderr and gives 2, Ctrl-C gives 130, a reader of stdout that
+    A UserError prints `error: ...` on stderr and gives 2 (one that all processes of a run raise is
+    printed by the first of each machine), Ctrl-C gives 130, a reader of stdout that
     has seen enough (`| head`) 141; other exceptions are bugs and keep their traceback.
     """
     try:
@@ -19,7 +20,8 @@ def run_entry_point(function: Callable[[], int | None]) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if not isinstance(error, SharedError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

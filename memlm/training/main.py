@@ -5,11 +5,15 @@ import contextlib
 import errno
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from memlm.cli import run_entry_point
 from memlm.config import RunConfig, load_config
 from memlm.errors import UserError
 from memlm.training.interrupt import Interruption
+from memlm.training.run_lock import RunLock
+from memlm.training.setup import build_accelerator
+from memlm.training.together import shared_errors
 from memlm.training.trainer import Trainer
 
 
@@ -19,16 +23,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: Sequence[str] | None) -> None:
-    options, overrides = _parser().parse_known_args(argv)
-    config = load_config(options.config, overrides, options.preset)
-    with _full_disk(config.output_dir):
-        trainer = Trainer(config, resume=options.resume)
-        with Interruption() as interruption:
-            summary = trainer.run(interruption)
-    if summary.interrupted or interruption.name is not None:
-        return
-    if config.evaluate is not None and trainer.accelerator.is_main_process:
-        _evaluate(trainer)
+    with shared_errors():  # every process reads the same words and file
+        options, overrides = _parser().parse_known_args(argv)
+        config = load_config(options.config, overrides, options.preset)
+        accelerator = build_accelerator(config)
+    with RunLock(config.output_dir, accelerator):
+        with _full_disk(config.output_dir):
+            trainer = Trainer(config, options.resume, accelerator)
+            with Interruption() as interruption:
+                summary = trainer.run(interruption)
+        if summary.interrupted or interruption.name is not None:
+            return
+        if config.evaluate is not None and accelerator.is_main_process:
+            _evaluate(trainer)
 
 
 @contextlib.contextmanager
@@ -58,8 +65,14 @@ def _evaluate(trainer: Trainer) -> None:
     trainer.log.line(f"evaluation in {folder}")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say it in one line, as all mistakes are said."""
+        raise UserError(f"command line: {message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="train.py",
         description="Train a language model with memory.",
         epilog=_keys(),

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from memlm.config import RunConfig, TrainConfig, save_config
-from memlm.data import PackedDataset
+from memlm.data import PackedDataset, load_tokenizer
+from memlm.data.shard_manifest import tokenizer_hash
 from memlm.errors import UserError
-from memlm.files import recover
+from memlm.files import disk_errors, recover
 from memlm.memory.exchange import all_gather_reads
 from memlm.memory.sharding import MEMORY, shard_values, tables_apart
 from memlm.models import (
@@ -33,8 +34,12 @@ from memlm.models.attached import AttachedMixin
 from memlm.training.checkpoint import check_architecture, find_checkpoint
 from memlm.training.logs import check_trackers
 from memlm.training.loss import RowLoss
+from memlm.training.provenance import record_start
 from memlm.training.retention import FOLDER, complete_checkpoints
 from memlm.training.row_optimizer import RowOptimizer
+from memlm.training.run_lock import LOCK_FILE
+from memlm.training.sharded import has_parts
+from memlm.training.together import on_main
 
 REPLICATE = "replicate"  # the dimension of a mesh whose processes hold the same part of a table
 CONFIG_FILE = "config.yaml"
@@ -120,9 +125,7 @@ def find_start(config: RunConfig, resume: bool | str | Path) -> Path | None:
             return None
     elif resume:
         return find_checkpoint(None if resume is True else resume, folder)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: the run folder is a file")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
         raise UserError(
             f"{folder}: the run folder is not empty; continue it with --resume, or choose another "
             "with --train.output_dir"
@@ -130,12 +133,27 @@ def find_start(config: RunConfig, resume: bool | str | Path) -> Path | None:
     return None
 
 
-def create_folder(config: RunConfig, accelerator: Accelerator) -> None:
-    """Create the run folder and write the config into it, once every process has come so far."""
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
+def create_folder(config: RunConfig, accelerator: Accelerator, source: Path | None) -> None:
+    """Create the run folder, and put the config and how the run was started into it.
+
+    Collective; no process goes on before the folder is there.
+
+    Args:
+        config: the run.
+        accelerator: its processes.
+        source: the checkpoint it goes on from; None = it is new.
+
+    Raises:
+        UserError: on every process, when the folder cannot be written.
+    """
+
+    def create() -> None:
+        with disk_errors(config.output_dir):
+            config.output_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, config.output_dir / CONFIG_FILE)
+
+    on_main(accelerator, create)
+    record_start(accelerator, config.output_dir, source)
 
 
 def open_datasets(
@@ -165,50 +183,96 @@ def open_datasets(
     return training, held_out.with_length(last.length, last.digits)
 
 
-def build_model(
+def build_inputs(
+    config: RunConfig, source: Path | None
+) -> tuple[PreTrainedTokenizerBase, PackedDataset, PackedDataset | None, PreTrainedModel]:
+    """The tokenizer, the training rows, the held-out rows if any are wanted, and the model.
+
+    What can be wrong is found in the order of what it costs to find: no text is read for a model
+    that does not fit, and no model is built for texts that do not.
+
+    Args:
+        config: the run.
+        source: the checkpoint to go on from; None = it is new.
+
+    Raises:
+        UserError: for anything that does not fit.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    model_config = check_model(config, tokenizer, source)
+    training, held_out = open_datasets(config, tokenizer)
+    return tokenizer, training, held_out, build_model(config, model_config, tokenizer, source)
+
+
+def check_model(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Path | None
+) -> MemLMConfig | AttachConfig:
+    """The model section, or its `attach`, made whole.
+
+    Sizes of the vocabulary and special tokens are the tokenizer's where the config has none.
+
+    Raises:
+        UserError: for a wrong model section, or a checkpoint of another architecture or tokenizer.
+    """
+    if "pretrained" in config.model:
+        wanted = AttachConfig.from_mapping(config.model["attach"], "model.attach")
+    else:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        defaults = {name: getattr(tokenizer, name) for name in names}
+        defaults["vocab_size"] = len(tokenizer)
+        wanted = MemLMConfig.from_mapping(defaults | config.model)
+        if wanted.vocab_size < len(tokenizer):
+            raise UserError(
+                f"model.vocab_size: {wanted.vocab_size} is smaller than the tokenizer's "
+                f"{len(tokenizer)}"
+            )
+    if source is not None:
+        check_architecture(source, wanted)
+        if tokenizer_hash(load_tokenizer(str(source))) != tokenizer_hash(tokenizer):
+            raise UserError(
+                f"data.tokenizer: {config.data.tokenizer!r} is not the tokenizer that {source} was "
+                "trained with; resume with that one"
+            )
+    return wanted
+
+
+def build_model(
+    config: RunConfig,
+    model_config: MemLMConfig | AttachConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Path | None,
 ) -> PreTrainedModel:
     """The model with new weights, or with those of the checkpoint `source`.
 
-    Sizes of the vocabulary and special tokens are the tokenizer's where the config has none. A
-    memory of a pretrained model is built in float32, as its model is loaded.
+    A memory of a pretrained model is built in float32, as its model is loaded.
+
+    Args:
+        config: the run.
+        model_config: of `check_model`.
+        tokenizer: of the data.
+        source: the checkpoint to go on from; None = it is new.
 
     Raises:
-        UserError: for a wrong model section, or a checkpoint of another architecture.
+        UserError: for a pretrained model that cannot be loaded, or knows fewer tokens.
     """
-    if "pretrained" in config.model:
-        model = _build_attached(config, tokenizer, source)
+    if isinstance(model_config, AttachConfig):
+        model = _build_attached(config, model_config, tokenizer, source)
+    elif source is None or has_parts(source):  # parts are read once the model is sharded
+        torch.manual_seed(config.train.seed)
+        model = MemLMForCausalLM(model_config)
     else:
-        model = _build_whole(config, tokenizer, source)
+        model = MemLMForCausalLM.from_pretrained(source, dtype=torch.float32)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
 
 
-def _build_whole(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Path | None
-) -> MemLMForCausalLM:
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    defaults = {name: getattr(tokenizer, name) for name in names} | {"vocab_size": len(tokenizer)}
-    model_config = MemLMConfig.from_mapping(defaults | config.model)
-    if model_config.vocab_size < len(tokenizer):
-        raise UserError(
-            f"model.vocab_size: {model_config.vocab_size} is smaller than the tokenizer's "
-            f"{len(tokenizer)}"
-        )
-    if source is None:
-        torch.manual_seed(config.train.seed)
-        return MemLMForCausalLM(model_config)
-    check_architecture(source, model_config)
-    return MemLMForCausalLM.from_pretrained(source, dtype=torch.float32)
-
-
 def _build_attached(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Path | None
+    config: RunConfig,
+    attach_config: AttachConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Path | None,
 ) -> PreTrainedModel:
-    attach_config = AttachConfig.from_mapping(config.model["attach"], "model.attach")
-    if source is not None:
-        check_architecture(source, attach_config)
     model = load_base(config.model["pretrained"])
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < len(tokenizer):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from memlm.config import RunConfig, Stage
-from memlm.data import load_tokenizer
 from memlm.training.clipping import clip_gradients
 from memlm.training.dead_keys import DeadKeys
 from memlm.training.evaluation import Evaluation, average_statistics
@@ -31,14 +31,13 @@ from memlm.training.saving import restore, save_checkpoint, save_model
 from memlm.training.schedule import CurriculumState, learning_rate_factor
 from memlm.training.setup import (
     build_accelerator,
-    build_model,
+    build_inputs,
     create_folder,
     find_start,
-    open_datasets,
     prepare,
     share_tables,
 )
-from memlm.training.together import on_main
+from memlm.training.together import on_each, on_main
 from memlm.training.updates import UpdateLog
 from memlm.training.usage import UsageLog
 
@@ -79,34 +78,44 @@ class Trainer:
         resume: False starts a new run; True continues the run's newest whole checkpoint; "auto"
             does too, or starts a new run where there is none; a path continues that checkpoint,
             or the newest whole one of that run folder.
+        accelerator: of `build_accelerator`; None = it is built here.
 
     Raises:
         UserError: for a run folder that is in use, data or sizes that do not fit, a checkpoint
             that does not fit, or another number of processes than the launcher was asked for.
     """
 
-    def __init__(self, config: RunConfig, resume: bool | str | Path = False):
+    def __init__(
+        self,
+        config: RunConfig,
+        resume: bool | str | Path = False,
+        accelerator: Accelerator | None = None,
+    ):
         self.config, self.options = config, config.train
         self.folder = config.output_dir
         self.stages = self.options.stages()
-        self.accelerator = build_accelerator(config)
+        self.accelerator = accelerator or build_accelerator(config)
         source = on_main(self.accelerator, lambda: find_start(config, resume))
-        self.tokenizer = load_tokenizer(config.data.tokenizer)
-        self.dataset, held_out = open_datasets(config, self.tokenizer)
-        model = build_model(config, self.tokenizer, source)
+        self.tokenizer, self.dataset, held_out, model = on_each(
+            self.accelerator, lambda: build_inputs(config, source)
+        )
         share_tables(self.accelerator, model, self.options)
         self.table_updates = table_updates(model, self.options)
         self.row_loss, *self.optimizers = prepare(
-            self.accelerator, RowLoss(model), build_optimizers(model, self.options)
+            self.accelerator,
+            RowLoss(model, len(self.dataset.sources)),
+            build_optimizers(model, self.options),
         )
         self.passes = row_passes(self.options, self.accelerator, self.row_loss)
         # Without DDP's wrapper; FSDP2 shards the module itself.
         self.plain_loss = self.accelerator.unwrap_model(self.row_loss)
         self.model: PreTrainedModel = self.plain_loss.model
-        rows = None if held_out is None else HeldOut(held_out, self.options, self.accelerator)
-        self.evaluation = Evaluation(self.plain_loss, rows, self.accelerator)
         for stage in self.stages:  # a window that does not fit should not end a run half-way
             self.model.set_attention_window(stage.window)
+        rows = None if held_out is None else HeldOut(held_out, self.options, self.accelerator)
+        self.evaluation = Evaluation(
+            self.plain_loss, self.tokenizer, rows, self.options, self.accelerator
+        )
 
         self.updates = UpdateLog(self.model, self.accelerator)
         every = self.options.reinit_keys_after
@@ -129,7 +138,7 @@ class Trainer:
             restore(self, source)
         else:
             self.start_stage()
-        create_folder(config, self.accelerator)
+        create_folder(config, self.accelerator, source)
 
     # --- stages ---
 
@@ -240,7 +249,7 @@ class Trainer:
         started = time.perf_counter()
         self._seed()
         batch = self.feed.get(self.step)
-        counts = total(group_counts(batch), accelerator)
+        counts = total(group_counts(batch, len(self.dataset.sources)), accelerator)
         coefficients = group_coefficients(counts, options.loss_weights).to(accelerator.device)
         # Data parallelism averages the gradients; the sum is wanted.
         scale = coefficients * accelerator.num_processes
@@ -284,7 +293,8 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        group_bits = bits(sums.tolist(), counts.tolist()) if made else {}
+        names = self.dataset.source_names
+        group_bits = bits(sums.tolist(), counts.tolist(), names) if made else {}
         rate, stage = options.learning_rate * factor, self.curriculum.stage
         self.report.after_step(
             StepResult(self.step, made, loss, grad_norm, group_bits, seconds, rate, stage)
