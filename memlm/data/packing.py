@@ -16,10 +16,10 @@ from memlm.data.config import (
     Source,
 )
 from memlm.data.corpus import Corpus, build_corpus, check_split, encode_documents, in_split
+from memlm.data.hub import hub_documents
 from memlm.data.mqar import MqarRows
 from memlm.data.passkey import PasskeyRows
 from memlm.data.shards import prepare_shards, read_shards
-from memlm.data.sources import hub_documents
 from memlm.data.text_origin import TextOrigin, text_origin
 from memlm.data.text_rows import CorpusRows, StreamRows
 from memlm.errors import UserError
@@ -115,6 +115,20 @@ class PackedDataset:
             name: torch.from_numpy(np.concatenate([part[name] for part in parts])[back])
             for name in parts[0]
         }
+
+    def sources_of(self, indices: Sequence[int]) -> Tensor:
+        """The source of each of the rows `indices`, int64 [len(indices)]."""
+        return torch.tensor([self._place(int(index))[0] for index in indices], dtype=torch.int64)
+
+    @property
+    def source_names(self) -> list[str]:
+        """A name for each source: its type, and a number from the second of that type on."""
+        kinds = [entry["type"] for entry in self.config.sources]
+        counts = [kinds[: place + 1].count(kind) for place, kind in enumerate(kinds)]
+        return [
+            kind if count == 1 else f"{kind}.{count}"
+            for kind, count in zip(kinds, counts, strict=True)
+        ]
 
     @property
     def epoch_rows(self) -> int | None:

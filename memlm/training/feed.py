@@ -31,7 +31,10 @@ class RowFeed:
         self._pending: tuple[int, Future[Batch]] | None = None
 
     def get(self, step: int) -> Batch:
-        """The rows of `step`, int64 [rows / processes, length] each; starts on the next step's."""
+        """The rows of `step`, int64 [rows / processes, length] each; starts on the next step's.
+
+        Of several sources, `sources` has the number of its own at every place.
+        """
         pending, self._pending = self._pending, None
         if pending is None or pending[0] != step:
             pending = (step, self._executor.submit(self._read, step))
@@ -45,4 +48,9 @@ class RowFeed:
 
     def _read(self, step: int) -> Batch:
         start = step * self.rows + self.first
-        return self.dataset.batch(list(range(start, start + self.share)))
+        indices = list(range(start, start + self.share))
+        batch = self.dataset.batch(indices)
+        if len(self.dataset.sources) > 1:
+            sources = self.dataset.sources_of(indices)
+            batch["sources"] = sources[:, None].expand_as(batch["labels"])
+        return batch

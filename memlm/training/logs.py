@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,23 @@ PLOT_FILE = "training.png"
 LN2 = math.log(2)
 
 
-def bits(sums: list[float], counts: list[float]) -> dict[str, float]:
-    """Mean loss per target in bits: over all targets, and of each group that has any."""
-    total = {"bits": sum(sums) / max(1.0, sum(counts)) / LN2}
-    groups = {
-        f"{name}_bits": group_sum / count / LN2
-        for name, group_sum, count in zip(LOSS_GROUPS, sums, counts, strict=True)
-        if count
-    }
-    return total | groups
+def bits(sums: list[float], counts: list[float], sources: Sequence[str] = ()) -> dict[str, float]:
+    """Mean loss per target in bits: over all targets, and of each group and source that has any.
+
+    Args:
+        sums: losses in nats of the groups; of several sources, of each source's groups in turn.
+        counts: their targets.
+        sources: the names of the sources.
+    """
+    parts = {f"{name}_bits": slice(n, None, len(LOSS_GROUPS)) for n, name in enumerate(LOSS_GROUPS)}
+    if len(sources) > 1:
+        for n, name in enumerate(sources):
+            parts[f"source/{name}/bits"] = slice(n * len(LOSS_GROUPS), (n + 1) * len(LOSS_GROUPS))
+    means = {"bits": sum(sums) / max(1.0, sum(counts)) / LN2}
+    for name, part in parts.items():
+        if sum(counts[part]):
+            means[name] = sum(sums[part]) / sum(counts[part]) / LN2
+    return means
 
 
 class RunLog:

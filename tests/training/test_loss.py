@@ -55,3 +55,26 @@ def test_coefficients_make_means():
     # A group without targets has a sum of zero and takes no part.
     assert torch.isfinite(group_coefficients(torch.tensor([4, 0]), weights)).all()
     assert torch.isfinite(group_coefficients(torch.tensor([0, 0]), None)).all()
+
+
+def test_telling_sources_apart_changes_no_gradient(model, batch):
+    weights = {"text": 1.0, "answer": 0.5}
+
+    def run(sources, rows):
+        model.zero_grad()
+        sums, _ = RowLoss(model, sources)(rows)
+        counts = group_counts(rows, sources)
+        loss = (sums * group_coefficients(counts, weights)).sum()
+        loss.backward()
+        return loss, [p.grad.clone() for p in model.parameters()], sums.view(sources, 2), counts
+
+    told = batch | {"sources": torch.tensor([[2], [0]]).expand(2, 12)}
+    loss, gradients, sums, counts = run(3, told)
+    plain_loss, plain_gradients, plain_sums, plain_counts = run(1, batch)
+    assert torch.allclose(loss, plain_loss) and torch.allclose(sums.sum(0), plain_sums[0])
+    assert torch.equal(counts.view(3, 2).sum(0), plain_counts)
+    for mine, other in zip(gradients, plain_gradients, strict=True):
+        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-7)
+    assert sums[1].tolist() == [0, 0] and (sums[[0, 2]] > 0).all()
+    # Rows of data that are not told apart, as held-out ones, are summed by group alone.
+    assert torch.allclose(RowLoss(model, 3)(batch)[0], plain_sums[0])
