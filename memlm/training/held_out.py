@@ -36,19 +36,20 @@ class HeldOut:
 
         Returns:
             bits (per target, over all targets), text_bits and answer_bits where there are such
-            targets, and bits_per_byte with the byte tokenizer.
+            targets, source/NAME/bits of several sources, and bits_per_byte with the byte tokenizer.
         """
         device, training = self.accelerator.device, row_loss.training
-        sums = torch.zeros(len(LOSS_GROUPS), device=device)
-        counts = torch.zeros(len(LOSS_GROUPS), dtype=torch.int64)
+        names = self.dataset.source_names
+        sums = torch.zeros(len(names) * len(LOSS_GROUPS), device=device)
+        counts = torch.zeros(len(sums), dtype=torch.int64)
         row_loss.eval()
         for batch in self._rows():
-            counts += group_counts(batch)
+            counts += group_counts(batch, len(names))
             on_device = {name: row.to(device) for name, row in batch.items()}
             sums += row_loss(on_device, use_memory=use_memory)[0]
         row_loss.train(training)
         sums, counts = total(sums, self.accelerator), total(counts, self.accelerator)
-        result = bits(sums.tolist(), counts.tolist())
+        result = bits(sums.tolist(), counts.tolist(), names)
         if isinstance(self.dataset.tokenizer, ByteTokenizer):
             result["bits_per_byte"] = result["bits"]
         return result
@@ -58,7 +59,14 @@ class HeldOut:
             first = self.accelerator.process_index * self.share
             mine = range(first, first + self.share)
             self._batches = [
-                self.dataset.batch(mine[start : start + self.size])
+                self._batch(mine[start : start + self.size])
                 for start in range(0, self.share, self.size)
             ]
         return self._batches
+
+    def _batch(self, rows: range) -> Batch:
+        batch = self.dataset.batch(rows)
+        if len(self.dataset.source_names) > 1:
+            sources = self.dataset.sources_of(rows)
+            batch["sources"] = sources[:, None].expand_as(batch["labels"])
+        return batch
