@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from memlm.data.config import HubSource, MqarSource, PasskeySource, Source, StdlibSource, TextSource
-from memlm.data.sources import find_files, hub_documents, stdlib_documents, text_documents
+from memlm.data.hub import hub_documents
+from memlm.data.sources import find_files, stdlib_documents, text_documents
 
 
 @dataclass(frozen=True)

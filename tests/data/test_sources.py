@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from memlm.data.config import HubSource
-from memlm.data.sources import hub_documents, stdlib_documents, text_documents
+from memlm.data.hub import hub_documents
+from memlm.data.sources import stdlib_documents, text_documents
 from memlm.errors import UserError
 
 

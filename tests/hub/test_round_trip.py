@@ -57,7 +57,7 @@ STREAM = """
 import json
 from huggingface_hub import create_repo, upload_file
 from memlm.data.config import HubSource
-from memlm.data.sources import hub_documents
+from memlm.data.hub import hub_documents
 from memlm.errors import UserError
 
 create_repo("someone/text", repo_type="dataset")
