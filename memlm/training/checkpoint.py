@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
@@ -19,12 +20,14 @@ from memlm.files import recover, write_folder
 from memlm.memory.sharding import MEMORY, local_part, whole_table
 from memlm.models import AttachConfig
 from memlm.models.attached_files import is_attached, read_attached
-from memlm.training.manifest import check_manifest, write_manifest
+from memlm.training.manifest import Entries, check_manifest, write_manifest
 from memlm.training.retention import FOLDER, complete_checkpoints, step_of
 from memlm.training.row_optimizer import RowOptimizer
+from memlm.training.sharded import OPTIMIZER, empty_part, has_parts, read_parts, stored_parts
 
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+_CPU = torch.device("cpu")
 # What transformers adds to config.json says nothing about the shape of the weights.
 _NOT_ARCHITECTURE = {"transformers_version", "architectures", "dtype", "auto_map", "use_cache"}
 
@@ -89,8 +92,15 @@ def find_checkpoint(resume: str | Path | None, run: Path) -> Path:
     raise UserError(f"{place}: no complete checkpoint to resume from")
 
 
-def write_checkpoint(target: Path, write: Callable[[Path], None]) -> None:
+def write_checkpoint(
+    target: Path, write: Callable[[Path], None], known: Entries | None = None
+) -> None:
     """Write a checkpoint's files with `write`, then its manifest, and put it in its place.
+
+    Args:
+        target: its place.
+        write: fills a folder.
+        known: see `write_manifest`.
 
     Raises:
         UserError: when the disk is full or refuses; other checkpoints stay as they are.
@@ -98,7 +108,7 @@ def write_checkpoint(target: Path, write: Callable[[Path], None]) -> None:
 
     def with_manifest(folder: Path) -> None:
         write(folder)
-        write_manifest(folder)
+        write_manifest(folder, known)
 
     write_folder(target, with_manifest)
 
@@ -165,48 +175,54 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu()
 
 
-def whole_weights(model: nn.Module) -> dict[str, Tensor] | None:
-    """The weights on the CPU where the model holds shards of them, else None.
+def whole_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor] | None:
+    """The weights on the CPU where the model holds shards of them, else None; collective.
 
-    Every process has to call this. Tied weights stay one tensor.
+    Tied weights stay one tensor.
+
+    Args:
+        model: of any kind.
+        keep: False where they are not wanted: this process only gives its shards.
     """
-    sharded = model.state_dict(keep_vars=True)
-    if not any(isinstance(tensor, DTensor) for tensor in sharded.values()):
+    held = model.state_dict(keep_vars=True)
+    if not any(isinstance(tensor, DTensor) for tensor in held.values()):
         return None
-    gathered = {id(tensor): tensor for tensor in sharded.values()}
-    gathered = {key: _whole(tensor) for key, tensor in gathered.items()}
-    return {name: gathered[id(tensor)] for name, tensor in sharded.items()}
+    gathered = {}
+    for tensor in {id(tensor): tensor for tensor in held.values()}.values():
+        whole = _whole(tensor)
+        if keep:
+            gathered[id(tensor)] = whole
+    return {name: gathered[id(tensor)] for name, tensor in held.items()} if keep else None
 
 
 def optimizer_tensors(
     optimizers: Iterable[torch.optim.Optimizer], model: nn.Module
 ) -> dict[str, Tensor]:
-    """The optimizers' state by `entry/parameter name`, whole tensors on the CPU.
-
-    Sharded entries are gathered: every process has to call this.
-    """
+    """The optimizers' state by `entry/parameter name`, as they hold it."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {}
     for optimizer in optimizers:
         for parameter, entries in optimizer.state.items():
             for entry, value in entries.items():
-                tensors[f"{entry}/{names[parameter]}"] = _whole(value).contiguous()
+                tensors[f"{entry}/{names[parameter]}"] = value.detach()
     return tensors
 
 
 def load_optimizers(
     folder: Path, optimizers: Iterable[torch.optim.Optimizer], model: nn.Module
 ) -> None:
-    """Give the optimizers the state they were saved with.
+    """Give the optimizers, sharded or not, the state they were saved with; collective.
 
     Raises:
         UserError: when the checkpoint holds the state of other optimizers or parameters.
     """
-    tensors = load_file(folder / OPTIMIZER_FILE)
-    entries: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    in_parts = has_parts(folder)
+    stored = stored_parts(folder, OPTIMIZER) if in_parts else load_file(folder / OPTIMIZER_FILE)
+    entries: dict[str, dict[str, Tensor | TensorStorageMetadata]] = {}
+    for key, tensor in stored.items():
         entry, name = key.split("/", 1)
         entries.setdefault(name, {})[entry] = tensor
+    parts: dict[str, Tensor] = {}
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         wanted = _entry_of(optimizer)
@@ -220,9 +236,15 @@ def load_optimizers(
                         "train.value_optimizer it was trained with"
                     )
                 for entry, tensor in saved.items():
-                    if tensor.ndim or group.get("fused"):
-                        tensor = _placed(tensor, parameter)
-                    optimizer.state[parameter][entry] = tensor  # other steps count on the CPU
+                    sizes = tensor.size if in_parts else tensor.shape
+                    # Steps are counted on the CPU, but for a fused optimizer.
+                    device = parameter.device if sizes or group.get("fused") else _CPU
+                    place = empty_part if in_parts else _placed
+                    tensor = place(tensor, parameter, device)
+                    optimizer.state[parameter][entry] = tensor
+                    parts[f"{entry}/{names[parameter]}"] = tensor
+    if in_parts:
+        read_parts(folder, OPTIMIZER, parts)
 
 
 def _entry_of(optimizer: torch.optim.Optimizer) -> str:
@@ -234,8 +256,8 @@ def _entry_of(optimizer: torch.optim.Optimizer) -> str:
     return "exp_avg"
 
 
-def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """An entry of the state on the device, and in the shards, of its parameter."""
+def _placed(tensor: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
+    """An entry of the state on `device`, or in the shards of its parameter if that has any."""
     if tensor.ndim and isinstance(parameter, DTensor):
         return local_part(tensor, parameter.device_mesh, parameter.placements)
-    return tensor.to(parameter.device)
+    return tensor.to(device)

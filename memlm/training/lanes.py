@@ -1,14 +1,18 @@
 """Memory states carried from row to row: one lane per row of a step."""
 
+import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from memlm.errors import UserError
 from memlm.layers.state import MemoryState
+from memlm.training.sharded import PARTS_FOLDER
 
 MEMORY_FILE = "memory_states.safetensors"
 States = dict[str, MemoryState]
@@ -33,18 +37,22 @@ class Lanes:
         ]
         self.states: list[States | None] = [None] * len(self.slices)
 
-    def gather(self) -> dict[str, Tensor]:
-        """The states of all lanes of all processes, by `first lane/state name/field`.
+    def own(self) -> dict[str, Tensor]:
+        """The states of this process's lanes on the CPU, by `first lane/state name/field`.
 
-        Every process has to call this. Empty when nothing is carried.
+        Empty when nothing is carried.
         """
-        own = {
+        return {
             f"{self.first + rows.start}/{name}/{field}": tensor.cpu()
             for rows, states in zip(self.slices, self.states, strict=True)
             for name, state in (states or {}).items()
             for field, tensor in state.state_dict().items()
         }
-        return {key: tensor for part in gather_object([own]) for key, tensor in part.items()}
+
+    def gather(self) -> dict[str, Tensor]:
+        """The states of the lanes of all processes, as `own` gives them; collective."""
+        parts = gather_object([self.own()])
+        return {key: tensor for part in parts for key, tensor in part.items()}
 
     def load(self, folder: Path, templates: States, device: torch.device) -> None:
         """Take this process's states from a checkpoint, however it was cut into lanes.
@@ -57,26 +65,38 @@ class Lanes:
         Raises:
             UserError: when states saved in pieces cannot be joined.
         """
-        if not (folder / MEMORY_FILE).exists():
+        files = [*folder.glob(MEMORY_FILE), *folder.glob(f"{PARTS_FOLDER}/*{MEMORY_FILE}")]
+        if not files:
             return
-        pieces = _read(folder / MEMORY_FILE, templates)
+        wanted = range(self.first, self.first + self.slices[-1].stop)
+        pieces = _read(files, templates, wanted)
         for index, rows in enumerate(self.slices):
             states = _cut(pieces, self.first + rows.start, rows.stop - rows.start)
             self.states[index] = {name: state.to(device) for name, state in states.items()}
 
 
-def save_states(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write gathered states into a checkpoint; nothing when nothing is carried."""
+def save_states(tensors: dict[str, Tensor], folder: Path, prefix: str = "") -> None:
+    """Write states into a checkpoint, or those of a process into its parts, under `prefix`.
+
+    Nothing when nothing is carried.
+    """
     if tensors:
-        save_file(tensors, folder / MEMORY_FILE)
+        save_file(tensors, folder / f"{prefix}{MEMORY_FILE}")
 
 
-def _read(path: Path, templates: States) -> list[tuple[int, States]]:
-    """(first lane, states) of each saved piece, in order."""
+def _read(paths: Iterable[Path], templates: States, wanted: range) -> list[tuple[int, States]]:
+    """(first lane, states) of the saved pieces that have wanted lanes, in order."""
     saved: dict[int, dict[str, dict[str, Tensor]]] = {}
-    for key, tensor in load_file(path).items():
-        lane, name, field = key.split("/", 2)
-        saved.setdefault(int(lane), {}).setdefault(name, {})[field] = tensor
+    with contextlib.ExitStack() as opened:
+        files = [opened.enter_context(safe_open(path, "pt")) for path in paths]
+        keys = [(key, file) for file in files for key in file.keys()]  # noqa: SIM118
+        found = [(int(key.split("/")[0]), key, file) for key, file in keys]
+        firsts = sorted({lane for lane, _, _ in found})
+        ends = dict(zip(firsts, [*firsts[1:], wanted.stop], strict=True))
+        for lane, key, file in found:
+            if lane < wanted.stop and ends[lane] > wanted.start:
+                _, name, field = key.split("/", 2)
+                saved.setdefault(lane, {}).setdefault(name, {})[field] = file.get_tensor(key)
     return [
         (lane, {name: type(templates[name]).from_state_dict(t) for name, t in states.items()})
         for lane, states in sorted(saved.items())

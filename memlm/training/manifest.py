@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from memlm.errors import UserError
@@ -10,16 +11,33 @@ from memlm.files import file_hash, sync
 MANIFEST_FILE = "manifest.json"
 
 
-def write_manifest(folder: Path) -> None:
-    """Write the manifest of a folder's files; all of them are on disk before it is."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST_FILE:
-            sync(path)
-            files[path.relative_to(folder).as_posix()] = {
-                "size": path.stat().st_size,
-                "sha256": file_hash(path),
-            }
+Entries = dict[str, dict[str, int | str]]
+
+
+def file_entries(folder: Path, paths: Iterable[Path]) -> Entries:
+    """Size and hash, by its name in the folder, of each file; all of them are on disk then."""
+    entries: Entries = {}
+    for path in sorted(paths):
+        sync(path)
+        entries[path.relative_to(folder).as_posix()] = {
+            "size": path.stat().st_size,
+            "sha256": file_hash(path),
+        }
+    return entries
+
+
+def write_manifest(folder: Path, known: Entries | None = None) -> None:
+    """Write the manifest of a folder's files; all of them are on disk before it is.
+
+    Args:
+        folder: complete.
+        known: entries of files that were read already, by other processes for instance.
+    """
+    files = dict(known or {})
+    there = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    files |= file_entries(
+        folder, [path for path in there if path.relative_to(folder).as_posix() not in files]
+    )
     path = folder / MANIFEST_FILE
     with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"files": files}, indent=1) + "\n")
@@ -49,7 +67,7 @@ def check_manifest(folder: Path) -> None:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _read(folder: Path) -> dict[str, dict]:
+def _read(folder: Path) -> Entries:
     path = folder / MANIFEST_FILE
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
