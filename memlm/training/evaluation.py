@@ -32,7 +32,6 @@ from memlm.training.loss import RowLoss, total
 from memlm.training.together import on_each
 from memlm.training.usage import held_out_usage
 
-
 _SOURCE = re.compile("source/(.*)/bits")
 
 
