@@ -1,18 +1,39 @@
-"""What a run says about itself: metric records, one log line, trackers and a picture."""
+"""What a run says about itself: metric records, one log line, trackers.
+
+metrics.jsonl in the run folder has a JSON object per line: a record of a step (the first, the last
+and every `log_every`-th, and those that were skipped), or of an evaluation (`evaluation` is true).
+A number that is not finite, or that cannot be known, is null. Of a step:
+
+- step, from 1; loss, as trained, in nats; bits, text_bits, answer_bits, source/NAME/bits: mean loss
+  per target, over all, of each loss group and of each source where there are several; all of this
+  one step, over all processes and micro-batches.
+- learning_rate (of AdamW or SPAM); grad_norm, before clipping; skipped_steps, so far.
+- stage of the curriculum from 0, length of its rows, window.
+- tokens_per_second, flops_per_token (see `throughput.training_flops`) and mfu, the share of the
+  device's peak from 0 to 1, null where the peak is not known; step_seconds per step and of these
+  data_seconds, waiting for rows, and log_seconds, telling of steps: means over the steps since the
+  record before, evaluations and checkpoints left out, of the slowest process.
+- memory_bytes: the most that tensors took on a device so far, or on a CPU what a process holds, of
+  the process with the most.
+- seconds_left: to the last step at the pace of the latest steps, without evaluations.
+- SITE.NAME of each memory: see `memory_metrics.MemoryMetrics`, `usage.UsageLog` and
+  `updates.UpdateLog`.
+"""
 
 import json
 import math
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from memlm.config import LOSS_GROUPS, RunConfig
 from memlm.errors import UserError, nearest
 from memlm.files import append_line, recover, replace_file
+from memlm.training.together import on_each
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "training.png"
@@ -50,8 +71,6 @@ class RunLog:
 
     def __init__(self, folder: Path, steps: int, step: int = 0, silent: bool = False):
         self.path, self.steps, self.silent = folder / METRICS_FILE, steps, silent
-        self._steps_done = step
-        self._first_step: tuple[float, int] | None = None
         self._bar: tqdm | None = None
         if not silent:
             _drop_after(self.path, step, ended=step == steps)
@@ -68,9 +87,6 @@ class RunLog:
 
     def tick(self, tokens_per_second: float) -> None:
         """One step is done."""
-        self._steps_done += 1
-        if self._first_step is None:  # the first one warms up, and an evaluation may come before
-            self._first_step = (time.perf_counter(), self._steps_done)
         if self._bar is not None:
             self._bar.set_postfix_str(f"{_short(tokens_per_second)} tokens/s", refresh=False)
             self._bar.update()
@@ -82,30 +98,35 @@ class RunLog:
             UserError: when the disk is full.
         """
         if not self.silent:
-            append_line(self.path, json.dumps(metrics))
+            known = {key: None if _unknown(value) else value for key, value in metrics.items()}
+            append_line(self.path, json.dumps(known))
 
-    def step_line(self, metrics: dict[str, Any], stages: int) -> None:
-        """The readable line of one step's metrics."""
-        step = metrics["step"]
+    def step_line(self, metrics: dict[str, Any], stages: int, device: str = "cpu") -> None:
+        """The readable line of one step's metrics.
+
+        Args:
+            metrics: its record.
+            stages: of the curriculum.
+            device: name of the device, for one whose peak is not known.
+        """
+        step, mfu = metrics["step"], metrics["mfu"]
         groups = [name for name in LOSS_GROUPS if f"{name}_bits" in metrics]
         losses = "  ".join(f"{name} {metrics[f'{name}_bits']:.3f}" for name in groups)
+        sources = {key: value for key, value in metrics.items() if key.startswith("source/")}
+        by_source = ", ".join(f"{key.split('/')[1]} {value:.3f}" for key, value in sources.items())
         stage = f"  stage {metrics['stage'] + 1}/{stages}" if stages > 1 else ""
         window = f":{metrics['window']}" if metrics["window"] else ""
         skipped = f"  skipped {metrics['skipped_steps']}" if metrics.get("skipped_steps") else ""
+        left = metrics["seconds_left"]
         self.line(
             f"step {step:>{len(str(self.steps))}}/{self.steps} ({100 * step // self.steps:>3} %)  "
-            f"loss {metrics['loss']:.4f}  {losses} bits  lr {metrics['learning_rate']:.2e}  "
+            f"loss {metrics['loss']:.4f}  {losses} bits{f' ({by_source})' if by_source else ''}  "
+            f"lr {metrics['learning_rate']:.2e}  "
             f"grad {metrics['grad_norm']:.2f}{skipped}{stage}  length {metrics['length']}{window}  "
-            f"{_short(metrics['tokens_per_second'])} tokens/s  left {self._left()}"
+            f"{_short(metrics['tokens_per_second'])} tokens/s  "
+            f"MFU {f'n/a ({device})' if mfu is None else f'{100 * mfu:.1f} %'}  "
+            f"{metrics['memory_bytes'] / 1e9:.2f} GB  left {'?' if left is None else _clock(left)}"
         )
-
-    def _left(self) -> str:
-        """Time to the last step, at the mean speed so far."""
-        if self._first_step is None or self._first_step[1] == self._steps_done:
-            return "?"
-        started, first = self._first_step
-        pace = (time.perf_counter() - started) / (self._steps_done - first)
-        return _clock(pace * (self.steps - self._steps_done))
 
     def close(self) -> None:
         """Remove the progress bar."""
@@ -154,6 +175,10 @@ def _drop_after(path: Path, step: int, ended: bool) -> None:
         replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
+def _unknown(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def _short(number: float) -> str:
     return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
 
@@ -176,6 +201,27 @@ def check_trackers(names: list[str]) -> None:
             raise UserError(f"train.trackers: unknown tracker {name!r}{hint}")
         if name not in available:
             raise UserError(f"train.trackers: {name!r} is not installed: pip install {name}")
+
+
+def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
+    """Begin to log to the trackers of a run; collective.
+
+    Raises:
+        UserError: when one of them does not start, as without a login or a connection.
+    """
+    names = config.train.trackers
+
+    def start() -> None:
+        try:
+            accelerator.init_trackers("memlm", config=flat_config(config))
+        except Exception as error:  # whatever other people's code may raise
+            started = len(accelerator.trackers)
+            named = repr(names[started]) if started < len(names) else ", ".join(map(repr, names))
+            reason = next(filter(None, str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(f"train.trackers: {named} did not start ({reason})") from error
+
+    if names:
+        on_each(accelerator, start)
 
 
 def flat_config(config: RunConfig) -> dict[str, str | int | float | bool]:

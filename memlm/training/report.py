@@ -1,14 +1,21 @@
 """What a run says of its steps: when a line is due, what stands in it, and who else is told."""
 
+import contextlib
 import dataclasses
+import math
+import time
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
 from memlm.config import TrainConfig
 from memlm.training.guards import StepGuard
 from memlm.training.logs import RunLog
+from memlm.training.memory_metrics import MemoryMetrics
+from memlm.training.throughput import Throughput
 from memlm.training.updates import UpdateLog
 from memlm.training.usage import UsageLog
 
@@ -23,6 +30,7 @@ class StepResult:
         loss, grad_norm: of the step.
         bits: mean losses in bits by metric key (see `logs.bits`).
         seconds: that it took.
+        data_seconds: of these, waiting for rows.
         learning_rate: of AdamW and SPAM.
         stage: index of its stage in the curriculum.
     """
@@ -33,6 +41,7 @@ class StepResult:
     grad_norm: float
     bits: dict[str, float]
     seconds: float
+    data_seconds: float
     learning_rate: float
     stage: int
 
@@ -41,15 +50,17 @@ class Report:
     """Records, log lines and trackers of the steps of a run.
 
     Args:
-        options: how the model is trained.
+        model: the model, without wrappers.
+        options: how it is trained.
         accelerator: its processes; `after_step` is collective on logged steps.
         log: where lines and records go.
         guard: counts the skipped steps.
-        updates, usage: what is watched of the memories.
+        updates, usage: what is watched of the memories in every step.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         options: TrainConfig,
         accelerator: Accelerator,
         log: RunLog,
@@ -59,18 +70,47 @@ class Report:
     ):
         self.options, self.accelerator, self.log = options, accelerator, log
         self.guard, self.updates, self.usage = guard, updates, usage
+        self.memories = MemoryMetrics(model, accelerator)
+        self.throughput = Throughput(model, options, accelerator)
         self.stages = options.stages()
 
+    def due(self, step: int) -> bool:
+        """Whether a step is told of: the first, the last, and every log_every-th."""
+        return step in (1, self.options.steps) or step % self.options.log_every == 0
+
+    @contextlib.contextmanager
+    def watch(self, step: int) -> Iterator[None]:
+        """Take in what the memories do in the forward passes of a step in here."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.updates.watch())
+            stack.enter_context(self.usage.watch())
+            if self.due(step):
+                stack.enter_context(self.memories.watch())
+            yield
+
     def after_step(self, result: StepResult) -> None:
-        """Tell of a step, where a line is due: at the first, the last, and every log_every-th."""
-        options, step = self.options, result.step
-        speed = options.tokens_per_step / result.seconds
-        self.log.tick(speed)
-        last = step == options.steps
-        if result.made and step != 1 and step % options.log_every and not last:
-            return
+        """Tell of a step, where that is due or it was skipped."""
+        told = self.due(result.step) or not result.made
+        waited = self._wait() if told else 0.0
+        self.throughput.step(result.seconds + waited, result.data_seconds)
+        started = time.perf_counter()
+        self.log.tick(self.options.tokens_per_step / result.seconds)
+        if told:
+            self._tell(result)
+        self.throughput.logged(time.perf_counter() - started)
+
+    def _wait(self) -> float:
+        """Seconds until the device has done what the step asked of it, which is no logging."""
+        device, started = self.accelerator.device, time.perf_counter()
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
+        return time.perf_counter() - started
+
+    def _tell(self, result: StepResult) -> None:
+        options, step, stage = self.options, result.step, self.stages[result.stage]
         self.updates.check(step)
-        stage = self.stages[result.stage]
+        if not result.made:
+            self.memories.clear()
         metrics = {
             "step": step,
             "loss": result.loss if result.made else None,
@@ -78,22 +118,27 @@ class Report:
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm if result.made else None,
             "skipped_steps": self.guard.skipped,
-            "tokens_per_second": speed,
             "stage": result.stage,
             "length": stage.length,
             "window": stage.window,
+            **self.throughput.report(stage.length, stage.window, options.steps - step),
             **self.updates.report(),
-            **self.usage.report(last=last),
+            **self.usage.report(last=step == options.steps),
+            **(self.memories.report() if result.made else {}),
         }
         self.log.record(metrics)
         if result.made:
-            self.log.step_line(metrics, len(self.stages))
+            self.log.step_line(metrics, len(self.stages), self.throughput.device)
         self.track(metrics)
 
     def track(self, metrics: dict[str, Any]) -> None:
         """Give the numbers of a record to the trackers."""
         if self.options.trackers:
-            numbers = {key: value for key, value in metrics.items() if value is not None}
+            numbers = {
+                key: value
+                for key, value in metrics.items()
+                if value is not None and math.isfinite(value)
+            }
             self.accelerator.log(numbers, step=numbers.pop("step"))
 
 

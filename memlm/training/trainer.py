@@ -20,7 +20,7 @@ from memlm.training.guards import StepGuard
 from memlm.training.held_out import HeldOut
 from memlm.training.interrupt import Interruption
 from memlm.training.lanes import Lanes
-from memlm.training.logs import RunLog, bits, flat_config
+from memlm.training.logs import RunLog, bits, start_trackers
 from memlm.training.loss import RowLoss, group_coefficients, group_counts, total
 from memlm.training.optimizer import build_optimizers, set_learning_rates, table_updates
 from memlm.training.plot import plot_run
@@ -138,6 +138,7 @@ class Trainer:
             restore(self, source)
         else:
             self.start_stage()
+        start_trackers(self.accelerator, config)
         create_folder(config, self.accelerator, source)
 
     # --- stages ---
@@ -177,11 +178,8 @@ class Trainer:
             self.folder, self.options.steps, self.step, not self.accelerator.is_main_process
         )
         self.log = log
-        if self.options.trackers:
-            self.accelerator.init_trackers("memlm", config=flat_config(self.config))
-        self.report = Report(
-            self.options, self.accelerator, log, self.guard, self.updates, self.usage
-        )
+        watched = (self.guard, self.updates, self.usage)
+        self.report = Report(self.model, self.options, self.accelerator, log, *watched)
         parts = len(self.lanes.slices)
         now = opening(self.model, self.options, self.accelerator, self.stage.length, parts)
         resumed = f", from step {self.step}" if self.step else ""
@@ -249,6 +247,7 @@ class Trainer:
         started = time.perf_counter()
         self._seed()
         batch = self.feed.get(self.step)
+        data_seconds = time.perf_counter() - started
         counts = total(group_counts(batch, len(self.dataset.sources)), accelerator)
         coefficients = group_coefficients(counts, options.loss_weights).to(accelerator.device)
         # Data parallelism averages the gradients; the sum is wanted.
@@ -269,7 +268,7 @@ class Trainer:
             last = index == len(self.lanes.slices) - 1
             part = {name: row[rows].to(accelerator.device) for name, row in batch.items()}
             with contextlib.nullcontext() if last else accelerator.no_sync(self.row_loss):
-                with self.updates.watch(), self.usage.watch():
+                with self.report.watch(self.step + 1):
                     losses, states = self.passes.forward(part, self.lanes.states[index])
                 self.passes.backward(scale)
             self.lanes.states[index] = states
@@ -296,8 +295,9 @@ class Trainer:
         names = self.dataset.source_names
         group_bits = bits(sums.tolist(), counts.tolist(), names) if made else {}
         rate, stage = options.learning_rate * factor, self.curriculum.stage
+        times = (seconds, data_seconds)
         self.report.after_step(
-            StepResult(self.step, made, loss, grad_norm, group_bits, seconds, rate, stage)
+            StepResult(self.step, made, loss, grad_norm, group_bits, *times, rate, stage)
         )
         for line in self.dead_keys.after_step(self.step, last=self.step == options.steps):
             self.log.line(line)

@@ -18,6 +18,9 @@ def step(number, **extra):
         "stage": 0,
         "length": 64,
         "window": None,
+        "mfu": None,
+        "memory_bytes": 1_234_567_890,
+        "seconds_left": 3723.0,
         **extra,
     }
 
@@ -32,12 +35,39 @@ def test_bits_are_means_over_the_targets_there_are():
 
 def test_line_is_readable(tmp_path, capsys):
     log = RunLog(tmp_path, steps=200)
-    log.step_line(step(20, answer_bits=0.5, stage=1, window=16), stages=2)
-    log.close()
+    log.step_line(step(20, answer_bits=0.5, stage=1, window=16, mfu=0.4127), stages=2)
     line = capsys.readouterr().out
     for part in ("step  20/200 ( 10 %)", "text 0.100", "answer 0.500 bits", "stage 2/2", "64:16"):
         assert part in line
-    assert "12.3k tokens/s" in line and "left " in line
+    for part in ("12.3k tokens/s", "MFU 41.3 %", "1.23 GB", "left 1:02:03"):
+        assert part in line
+    bits = {"source/text/bits": 2.5, "source/text.2/bits": 0.25}
+    log.step_line(step(20, **bits, seconds_left=None), stages=1)
+    line = capsys.readouterr().out
+    assert "text 0.100 bits (text 2.500, text.2 0.250)  lr" in line
+    assert "MFU n/a (cpu)" in line and "left ?" in line
+    RunLog(tmp_path, steps=200_000).step_line(step(20_000, length=4096, window=1024), stages=1)
+    assert len(capsys.readouterr().out) <= 161
+    log.step_line(step(20), stages=1, device="NVIDIA Unheard 9")
+    assert "MFU n/a (NVIDIA Unheard 9)" in capsys.readouterr().out
+
+
+def test_a_log_that_is_no_terminal_has_plain_lines(tmp_path, capfd):
+    log = RunLog(tmp_path, steps=3)
+    for number in (1, 2, 3):
+        log.tick(100.0)
+        log.step_line(step(number), stages=1)
+    log.close()
+    out, err = capfd.readouterr()
+    assert out.count("\n") == 3 and "\r" not in out and err == ""
+
+
+def test_numbers_that_json_does_not_know_are_null(tmp_path):
+    log = RunLog(tmp_path, steps=3)
+    log.record({"step": 1, "a": math.nan, "b": -math.inf, "c": 1.5, "window": None})
+    line = (tmp_path / METRICS_FILE).read_text()
+    assert json.loads(line) == {"step": 1, "a": None, "b": None, "c": 1.5, "window": None}
+    assert "NaN" not in line and "Infinity" not in line
 
 
 def test_resumed_log_drops_what_the_checkpoint_does_not_know(tmp_path):

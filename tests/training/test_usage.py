@@ -18,7 +18,11 @@ def usage_of(config):
     """The usage statistics in the records of a run's training steps."""
     records = read_metrics(config.output_dir / METRICS_FILE)
     return [
-        {key: value for key, value in record.items() if key.startswith("layers.")}
+        {
+            key: value
+            for key, value in record.items()
+            if key.startswith("layers.") and not key.endswith(".gate_mean")
+        }
         for record in records
         if not record.get("evaluation")
     ]
