@@ -1,4 +1,4 @@
-"""The picture of a run."""
+"""The pictures that a run leaves in its own folder."""
 
 from pathlib import Path
 from typing import Any
