@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from memlm.data.config import DataConfig
+from memlm.data.config import DataConfig, check_range
 from memlm.errors import UserError, nearest, require_known
 from memlm.files import replace_file
 from memlm.yaml_tree import merge, parse_overrides, read_yaml, set_value
@@ -43,6 +44,14 @@ class Stage:
     digits: tuple[int, int] | None = None
     until: float = 1.0
     until_answer_bits: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("length", "window", "until_answer_bits"):
+            value, least = getattr(self, name), 0 if name == "until_answer_bits" else 1
+            if value is not None and not value >= least:  # NaN as well
+                raise UserError(f"train.curriculum: {name} must be at least {least}, got {value}")
+        if self.digits is not None:
+            check_range("train.curriculum: digits", self.digits)
 
 
 @dataclass
@@ -155,6 +164,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:  # NaN as well
                 raise UserError(f"train.{name}: must be at least {least}, got {value}")
+            if value is not None and value >= _BOUND:
+                raise UserError(f"train.{name}: must be below 2^63, got {value}")
+        if self.output_dir == "":
+            raise UserError("train.output_dir: needs the name of a folder, or null")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"train.betas: each must be in [0, 1), got {list(self.betas)}")
         if not 0 < self.decay_fraction <= 1:
@@ -172,7 +185,7 @@ class TrainConfig:
                 f"train.curriculum: the `until` of the stages must grow to 1.0, got {ends}"
             )
         for stage in self.stages():
-            if stage.length < 1 or self.tokens_per_step % stage.length:
+            if self.tokens_per_step % stage.length:
                 raise UserError(
                     f"train.tokens_per_step: {self.tokens_per_step} is not a multiple of the row "
                     f"length {stage.length}"
@@ -186,6 +199,12 @@ class TrainConfig:
             if group not in LOSS_GROUPS:
                 hint = nearest(group, LOSS_GROUPS) or f" (valid: {', '.join(LOSS_GROUPS)})"
                 raise UserError(f"train.loss_weights: unknown group {group!r}{hint}")
+        weights = [1.0] if self.loss_weights is None else list(self.loss_weights.values())
+        if not all(0 <= weight < math.inf for weight in weights) or not sum(weights) > 0:
+            raise UserError(
+                "train.loss_weights: none may be negative or infinite, and one must be above 0, "
+                f"got {self.loss_weights}"
+            )
 
     def stages(self) -> list[Stage]:
         """The curriculum; one stage when none is configured."""
@@ -198,9 +217,11 @@ class TrainConfig:
         return {**_DURING, "lengths": [self.stages()[-1].length], **self.evaluate_during}
 
 
+_BOUND = 2**63  # of the numbers that torch takes
 _LEAST = {
     "seed": 0,
     "steps": 1,
+    "length": 1,
     "tokens_per_step": 1,
     "micro_batch_rows": 1,
     "replay_segment": 1,
@@ -278,6 +299,8 @@ def load_config(
     path = Path(path)
     sections = read_yaml(path)
     presets = sections.pop("presets", None) or {}
+    if not isinstance(presets, dict) or not all(isinstance(one, dict) for one in presets.values()):
+        raise UserError(f"{path}: presets: expected a mapping of names to mappings of sections")
     if preset is not None:
         if preset not in presets:
             valid = ", ".join(presets) or "none"

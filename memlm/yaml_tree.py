@@ -89,20 +89,28 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     """Values by dotted key from `--a.b value` and `--a.b=value`; values are YAML.
 
     Raises:
-        UserError: for anything else.
+        UserError: for anything else, and for a key whose value another word takes away.
     """
     changed: dict[str, Any] = {}
     words = list(words)
     while words:
         word = words.pop(0)
-        if not word.startswith("--") or len(word) == 2:
+        if not word.startswith("--") or word[2:3] in ("", "="):
             raise UserError(f"unexpected argument {word!r}; overrides look like --train.steps 200")
         key, equals, text = word[2:].partition("=")
         if not equals:
             if not words or words[0].startswith("--"):
                 raise UserError(f"{word}: needs a value, as in {word} VALUE")
             text = words.pop(0)
-        changed[key] = _parse_yaml(text, word)
+        if "" in key.split("."):
+            raise UserError(f"--{key}: has an empty part; a key looks like --train.steps")
+        value = _parse_yaml(text, f"--{key}")
+        for earlier, given in changed.items():
+            if earlier == key and given != value:
+                raise UserError(f"--{key} is given twice, as {given!r} and as {value!r}")
+            if earlier.startswith(f"{key}."):
+                raise UserError(f"--{key} takes the place of --{earlier}; give it before that one")
+        changed[key] = value
     return changed
 
 

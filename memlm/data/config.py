@@ -1,5 +1,6 @@
 """The data section of a run config and its strict validation."""
 
+import math
 import types
 import typing
 from dataclasses import MISSING, dataclass, field, fields
@@ -136,8 +137,8 @@ def parse_source(entry: dict[str, Any], where: str) -> Source:
         elif item.default is MISSING:
             raise UserError(f"{where} ({kind}): needs {item.name!r}")
     source = cls(**values)
-    if source.weight <= 0:
-        raise UserError(f"{where}.weight must be > 0, got {source.weight}")
+    if not 0 < source.weight < math.inf:
+        raise UserError(f"{where}.weight must be > 0 and finite, got {source.weight}")
     return source
 
 

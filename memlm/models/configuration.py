@@ -1,6 +1,7 @@
 """Sizes of a model and what stands at each site of its blocks."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,6 +85,13 @@ class MemLMConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         _refuse_unknown(type(self), kwargs)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}: must be at least 1, got {value}")
+        for name in ("rms_norm_eps", "initializer_range"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name}: must be at least 0 and finite, got {getattr(self, name)}")
         # Plain dicts whatever the caller used, so that config.json holds them.
         self.layers = [
             dict(pattern) if isinstance(pattern, Mapping) else pattern for pattern in self.layers

@@ -127,9 +127,12 @@ def read_state(folder: Path) -> RunState:
     """
     try:
         values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        return RunState(**values)
-    except (OSError, json.JSONDecodeError, TypeError) as error:
+        state = RunState(**values)
+        if not all(type(count) is int and count >= 0 for count in (state.step, state.stage)):
+            raise ValueError("step and stage are counts")
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder}: {STATE_FILE} is not the state of a run") from error
+    return state
 
 
 def check_architecture(folder: Path, config: PreTrainedConfig | AttachConfig) -> None:
@@ -144,7 +147,7 @@ def check_architecture(folder: Path, config: PreTrainedConfig | AttachConfig) ->
         saved, wanted = read_attached(folder)[0]["attach"], config.to_mapping()
         names = saved.keys() | wanted.keys()
     else:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        saved = _read_config(folder / "config.json")
         wanted = json.loads(config.to_json_string(use_diff=False))
         names = (saved.keys() & wanted.keys()) - _NOT_ARCHITECTURE
     there = _leaves({name: saved.get(name) for name in names})
@@ -156,6 +159,16 @@ def check_architecture(folder: Path, config: PreTrainedConfig | AttachConfig) ->
     ]
     if differing:
         raise UserError(f"{folder}: checkpoint of another architecture: {'; '.join(differing)}")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not the config of a model") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not the config of a model")
+    return config
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -220,10 +233,15 @@ def load_optimizers(
     stored = stored_parts(folder, OPTIMIZER) if in_parts else load_file(folder / OPTIMIZER_FILE)
     entries: dict[str, dict[str, Tensor | TensorStorageMetadata]] = {}
     for key, tensor in stored.items():
-        entry, name = key.split("/", 1)
+        entry, _, name = key.rpartition("/")
         entries.setdefault(name, {})[entry] = tensor
     parts: dict[str, Tensor] = {}
     names = {parameter: name for name, parameter in model.named_parameters()}
+    if others := entries.keys() - set(names.values()):
+        raise UserError(
+            f"{folder}: its optimizer state is of other parameters ({min(others)!r}); resume "
+            "another checkpoint"
+        )
     for optimizer in optimizers:
         wanted = _entry_of(optimizer)
         for group in optimizer.param_groups:

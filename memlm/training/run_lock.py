@@ -41,12 +41,14 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._lock is None:
-            return
-        # While it is held: a lock that is taken on a removed file does not count.
-        self.path.unlink(missing_ok=True)
-        self._remove_made()
-        self._lock.release()
+        if self._lock is not None:
+            # While it is held: a lock that is taken on a removed file does not count.
+            self.path.unlink(missing_ok=True)
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        if self._lock is not None:
+            self._lock.release()
 
     def _take(self) -> None:
         folder = self.path.parent
@@ -58,9 +60,11 @@ class RunLock:
         try:
             self._lock = try_lock(self.path)
             if self._lock is not None:
-                self.path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+                self.path.write_text(
+                    f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8"
+                )
         except OSError as error:
-            self._remove_made()
+            self.__exit__()
             raise UserError(
                 f"{folder}: the run folder cannot be written ({error.strerror}); choose another "
                 "with --train.output_dir"
@@ -70,12 +74,6 @@ class RunLock:
                 f"{folder}: another training is at work here ({_holder(self.path)}); wait for its "
                 "end, or choose another folder with --train.output_dir"
             )
-
-    def _remove_made(self) -> None:
-        """Remove what was made and is empty."""
-        for folder in self._made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
 
 
 def _holder(path: Path) -> str:

@@ -18,6 +18,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from memlm.config import RunConfig, TrainConfig, save_config
 from memlm.data import PackedDataset, load_tokenizer
+from memlm.data.config import HubSource
+from memlm.data.hub import hub_documents
 from memlm.data.shard_manifest import tokenizer_hash
 from memlm.errors import UserError
 from memlm.files import disk_errors, recover
@@ -31,10 +33,10 @@ from memlm.models import (
     load_memory,
 )
 from memlm.models.attached import AttachedMixin
-from memlm.training.checkpoint import check_architecture, find_checkpoint
-from memlm.training.logs import check_trackers
+from memlm.training.checkpoint import check_architecture, find_checkpoint, read_state
+from memlm.training.logs import METRICS_FILE, check_trackers, read_metrics
 from memlm.training.loss import RowLoss
-from memlm.training.provenance import record_start
+from memlm.training.provenance import read_starts, record_start
 from memlm.training.retention import FOLDER, complete_checkpoints
 from memlm.training.row_optimizer import RowOptimizer
 from memlm.training.run_lock import LOCK_FILE
@@ -112,25 +114,38 @@ def find_start(config: RunConfig, resume: bool | str | Path) -> Path | None:
     With `resume="auto"` a run that was killed before its first checkpoint starts anew.
 
     Raises:
-        UserError: when a new run's folder is in use, or there is nothing to resume.
+        UserError: when a new run's folder is in use, there is nothing to resume, or what the run
+            has recorded cannot be read.
     """
     folder = config.output_dir
+    source = _find_source(folder, resume)
+    read_starts(folder)
+    if (folder / METRICS_FILE).exists():
+        read_metrics(folder / METRICS_FILE)
+    return source
+
+
+def _find_source(folder: Path, resume: bool | str | Path) -> Path | None:
+    source = None
     if resume == "auto":
         recover(folder / FOLDER)
         recover(folder, CONFIG_FILE)
         if complete_checkpoints(folder):
             return find_checkpoint(None, folder)
-        # A finished model without checkpoints is not written over.
-        if (folder / CONFIG_FILE).is_file() and not any(folder.glob("*.safetensors")):
-            return None
     elif resume:
-        return find_checkpoint(None if resume is True else resume, folder)
+        source = find_checkpoint(None if resume is True else resume, folder)
+        if source.resolve().is_relative_to(folder.resolve()):
+            return source
+    # A run that was killed before its first checkpoint has a config, and nothing to lose.
+    begun = (folder / CONFIG_FILE).is_file() and not complete_checkpoints(folder)
+    if resume and begun and not any(folder.glob("*.safetensors")):
+        return source
     if folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
         raise UserError(
             f"{folder}: the run folder is not empty; continue it with --resume, or choose another "
             "with --train.output_dir"
         )
-    return None
+    return source
 
 
 def create_folder(config: RunConfig, accelerator: Accelerator, source: Path | None) -> None:
@@ -167,6 +182,10 @@ def open_datasets(
     data, options = config.data, config.train
     if data.carry and not options.carry_state:
         raise UserError("data.carry: rows that continue documents need train.carry_state: true")
+    for source in data.parsed_sources():
+        if isinstance(source, HubSource) and source.streaming:
+            # Else nothing of it were read before the first step.
+            next(hub_documents(dataclasses.replace(source, shuffle_buffer=0), data.seed))
     first, last = options.stages()[0], options.stages()[-1]
     training = PackedDataset(
         dataclasses.replace(data, carry=options.carry_state),
@@ -177,9 +196,8 @@ def open_datasets(
     )
     if not options.evaluation_rows:
         return training, None
-    held_out = PackedDataset(
-        dataclasses.replace(data, carry=False), tokenizer, "validation", last.length
-    )
+    apart = dataclasses.replace(data, carry=False)
+    held_out = PackedDataset(apart, tokenizer, "validation", last.length, store=training.store)
     return training, held_out.with_length(last.length, last.digits)
 
 
@@ -198,6 +216,11 @@ def build_inputs(
     Raises:
         UserError: for anything that does not fit.
     """
+    if source is not None and (step := read_state(source).step) > config.train.steps:
+        raise UserError(
+            f"train.steps: {config.train.steps}, but {source} has {step} behind it; resume an "
+            "earlier checkpoint, or train as many at least"
+        )
     tokenizer = load_tokenizer(config.data.tokenizer)
     model_config = check_model(config, tokenizer, source)
     training, held_out = open_datasets(config, tokenizer)
@@ -261,9 +284,24 @@ def build_model(
         torch.manual_seed(config.train.seed)
         model = MemLMForCausalLM(model_config)
     else:
-        model = MemLMForCausalLM.from_pretrained(source, dtype=torch.float32)
+        model = _load_whole(source)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    return model
+
+
+def _load_whole(source: Path) -> MemLMForCausalLM:
+    """The model of a checkpoint, which has to hold exactly its weights."""
+    model, found = MemLMForCausalLM.from_pretrained(
+        source, dtype=torch.float32, output_loading_info=True
+    )
+    for kind in ("missing", "unexpected"):
+        if found[f"{kind}_keys"]:
+            name = min(found[f"{kind}_keys"])
+            raise UserError(
+                f"{source}: its weights are not those of its config ({name!r} is {kind}); resume "
+                "another checkpoint"
+            )
     return model
 
 
