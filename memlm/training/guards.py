@@ -19,6 +19,7 @@ from memlm.training.loss import Batch
 from memlm.training.row_optimizer import RowOptimizer
 from memlm.training.together import on_main
 from memlm.training.updates import UpdateLog
+from memlm.training.usage import UsageLog
 
 SKIPPED_FOLDER = "skipped"
 KEPT_BATCHES = 8  # the latest; a batch that fails again and again need not fill a disk
@@ -53,18 +54,20 @@ class StepGuard:
         self.folder, self.limit = folder / SKIPPED_FOLDER, limit
         self.skipped = self.in_a_row = 0
 
-    def remember(self, lanes: Lanes, updates: UpdateLog) -> Callable[[], None]:
+    def remember(self, lanes: Lanes, updates: UpdateLog, usage: UsageLog) -> Callable[[], None]:
         """Note what the forward passes of a step change, before they do.
 
         Returns:
             Puts the carried states, the buffers (running statistics) and the counts of the
-            memories' updates back.
+            memories' updates and reads back.
         """
+        forget_reads = usage.remember()
         states, counts = list(lanes.states), dict(updates.counts)
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
 
         def undo() -> None:
             lanes.states, updates.counts = states, counts
+            forget_reads()
             for buffer, value in buffers:
                 buffer.copy_(value)
 

@@ -262,7 +262,7 @@ class Trainer:
         )
         set_learning_rates(self.optimizers, factor)
 
-        undo = self.guard.remember(self.lanes, self.updates)
+        undo = self.guard.remember(self.lanes, self.updates, self.usage)
         sums = torch.zeros_like(coefficients)
         for index, rows in enumerate(self.lanes.slices):
             last = index == len(self.lanes.slices) - 1

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -63,6 +63,22 @@ class UsageLog:
         """Record what the memories read in here: forward passes, not the backward passes."""
         with recording(list(zip(self.modules.values(), self.recorders.values(), strict=True))):
             yield
+
+    def remember(self) -> Callable[[], None]:
+        """Note the counts, for a step that may turn out to be skipped; returns how to put them
+        back."""
+        kept = []
+        for recorder in self.recorders.values():
+            counts = [one for one in (recorder.counts, recorder.half_keys) if one is not None]
+            kept.append((recorder, recorder.reads, [(one, one.clone()) for one in counts]))
+
+        def undo() -> None:
+            for recorder, reads, counts in kept:
+                recorder.reads = reads
+                for one, before in counts:
+                    one.copy_(before)
+
+        return undo
 
     def report(self, last: bool = False) -> dict[str, float]:
         """Statistics by site of the windows that are over; those sites begin a new one.

@@ -126,3 +126,23 @@ def test_rank_curve_is_relative_to_the_mean():
     assert ranks == [1, 2, 3, 4] and reads == [3.0, 0.5, 0.5, 0.0]
     ranks, _ = rank_curve(torch.ones(100_000, dtype=torch.int64))
     assert len(ranks) < 200 and ranks[0] == 1 and ranks[-1] == 100_000
+
+
+def test_reads_of_skipped_steps_do_not_count(make_config):
+    config = make_config(model={"layers": [LAYER]}, steps=4, log_every=4, reinit_keys_after=8)
+    trainer = Trainer(config)
+    passes = trainer.guard.passes
+    trainer.guard.passes = lambda *found: passes(*found) and trainer.step not in (0, 2)
+    counted = []
+    after_step = trainer.dead_keys.after_step
+
+    def watched(step, last=False):
+        counted.append(int(trainer.usage.recorders[SITE].half_keys.sum()))
+        return after_step(step, last)
+
+    trainer.dead_keys.after_step = watched
+    trainer.run()
+    reads = 256 * 2 * 3
+    assert counted == [0, 2 * reads, 0, 2 * reads]
+    reported = [record.get(f"{SITE}.reads_per_slot", 0) for record in usage_of(config)]
+    assert reported == [0, reads / 36, reads / 36]  # after steps 1, 3 and 4
