@@ -1,0 +1,77 @@
+"""What the processes of a run do as one: mistakes are said once, and no process is left waiting."""
+
+import contextlib
+import io
+import os
+from unittest import mock
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import distributed as dist
+
+from memlm.config import save_config
+from memlm.training.main import main
+from memlm.training.provenance import read_starts
+from memlm.training.run_lock import LOCK_FILE, RunLock
+from tests.memory.processes import run_processes
+
+
+def _train(all_words: list[list[str]]) -> list[tuple[int, str]]:
+    """Exit code and stderr of each run; RANK in a word becomes the number of the process."""
+    rank, count = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ.update(
+        RANK=rank,
+        LOCAL_RANK=rank,
+        WORLD_SIZE=count,
+        LOCAL_WORLD_SIZE=count,
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="0",
+        ACCELERATE_USE_CPU="true",
+        FORK_LAUNCHED="1",  # the end of a run leaves the process group to the next
+    )
+    found = []
+    with mock.patch("memlm.cli._stop_gloo"):  # here as well
+        for words in all_words:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            with contextlib.redirect_stderr(io.StringIO()) as stderr:
+                code = main([word.replace("RANK", rank) for word in words])
+            found.append((code, stderr.getvalue()))
+    return found
+
+
+def test_a_mistake_is_said_once_and_ends_all_processes(make_config, tmp_path):
+    config, free = make_config("held", steps=1), make_config("free", steps=1)
+    save_config(config, tmp_path / "run.yaml")
+    words = ["--config", str(tmp_path / "run.yaml")]
+    elsewhere = f"--train.output_dir={free.output_dir}"
+    (tmp_path / "text_0.txt").write_text("the first process has its text " * 30)
+    texts = f"{tmp_path}/text_RANK.txt"
+    cases = {
+        "unknown key 'train.stepz'": [*words, "--train.stepz=1"],
+        "another training is at work here": words,
+        "no complete checkpoint": [*words, elsewhere, "--resume"],
+        "'nowhere.txt' does not exist": [
+            *words,
+            elsewhere,
+            "--data.sources=[{type: text, files: nowhere.txt}]",
+        ],
+        f"'{tmp_path}/text_1.txt' does not exist": [  # on the second one alone
+            *words,
+            elsewhere,
+            f"--data.sources=[{{type: text, files: {texts}}}]",
+        ],
+    }
+    with RunLock(config.output_dir, Accelerator(cpu=True)):
+        first, second = run_processes(2, _train, [*cases.values(), [*words, elsewhere]])
+    for message, (code, line) in zip(cases, first[:-1], strict=True):
+        assert code == 2
+        assert line.startswith("error: ")
+        assert line.count("\n") == 1
+        assert message in line
+    assert second[:-1] == [(2, "")] * len(cases)
+
+    assert first[-1][0] == second[-1][0] == 0
+    (start,) = read_starts(free.output_dir)
+    assert len(start["processes"]) == 2
+    assert start["environment"]["WORLD_SIZE"] == "2"
+    assert not (free.output_dir / LOCK_FILE).exists()
