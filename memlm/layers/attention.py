@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from memlm.errors import UserError
 from memlm.layers.context import CallContext, SequenceLayout
 from memlm.layers.convolution import ConvolutionState, ShortConvolution
-from memlm.layers.rotary import rotary_angles
+from memlm.layers.norm import RMSNorm
+from memlm.layers.rotary import rotate
+from memlm.layers.short_attention import short_causal_attention, suits
 from memlm.layers.state import MemoryState
 
 
@@ -139,8 +141,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, self.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, self.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
         self.convolution = (
             ShortConvolution(hidden_size, spec.conv_size, activation=None)
             if spec.conv_size
@@ -178,7 +180,10 @@ class Attention(nn.Module):
         if self.convolution is not None:
             hidden, tail = self.convolve(hidden, state, context.layout)
             state = dataclasses.replace(state, tail=tail)
-        projected = self._project(hidden, context.position_ids)
+        angles = None
+        if self.rope_theta is not None:
+            angles = context.rotary_angles(self.head_dim, self.rope_theta, hidden.dtype)
+        projected = self._project(hidden, angles)
         output, state = self.over_documents(*projected, state, context)
         return self.o_proj(output), state
 
@@ -196,12 +201,14 @@ class Attention(nn.Module):
             The heads side by side, [B, T, num_heads * head_dim], and the new state.
         """
         layout = context.layout
-        keys = torch.cat([state.keys.to(key.dtype), key], dim=1)
-        values = torch.cat([state.values.to(value.dtype), value], dim=1)
-        positions = torch.cat([state.positions, context.position_ids], dim=1)
-        continued = (layout.document == 0).any(1, keepdim=True)
-        carried = torch.where((state.positions >= 0) & continued, 0, -1)
-        documents = torch.cat([carried, layout.document], dim=1)
+        keys, values, positions, documents = key, value, context.position_ids, layout.document
+        if state.positions.shape[1]:
+            keys = torch.cat([state.keys.to(key.dtype), key], dim=1)
+            values = torch.cat([state.values.to(value.dtype), value], dim=1)
+            positions = torch.cat([state.positions, positions], dim=1)
+            continued = (documents == 0).any(1, keepdim=True)
+            carried = torch.where((state.positions >= 0) & continued, 0, -1)
+            documents = torch.cat([carried, documents], dim=1)
 
         if "flash" in (self.config._attn_implementation or ""):
             output = self._packed(query, keys, values, documents, layout)
@@ -220,12 +227,16 @@ class Attention(nn.Module):
         )
         return self.q_norm(query), self.k_norm(key), value
 
-    def _project(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value [B, T, heads, head_dim] of tokens [B, T, hidden_size]."""
+    def _project(
+        self, hidden: Tensor, angles: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [B, T, heads, head_dim] of tokens [B, T, hidden_size].
+
+        angles: of the tokens' positions, None without rotary positions.
+        """
         query, key, value = self._heads(hidden)
-        if self.rope_theta is not None:
-            cos, sin = rotary_angles(position_ids, self.head_dim, self.rope_theta, hidden.dtype)
-            query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
+        if angles is not None:
+            query, key = rotate(query, *angles), rotate(key, *angles)
         return query, key, value
 
     def convolve(
@@ -250,6 +261,8 @@ class Attention(nn.Module):
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """[B, Q, H, D] x [B, K, Hkv, D] -> [B, Q, H, D] through the AttentionInterface."""
         name = self.config._attn_implementation
+        if mask is None and name == "sdpa" and suits(query):  # without a mask it is causal
+            return short_causal_attention(query, keys, values, self.scaling)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         if mask is not None and name != "sdpa":
             lowest = torch.finfo(query.dtype).min

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from memlm.layers.attention import Attention, AttentionConfig
-from memlm.layers.rotary import rotary_angles
+from memlm.layers.rotary import rotate
 
 
 class PersistentAttention(Attention):
@@ -46,14 +45,14 @@ class PersistentAttention(Attention):
         if self.persistent is not None:
             init.normal_(self.persistent)  # the scale of a normed token
 
-    def _project(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.persistent is None or self.rope_theta is None:
-            return super()._project(hidden, position_ids)
+    def _project(
+        self, hidden: Tensor, angles: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.persistent is None or angles is None:
+            return super()._project(hidden, angles)
         query, key, value = self._heads(hidden)
-        cos, sin = rotary_angles(position_ids, self.head_dim, self.rope_theta, hidden.dtype)
-        rotated, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
         # Twice the channels: the first half meets tokens, the second persistent ones.
-        return torch.cat([rotated, query], -1), key, value
+        return torch.cat([rotate(query, *angles), query], -1), rotate(key, *angles), value
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         if self.persistent is None:

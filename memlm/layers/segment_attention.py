@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from memlm.layers.attention import AttentionConfig, AttentionState
 from memlm.layers.persistent_attention import PersistentAttention
+from memlm.layers.rotary import rotary_angles
 
 
 class SegmentAttention(PersistentAttention):
@@ -40,7 +41,10 @@ class SegmentAttention(PersistentAttention):
 
     def project(self, hidden: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value [T, heads, channels] of tokens [T, hidden_size] at slots [T]."""
-        query, key, value = self._project(hidden[None], slots[None])
+        angles = None
+        if self.rope_theta is not None:
+            angles = rotary_angles(slots[None], self.head_dim, self.rope_theta, hidden.dtype)
+        query, key, value = self._project(hidden[None], angles)
         return query[0], key[0], value[0]
 
     def attend(

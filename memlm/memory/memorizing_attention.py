@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from memlm.cuda import gathered_dot, weighted_bag
 from memlm.errors import UserError
 from memlm.layers.attention import Attention, AttentionConfig, AttentionState
-from memlm.layers.rotary import rotary_angles
+from memlm.layers.rotary import rotate
 from memlm.memory.base import AttendingMemory, CallContext, MemoryConfig, register
 from memlm.memory.segment_store import SegmentStore, Store, read_store
 from memlm.retrieval.vector_store import ValueSpec, search_ring
@@ -130,10 +129,8 @@ class CosineAttention(Attention):
     ) -> tuple[Tensor, AttentionState]:
         """Attend in the window: the heads' outputs [B, T, H, head_dim] and the new state."""
         if self.rope_theta is not None:
-            angles = rotary_angles(
-                context.position_ids, self.head_dim, self.rope_theta, query.dtype
-            )
-            query, key = apply_rotary_pos_emb(query, key, *angles, unsqueeze_dim=2)
+            angles = context.rotary_angles(self.head_dim, self.rope_theta, query.dtype)
+            query, key = rotate(query, *angles), rotate(key, *angles)
         output, state = self.over_documents(query, key, value, state, context)
         return output.unflatten(-1, (self.num_heads, self.head_dim)), state
 

@@ -12,6 +12,7 @@ from memlm.errors import UserError
 from memlm.layers.attention import Attention
 from memlm.layers.context import CallContext
 from memlm.layers.mlp import SwiGLU
+from memlm.layers.norm import RMSNorm
 from memlm.layers.state import MemoryState
 from memlm.memory import MemoryModule, memory_class
 from memlm.memory.base import AttendingMemory
@@ -38,8 +39,8 @@ class Branch(nn.Module):
             self.module = memory_class(name).build(spec, width, eps)
         self.is_memory = isinstance(self.module, MemoryModule)
         self.parallel = site == "memory" and spec.parallel
-        self.norm = nn.RMSNorm(width, eps) if norm in ("pre", "sandwich") else nn.Identity()
-        self.post_norm = nn.RMSNorm(width, eps) if norm in ("post", "sandwich") else nn.Identity()
+        self.norm = RMSNorm(width, eps) if norm in ("pre", "sandwich") else nn.Identity()
+        self.post_norm = RMSNorm(width, eps) if norm in ("post", "sandwich") else nn.Identity()
         self.gate_start = getattr(spec, "gate", None)
         self.gate = nn.Parameter(torch.empty(width)) if self.gate_start is not None else None
         self.init_weights()

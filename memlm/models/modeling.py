@@ -12,6 +12,7 @@ from memlm.errors import UserError
 from memlm.fingerprint import fingerprint
 from memlm.layers.attention import Attention
 from memlm.layers.context import CallContext, SequenceLayout
+from memlm.layers.norm import RMSNorm
 from memlm.layers.state import MemoryState
 from memlm.memory import MemoryModule
 from memlm.memory.output_memory import (
@@ -75,7 +76,7 @@ class MemLMModel(MemLMPreTrainedModel):
         plans = config.plan()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, plan, index) for index, plan in enumerate(plans))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         branches = [branch for block in self.layers for branch in block.branches().values()]
         self.shared = build_shared(branches, config.hidden_size)
         self.gradient_checkpointing = False
