@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from memlm.data.config import HubSource
@@ -18,6 +19,23 @@ def hub_documents(source: HubSource, seed: int) -> Iterator[str]:
     yield from HubReader(source, seed)
 
 
+def find_revision(source: HubSource) -> str | None:
+    """The commit that the dataset is at now; None for a local folder.
+
+    Raises UserError when the Hub does not tell.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if Path(source.dataset).exists():
+        return None
+    try:
+        return HfApi().dataset_info(source.dataset).sha
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"source hub: cannot load {source.dataset!r} ({reason[0]})") from error
+
+
 class HubReader:
     """One reading of a Hub dataset, from its beginning or from where another one stood.
 
@@ -25,12 +43,20 @@ class HubReader:
         source: the dataset.
         seed: of the shuffle buffer.
         state: where to go on, as `state` gave it.
+        revision: commit of the dataset; None = the newest.
 
     Raises UserError as `hub_documents`, once it is iterated.
     """
 
-    def __init__(self, source: HubSource, seed: int, state: dict[str, Any] | None = None) -> None:
-        self.source, self.seed, self._start = source, seed, state
+    def __init__(
+        self,
+        source: HubSource,
+        seed: int,
+        state: dict[str, Any] | None = None,
+        revision: str | None = None,
+    ) -> None:
+        self.source, self.seed, self.revision = source, seed, revision
+        self._start = state
         self._dataset: Any = None
 
     def __iter__(self) -> Iterator[str]:
@@ -62,7 +88,11 @@ class HubReader:
         source, count = self.source, 0
         try:
             dataset = datasets.load_dataset(
-                source.dataset, source.config, split=source.split, streaming=source.streaming
+                source.dataset,
+                source.config,
+                split=source.split,
+                streaming=source.streaming,
+                revision=self.revision,
             )
             if source.shuffle_buffer and source.streaming:
                 dataset = dataset.shuffle(seed=self.seed, buffer_size=source.shuffle_buffer)

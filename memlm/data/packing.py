@@ -1,6 +1,6 @@
 """Rows of fixed length from a mixture of sources; one global row index is the whole data state."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +15,10 @@ from memlm.data.config import (
     PasskeySource,
     Source,
 )
-from memlm.data.corpus import Corpus, build_corpus, check_split, encode_documents, in_split
-from memlm.data.hub import hub_documents
+from memlm.data.corpus import check_split
 from memlm.data.mqar import MqarRows
 from memlm.data.passkey import PasskeyRows
-from memlm.data.shards import prepare_shards, read_shards
-from memlm.data.text_origin import TextOrigin, text_origin
+from memlm.data.store import TextStore
 from memlm.data.text_rows import CorpusRows, StreamRows
 from memlm.errors import UserError
 
@@ -44,7 +42,9 @@ class PackedDataset:
 
     Local text is tokenised once and kept in memory (uint16 or int32), or read from the files of
     `config.shards`, which hold the same documents in the same order. Streamed datasets keep their
-    stream order: going back, or starting at a late row, reads the stream up to there again.
+    stream order in every epoch. With `config.shards` they are written there as they are read;
+    without, going back or starting at a late row reads the stream up to there again. `store` is
+    that of another dataset with the same sources and tokenizer, whose texts are shared.
     Raises UserError for anything the config or its files get wrong.
     """
 
@@ -55,12 +55,13 @@ class PackedDataset:
         split: str,
         length: int,
         lanes: int = 1,
+        store: TextStore | None = None,
     ) -> None:
         check_split(split, config.validation_fraction)
         self.config, self.tokenizer, self.split = config, tokenizer, split
         self.sources = config.parsed_sources()
         self.seed = config.seed if split == "train" else 0
-        self._corpora: dict[TextOrigin, Corpus] = {}
+        self.store = TextStore(config, tokenizer) if store is None else store
         self._set_shape(length, lanes)
 
     def with_length(
@@ -175,11 +176,12 @@ class PackedDataset:
         block, offset = divmod(index, _BLOCK)
         if len(self.sources) == 1:
             return 0, 0, index
-        if self._block is None or self._block[0] != block:
+        found = self._block  # rows are read in one thread and their sources asked for in another
+        if found is None or found[0] != block:
             tile = np.random.default_rng([self.seed, block]).permutation(self._tile)
-            self._block = (block, tile, _ranks(tile))
-        source = int(self._block[1][offset])
-        return source, 0, block * int(self._counts[source]) + int(self._block[2][offset])
+            self._block = found = (block, tile, _ranks(tile))
+        source = int(found[1][offset])
+        return source, 0, block * int(self._counts[source]) + int(found[2][offset])
 
     def _counter(self, source: int, lane: int, step: int) -> int:
         lanes = int(self._counts[source]) if self.config.carry else 1
@@ -189,7 +191,7 @@ class PackedDataset:
         self, source: Source, lanes: int
     ) -> CorpusRows | StreamRows | PasskeyRows | MqarRows:
         if isinstance(source, PasskeySource):
-            tokens = self._corpus(source).tokens
+            tokens = self.store.corpus(source, self.split).tokens
             return PasskeyRows(
                 tokens, self.tokenizer, self.length, self.seed, source.digits, source.queries
             )
@@ -205,28 +207,10 @@ class PackedDataset:
         carry = self.config.carry
         lanes = lanes if carry else 1
         if isinstance(source, HubSource) and source.streaming:
-            return StreamRows(lambda: self._stream(source), self.length, end, carry, lanes)
-        return CorpusRows(self._corpus(source), self.length, self.seed, end, carry, lanes)
-
-    def _stream(self, source: HubSource) -> Iterator[np.ndarray]:
-        fraction = self.config.validation_fraction
-        texts = hub_documents(source, self.config.seed)
-        chosen = (text for text in texts if in_split(text, self.split, fraction))
-        return encode_documents(chosen, self.tokenizer)
-
-    def _corpus(self, source: Source) -> Corpus:
-        origin = text_origin(source)
-        if origin not in self._corpora:
-            self._corpora[origin] = self._read_corpus(origin)
-        return self._corpora[origin]
-
-    def _read_corpus(self, origin: TextOrigin) -> Corpus:
-        config, fraction = self.config, self.config.validation_fraction
-        if config.shards is None:
-            return build_corpus(origin.documents(), self.tokenizer, self.split, fraction)
-        processes = config.tokenize_processes
-        folder = prepare_shards(config.shards, origin, self.tokenizer, fraction, processes)
-        return read_shards(folder, self.split)
+            documents = self.store.stream(source, self.split)
+            return StreamRows(documents, self.length, end, carry, lanes)
+        corpus = self.store.corpus(source, self.split)
+        return CorpusRows(corpus, self.length, self.seed, end, carry, lanes)
 
 
 def _ranks(tile: np.ndarray) -> np.ndarray:

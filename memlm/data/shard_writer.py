@@ -233,7 +233,7 @@ def _tokenise(
     """Entries of the chunks as they are finished, in whatever order, and their documents."""
     if processes == 1:
         for chunk in chunks:
-            yield _write_chunk(folder, chunk, tokenizer), len(chunk)
+            yield write_chunk(folder, chunk, tokenizer), len(chunk)
         return
     # Forking starts at once; its workers touch neither torch nor a GPU. Elsewhere it is not safe.
     method = "fork" if sys.platform == "linux" else "spawn"
@@ -286,10 +286,10 @@ def _die_with_parent() -> None:
 def _work(chunk: Chunk) -> Content:
     assert _worker is not None
     folder, tokenizer = _worker
-    return _write_chunk(folder, chunk, tokenizer)
+    return write_chunk(folder, chunk, tokenizer)
 
 
-def _write_chunk(folder: Path, chunk: Chunk, tokenizer: PreTrainedTokenizerBase) -> Content:
+def write_chunk(folder: Path, chunk: Chunk, tokenizer: PreTrainedTokenizerBase) -> Content:
     """Tokenise a chunk into its files; returns its line of the journal."""
     entry: Content = {"chunk": chunk.number, **dict.fromkeys(SPLITS)}
     for split, texts in chunk.texts.items():

@@ -97,7 +97,7 @@ def prepare_shards(
         origin.files()  # a missing file is found before a folder is made
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _locked(folder):
+            with locked(folder):
                 if manifest.exists():
                     clean(folder)
                 else:
@@ -119,8 +119,8 @@ def prepare_shards(
 def read_shards(folder: Path, split: str) -> Corpus:
     """One split of finished shards, memory-mapped, after every byte of it was verified.
 
-    The SHA-256 of the files are computed by a thread per core, about 1 GB a second each where the
-    disk keeps up; that also brings the files into the system's cache.
+    Processes that one launcher started on this machine share the work: each computes the SHA-256
+    of a part of the files, and whoever finds damage stops the run.
 
     Raises:
         UserError: for a missing, truncated or altered file, and for a split without tokens.
@@ -128,20 +128,38 @@ def read_shards(folder: Path, split: str) -> Corpus:
     entries = read_manifest(folder)["splits"][split]["shards"]
     if not entries:
         raise UserError(f"data: the {split} split holds no text")
-    for entry in entries:
-        _check_size(folder, entry)
-    with ThreadPoolExecutor(os.cpu_count()) as executor:
-        # The first error in the order of the files, so that it is always the same one.
-        for _ in executor.map(lambda entry: _check_content(folder, entry), entries):
-            pass
-    maps = [_map_tensors(folder / entry["file"]) for entry in entries]
+    verify(folder, entries, *local_share())
+    maps = [map_tensors(folder / entry["file"]) for entry in entries]
     lengths = np.concatenate([found["lengths"] for found in maps])
     starts = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=starts[1:])
     return Corpus(ShardedTokens([found["tokens"] for found in maps]), starts)
 
 
-def _locked(folder: Path) -> AcquireReturnProxy:
+def local_share() -> tuple[int, int]:
+    """This process among those that the launcher started on this machine, and their number."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def verify(folder: Path, entries: Sequence[Content], part: int = 0, parts: int = 1) -> None:
+    """Compare files with their entries: the sizes of all, the SHA-256 of one `part` of `parts`.
+
+    A thread per core, about 1 GB a second each where the disk keeps up; that also brings the files
+    into the system's cache.
+
+    Raises:
+        UserError: for a missing, truncated or altered file.
+    """
+    for entry in entries:
+        _check_size(folder, entry)
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+        # The first error in the order of the files, so that it is always the same one.
+        for _ in executor.map(lambda entry: _check_content(folder, entry), entries[part::parts]):
+            pass
+
+
+def locked(folder: Path) -> AcquireReturnProxy:
+    """Hold a folder alone until the end of a `with`; a word to the user when that takes long."""
     lock = FileLock(folder / _LOCK_FILE)
     try:
         return lock.acquire(timeout=_PATIENCE)
@@ -176,7 +194,7 @@ def _check_content(folder: Path, entry: Content) -> None:
 _ADVICE = "delete its folder to tokenise anew"
 
 
-def _map_tensors(path: Path) -> dict[str, np.ndarray]:
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file as read-only memory maps."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")

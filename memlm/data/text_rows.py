@@ -1,7 +1,9 @@
 """Documents packed back to back into rows: from a corpus in memory, or from a stream."""
 
+import heapq
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 
@@ -111,36 +113,110 @@ class CorpusRows:
         return count
 
 
-class StreamRows:
-    """Rows over a stream of documents, in the order they come.
+class Documents(Protocol):
+    """Tokenised documents, numbered from 0 in an order without end."""
 
-    Nothing is kept but what the lanes have not read yet: a new document goes to the lane that got
-    the fewest tokens so far, which depends on the stream alone. Rows are cheap in rising order;
-    an earlier row starts the stream again and reads up to it, so resuming at a row is exact but
-    costs reading (and tokenising) everything before it. The end of the stream is followed by its
-    beginning.
+    def lengths(self, first: int) -> np.ndarray:
+        """Tokens of each document from number `first` on, for as many as are at hand, at least one.
+
+        Calls go through the numbers without a gap, or begin again at 0.
+        """
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop` of a document that `lengths` spoke of."""
+
+    def forget(self, documents: Iterable[int]) -> None:
+        """These are not needed any more."""
+
+
+class StreamRows:
+    """Rows over documents in the order they come.
+
+    A document goes to the lane that got the fewest tokens before it, which depends on the lengths
+    alone; so a later row is found by adding up lengths. Rows are cheap in rising order; an earlier
+    row adds up from the beginning. Of each lane, only what `row` may still ask for is kept.
     """
 
     def __init__(
-        self,
-        open_stream: Callable[[], Iterator[np.ndarray]],
-        length: int,
-        end: int | None,
-        carry: bool,
-        lanes: int,
+        self, documents: Documents, length: int, end: int | None, carry: bool, lanes: int
     ) -> None:
-        self.open_stream, self.length, self.end = open_stream, length, end
+        self.documents, self.length, self.end = documents, length, end
         self.carry, self.lanes = carry, lanes
-        self._rewind()
+        self._restart()
 
-    def _rewind(self) -> None:
-        self._stream = self._documents()
-        self._waiting: list[deque[np.ndarray]] = [deque() for _ in range(self.lanes)]
-        self._offset = [0] * self.lanes  # tokens read of each lane's first waiting document
-        self._received = [0] * self.lanes
-        self._next = [0] * self.lanes
+    def _restart(self) -> None:
+        self._next = 0  # the first document that has no lane yet
+        self._floor = 0  # tokens of each lane that are not kept
+        self._received = [(0, lane) for lane in range(self.lanes)]  # a heap
+        # Where each document ends in its lane, its number and its length.
+        self._waiting: list[deque[tuple[int, int, int]]] = [deque() for _ in range(self.lanes)]
 
-    def _documents(self) -> Iterator[np.ndarray]:
+    def row(self, lane: int, step: int) -> dict[str, np.ndarray]:
+        """Row `step` of `lane`, arrays [length] int64."""
+        place = step * self.length
+        if place < self._floor:
+            self._restart()
+        if place > self._floor:
+            self._raise_floor(place)
+        writer = RowWriter(self.length, self.end)
+        waiting, number = self._waiting[lane], 0
+        while writer.missing:
+            while number == len(waiting):
+                self._extend()
+            end, document, size = waiting[number]
+            offset = place - (end - size)
+            count = min(writer.missing, end - place)
+            last = place + count == end
+            tokens = self.documents.tokens(document, offset, offset + count + (not last))
+            writer.add(tokens, last, offset if self.carry else 0)
+            place, number = place + count, number + 1
+        return writer.row()
+
+    def _raise_floor(self, place: int) -> None:
+        self._floor = place
+        for waiting in self._waiting:
+            while waiting and waiting[0][0] <= place:
+                self.documents.forget([waiting.popleft()[1]])
+
+    def _extend(self) -> None:
+        """Give the next documents to their lanes."""
+        lengths = self.documents.lengths(self._next)
+        numbers = range(self._next, self._next + len(lengths))
+        self._next = numbers.stop
+        if self.lanes == 1:
+            ends = self._received[0][0] + np.cumsum(lengths)
+            self._received[0] = (int(ends[-1]), 0)
+            passed = int(np.searchsorted(ends, self._floor, side="right"))
+            self.documents.forget(numbers[:passed])
+            kept = (ends[passed:].tolist(), numbers[passed:], lengths[passed:].tolist())
+            self._waiting[0].extend(zip(*kept, strict=True))
+            return
+        for number, length in zip(numbers, lengths.tolist(), strict=True):
+            received, lane = self._received[0]
+            end = received + length
+            heapq.heapreplace(self._received, (end, lane))
+            if end > self._floor:
+                self._waiting[lane].append((end, number, length))
+            else:
+                self.documents.forget([number])
+
+
+class PassingDocuments:
+    """Documents of a stream that is read again for whatever was forgotten.
+
+    The end of the stream is followed by its beginning.
+    """
+
+    def __init__(self, open_stream: Callable[[], Iterator[np.ndarray]]) -> None:
+        self.open_stream = open_stream
+        self._restart()
+
+    def _restart(self) -> None:
+        self._stream = self._endless()
+        self._next = 0
+        self._kept: dict[int, np.ndarray] = {}
+
+    def _endless(self) -> Iterator[np.ndarray]:
         while True:
             empty = True
             for document in self.open_stream():
@@ -149,34 +225,19 @@ class StreamRows:
             if empty:
                 raise UserError("data: the stream holds no text for this split")
 
-    def row(self, lane: int, step: int) -> dict[str, np.ndarray]:
-        """Row `step` of `lane`, arrays [length] int64."""
-        if step < self._next[lane]:
-            self._rewind()
-        while True:
-            row = self._read(lane)
-            if self._next[lane] > step:
-                return row
+    def lengths(self, first: int) -> np.ndarray:
+        """Of one document, int64 [1]."""
+        if first < self._next:
+            self._restart()
+        self._kept[first] = next(self._stream)
+        self._next = first + 1
+        return np.asarray([len(self._kept[first])])
 
-    def _read(self, lane: int) -> dict[str, np.ndarray]:
-        writer = RowWriter(self.length, self.end)
-        waiting = self._waiting[lane]
-        while writer.missing:
-            while not waiting:
-                self._pull()
-            document, offset = waiting[0], self._offset[lane]
-            count = min(writer.missing, len(document) - offset)
-            last = offset + count == len(document)
-            tokens = document[offset : offset + count + (not last)]
-            writer.add(tokens, last, offset if self.carry else 0)
-            self._offset[lane] = 0 if last else offset + count
-            if last:
-                waiting.popleft()
-        self._next[lane] += 1
-        return writer.row()
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop` of a document that was not forgotten."""
+        return self._kept[document][start:stop]
 
-    def _pull(self) -> None:
-        document = next(self._stream)
-        lane = min(range(self.lanes), key=self._received.__getitem__)
-        self._received[lane] += len(document)
-        self._waiting[lane].append(document)
+    def forget(self, documents: Iterable[int]) -> None:
+        """Let go of documents."""
+        for document in documents:
+            del self._kept[document]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from memlm.data import ByteTokenizer, DataConfig, PackedDataset
 from memlm.data.corpus import Corpus, build_corpus, split_documents
 from memlm.data.hashing import text_fraction
-from memlm.data.text_rows import CorpusRows, StreamRows
+from memlm.data.text_rows import CorpusRows, PassingDocuments, StreamRows
 from memlm.errors import UserError
 
 TOKENIZER = ByteTokenizer()
@@ -241,7 +241,8 @@ def stream_rows(lanes: int, carry: bool, opened: list[int]) -> StreamRows:
         opened.append(1)
         return (corpus.tokens[a:b] for a, b in zip(corpus.starts, corpus.starts[1:], strict=False))
 
-    return StreamRows(open_stream, length=8, end=9999, carry=carry, lanes=lanes)
+    documents = PassingDocuments(open_stream)
+    return StreamRows(documents, length=8, end=9999, carry=carry, lanes=lanes)
 
 
 def test_streams_keep_their_order_and_wrap() -> None:
