@@ -43,10 +43,10 @@ class MemoryMetrics:
       that learn while they read.
     - SITE.fill: share of the slots of a store that hold an entry at the end of the rows.
 
-    Every token counts once: not padding of packed memories, and not what the backward pass
-    recomputes. What is measured changes nothing in training. On a GPU the surprise costs the
-    memory's forward pass once more, so it is that of the first micro-batch alone: the fused kernels
-    do not tell it, and they are not to be replaced in the steps that are logged.
+    Every token counts once, and what the backward pass recomputes does not. What is measured
+    changes nothing in training. The surprise needs a forward pass of the memory of its own, without
+    gradients, since fused kernels do not tell it and recomputed blocks have to be the same in both
+    passes; it is therefore that of the first micro-batch of each process.
 
     Args:
         model: the model, without wrappers.
@@ -146,23 +146,17 @@ class MemoryMetrics:
             self._latest[f"{site}.{name}"] = sums
 
     def _watch_surprise(self, name: str, memory: TitansMemory) -> Callable[[], None] | None:
-        record = _SurpriseSum(lambda part: self._add(name, part))
-        if self.accelerator.device.type == "cpu":
-            memory.surprise = record
-
-            def end() -> None:
-                memory.surprise = None
-
-            return end
         if name in self._sums:
             return None
+        record = _SurpriseSum(lambda part: self._add(name, part))
 
         def again(module: TitansMemory, args: tuple, output: Any) -> None:
             x, state, *others = args
             updates, module.updates, module.surprise = module.updates, None, record
             try:
                 with torch.no_grad():
-                    module.forward(x, state.detach().clone(), *others)
+                    # Without gradients a memory may change its state in place.
+                    module.forward(x, state.clone(), *others)
             finally:
                 module.updates, module.surprise = updates, None
 
