@@ -1,15 +1,18 @@
 """SPAM: AdamW that clips spikes of single entries and starts its moments anew now and then."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 # After a reset, gradients that the second moment takes in before it judges others; the paper's
 # authors wait as long in their code.
 SETTLING_STEPS = 20
+_PIECE = 1 << 16  # entries; three float32 pieces fit a cache of 1 MB
 
 
 class Spam(torch.optim.Optimizer):
@@ -80,39 +83,40 @@ class Spam(torch.optim.Optimizer):
         return int(state["step"])
 
     def _update(self, parameters: list[Tensor], steps: int, group: dict) -> None:
-        gradients = [parameter.grad for parameter in parameters]
+        # Every operation is element by element: with sharded weights, on one's own part.
         means, squares = (
-            [self.state[parameter][name] for parameter in parameters]
+            [_local(self.state[parameter][name]) for parameter in parameters]
             for name in ("exp_avg", "exp_avg_sq")
         )
-        beta1, beta2 = group["betas"]
+        gradients = [_local(parameter.grad) for parameter in parameters]
         since = steps % self.reset_every  # steps since the reset
         if since == 0:
             torch._foreach_zero_(means)
             torch._foreach_zero_(squares)
         elif since >= SETTLING_STEPS:
-            self._clip(gradients, squares)
-        torch._foreach_lerp_(means, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        rate = group["lr"] * self._warmup(steps) / (1 - beta1 ** (steps + 1))
-        scale = torch._foreach_sqrt(squares)
-        torch._foreach_div_(scale, math.sqrt(1 - beta2 ** (steps + 1)))
-        torch._foreach_add_(scale, group["eps"])
-        torch._foreach_addcdiv_(parameters, means, scale, -rate)
+            _clip(gradients, squares, self.threshold)
+        beta1, beta2 = group["betas"]
+        scale = self._warmup(steps)
+        # Fused AdamW wants its counts of steps on the device; it adds one to each.
+        counts = torch.full((len(parameters),), float(steps), device=gradients[0].device)
+        adamw(
+            [_local(parameter) for parameter in parameters],
+            gradients,
+            means,
+            squares,
+            [],
+            list(counts.unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"] * scale,
+            weight_decay=group["weight_decay"] / scale,  # times the rate it is what it was
+            eps=group["eps"],
+            maximize=False,
+        )
         for parameter in parameters:
             self.state[parameter]["step"] += 1
-
-    def _clip(self, gradients: list[Tensor], squares: Iterable[Tensor]) -> None:
-        bounds = torch._foreach_mul(squares, self.threshold)
-        torch._foreach_sqrt_(bounds)
-        for bound in bounds:
-            bound.masked_fill_(bound == 0, math.inf)
-        torch._foreach_minimum_(gradients, bounds)
-        torch._foreach_neg_(bounds)
-        torch._foreach_maximum_(gradients, bounds)
 
     def _warmup(self, steps: int) -> float:
         """Scale of the update after `steps` steps."""
@@ -120,3 +124,38 @@ class Spam(torch.optim.Optimizer):
         if steps < self.reset_every or since >= self.warmup_steps:
             return 1.0
         return (1 - math.cos(math.pi * (since + 1) / (self.warmup_steps + 1))) / 2
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _clip(gradients: list[Tensor], squares: list[Tensor], threshold: float) -> None:
+    """Clip spikes in place."""
+    if gradients[0].device.type == "cpu":
+        # Pieces that stay in the cache, and only those with a spike: there is seldom one.
+        pairs = zip(gradients, squares, strict=True)
+        pieces = [piece for pair in pairs for piece in zip(*map(_pieces, pair), strict=True)]
+        found = [(g, v) for g, v in pieces if g.numel() and not _calm(g, v, threshold)]
+        gradients, squares = [g for g, _ in found], [v for _, v in found]
+    if not gradients:
+        return
+    bounds = torch._foreach_mul(squares, threshold)
+    torch._foreach_sqrt_(bounds)
+    for bound in bounds:
+        bound.masked_fill_(bound == 0, math.inf)
+    torch._foreach_minimum_(gradients, bounds)
+    torch._foreach_neg_(bounds)
+    torch._foreach_maximum_(gradients, bounds)
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    if tensor.numel() <= _PIECE:
+        return (tensor,)
+    return tensor.split(max(1, _PIECE * len(tensor) // tensor.numel()))
+
+
+def _calm(gradient: Tensor, square: Tensor, threshold: float) -> bool:
+    """Whether g^2 / threshold <= v everywhere."""
+    left = torch.addcmul(square, gradient, gradient, value=-1 / threshold)
+    return bool(left.amin() >= 0)

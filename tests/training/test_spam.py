@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from memlm.config import save_config
-from memlm.training import Trainer
+from memlm.training import Trainer, spam
 from memlm.training.logs import METRICS_FILE, read_metrics
 from memlm.training.spam import Spam
 from tests.training.launching import run_two
@@ -124,6 +124,21 @@ def test_parameters_without_a_gradient_do_no_step():
         if step < 4:
             assert torch.equal(other, torch.ones(3))
     assert [int(optimizer.state[p]["step"]) for p in (one, other)] == [6, 2]
+
+
+@pytest.mark.parametrize("strides", ["rows", "columns"])
+def test_pieces_of_a_large_tensor_are_clipped_alike(monkeypatch, strides):
+    start = torch.ones(9, 7) if strides == "rows" else torch.ones(7, 9).t()
+    gradients, weights = [spiky(60, 9, 7)], []
+    for piece in (1 << 16, 16):
+        monkeypatch.setattr(spam, "_PIECE", piece)
+        parameter = torch.nn.Parameter(start.clone())
+        weights.append(run(Spam([parameter], **OPTIONS), [parameter], gradients)[-1][0])
+    assert torch.equal(*weights)
+    unclipped = OPTIONS | {"threshold": math.inf}
+    parameter = torch.nn.Parameter(start.clone())
+    other = run(Spam([parameter], **unclipped), [parameter], gradients)[-1][0]
+    assert not torch.allclose(other, weights[0])
 
 
 def test_state_dict_goes_on_exactly():
