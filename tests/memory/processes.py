@@ -22,7 +22,7 @@ def run_processes(count: int, function: Callable, *arguments: Any) -> list[Any]:
         AssertionError: with the traceback of the first process that failed.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["memlm.memory.sharding"])
+    context.set_forkserver_preload(["memlm.training.main"])
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_run, args=(rank, count, folder, function, arguments))

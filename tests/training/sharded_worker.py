@@ -1,34 +1,17 @@
 """Trains a config under FSDP2 on CPU processes, from the start or from a checkpoint.
 
-Accelerate turns FSDP on a CPU silently into DDP; setting its state by hand lifts that guard, so
-that the sharded path runs without a GPU. Run by torchrun: sharded_worker.py FILE.yaml [CHECKPOINT]
+Run by torchrun: sharded_worker.py FILE.yaml [CHECKPOINT]
 """
 
 import os
 import sys
 
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 
 from memlm.config import load_config
 from memlm.training import trainer
+from tests.training.launching import sharded_accelerator
 
-
-def sharded_accelerator(config):
-    accelerator = build_accelerator(config)
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["Block"],
-        cpu_ram_efficient_loading=False,
-        reshard_after_forward=True,
-    )
-    assert accelerator.is_fsdp2
-    return accelerator
-
-
-build_accelerator = trainer.build_accelerator
 trainer.build_accelerator = sharded_accelerator
 
 path, *checkpoint = sys.argv[1:]

@@ -262,10 +262,10 @@ def test_two_processes_equal_one(attached, tmp_path):
 
 
 @pytest.mark.slow
-def test_sharded_training_equals_one_process(attached, tmp_path):
+def test_sharded_training_equals_one_process(attached):
     options = {"lora": {"r": 2, "dropout": 0.0}, "steps": 4, "evaluation_rows": 4}
     one, two = attached("one", **options), attached("two", **options)
     Trainer(one).run()
-    launch_sharded(two, tmp_path / "two.yaml")
+    launch_sharded(two)
     assert losses(two) == pytest.approx(losses(one), abs=1e-4)
     load_model(str(two.output_dir))

@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from memlm.config import Stage, save_config
-from memlm.data import ByteTokenizer
 from memlm.errors import UserError
 from memlm.files import append_line
 from memlm.training import Trainer, trainer
@@ -30,7 +28,7 @@ from memlm.training.retention import (
     keep_latest,
     set_aside_later,
 )
-from tests.training.test_processes import LAUNCH, MEMORY, ROOT, launch
+from tests.training.launching import ROOT, dropped_out, save_base
 from tests.training.test_trainer import losses
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -243,24 +241,10 @@ def test_a_full_disk_elsewhere_is_no_traceback(make_config, tmp_path, monkeypatc
     assert "No space left on device; what was saved before is whole" in capsys.readouterr().err
 
 
-def dropped_out(make_config, base: Path, name: str, **options):
-    """Adapters with dropout (no memory module has any), beside a memory that carries states."""
-    config = make_config(name, **options)
-    memory = {"type": "knn_cache", "capacity": 64, "segment": 8, "key_size": 8, "top_k": 4}
-    attach = {"memory": memory, "layers": [1], "window": 16}
-    attach["lora"] = {"r": 2, "alpha": 4, "dropout": 0.3}
-    config.model = {"pretrained": str(base), "attach": attach}
-    return config
-
-
 def test_resume_is_exact_in_losses_gradients_weights_and_states_under_dropout(
     make_config, tmp_path, monkeypatch
 ):
-    base = tmp_path / "base"
-    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(base)
-    ByteTokenizer().save_pretrained(base)
+    base = save_base(tmp_path / "base")
     gradients: list[list[torch.Tensor | None]] = []
     clip = trainer.clip_gradients
 
@@ -318,43 +302,6 @@ def test_random_numbers_and_rows_of_a_process(make_config):
         for part in parts:
             part.close()
     run.feed.close()
-
-
-@pytest.mark.slow
-def test_from_two_processes_to_one_and_back(make_config, tmp_path):
-    options = {"model": {"layers": MEMORY}, "steps": 12, "carry_state": True, "save_every": 4}
-    options |= {"micro_batch_rows": 1, "keep_checkpoints": 3}
-    one, two, middle, back = (make_config(n, **options) for n in ("one", "two", "middle", "back"))
-    Trainer(one).run()
-    two_processes = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    done = launch(two_processes, two, tmp_path / "two.yaml", ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr
-    Trainer(middle, resume=checkpoint_path(two.output_dir, 4)).run()
-    save_config(back, tmp_path / "back.yaml")
-    place = checkpoint_path(middle.output_dir, 8)
-    done = subprocess.run(
-        [
-            *(*LAUNCH, *two_processes, str(ROOT / "train.py")),
-            *("--config", str(tmp_path / "back.yaml"), "--resume", str(place)),
-        ],
-        timeout=300,
-        capture_output=True,
-        text=True,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr
-    expected = losses(one)
-    assert losses(two)[:4] == pytest.approx(expected[:4], abs=1e-5)
-    assert losses(middle) == pytest.approx(expected[4:], abs=1e-5)
-    assert losses(back) == pytest.approx(expected[8:], abs=1e-5)
-    states = [
-        load_file(checkpoint_path(c.output_dir, 12) / "memory_states.safetensors")
-        for c in (one, back)
-    ]
-    assert states[0].keys() == states[1].keys()
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(tensor, states[1][name], rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

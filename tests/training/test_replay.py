@@ -306,12 +306,12 @@ def test_two_processes_reduce_once(name):
 
 
 @pytest.mark.slow
-def test_sharded_weights(make_config, tmp_path):
+def test_sharded_weights(make_config):
     options = {"model": {"layers": LAYERS}, "micro_batch_rows": 1, "learning_rate": 3e-2}
     whole = make_config("whole", **options)
     sharded = make_config("sharded", backprop="replay", replay_segment=24, **options)
     Trainer(whole).run()
-    launch_sharded(sharded, tmp_path / "sharded.yaml")
+    launch_sharded(sharded)
     assert losses(sharded) == pytest.approx(losses(whole), abs=1e-5)
 
 
