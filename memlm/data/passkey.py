@@ -106,8 +106,6 @@ class PasskeyRows:
         # A tiny corpus is repeated until a row's text fits behind any offset.
         least = 2 * (length + 1)
         self.tokens = tokens if len(tokens) >= least else np.resize(tokens, least)
-        ends = np.flatnonzero(self.pieces.ends_line[self.tokens])
-        self.boundaries = np.concatenate([[0], ends + 1])
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The rows `indices` as arrays [len(indices), length] int64."""
@@ -128,18 +126,15 @@ class PasskeyRows:
         between = depths[:, :1] + draws[:, 4 : 4 + high] * (1 - depths[:, :1])
         asked = np.arange(1, high + 1)[None, :] < queries[:, None]
         depths[:, 1:] = np.sort(np.where(asked, between, 1.0), axis=1)
-        wanted = offsets[:, None] + (depths * texts[:, None]).astype(np.int64)
-        found = np.searchsorted(self.boundaries, wanted, side="right") - 1
-        # Before the first line end of the text, its start is the only line boundary.
-        places = np.maximum(self.boundaries[found] - offsets[:, None], 0)
+        wanted = (depths * texts[:, None]).astype(np.int64)
         keys = (draws[:, 4 + high :] * 10).astype(np.int64)
-        return self._write(offsets, texts, places, queries, keys, digits)
+        return self._write(offsets, texts, wanted, queries, keys, digits)
 
     def _write(
         self,
         offsets: np.ndarray,
         texts: np.ndarray,
-        places: np.ndarray,
+        wanted: np.ndarray,
         queries: np.ndarray,
         keys: np.ndarray,
         digits: np.ndarray,
@@ -151,9 +146,12 @@ class PasskeyRows:
         for row in range(rows):
             text = self.tokens[offsets[row] : offsets[row] + texts[row]]
             line = self.pieces.line(keys[row, : digits[row]])
+            # Before the first line end of the text, its start is the only line boundary.
+            starts = np.concatenate([[0], np.flatnonzero(self.pieces.ends_line[text]) + 1])
+            places = starts[np.searchsorted(starts, wanted[row], side="right") - 1]
             read = write = 0
             for query in range(queries[row] + 1):
-                place = places[row, query]
+                place = places[query]
                 after = write + place - read
                 sequence[row, write:after] = text[read:place]
                 sequence[row, after : after + len(line)] = line
