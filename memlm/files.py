@@ -69,8 +69,8 @@ def recover(parent: Path, name: str = "*") -> None:
                 leftover.unlink()
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file whole; a kill leaves the old one or the new one.
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole, text as UTF-8; a kill leaves the old one or the new one.
 
     Raises:
         UserError: when the disk is full or refuses; the old file stays.
@@ -78,8 +78,8 @@ def replace_file(path: Path, text: str) -> None:
     temporary = _beside(path, _PARTIAL)
     with disk_errors(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
         except Exception:
