@@ -196,6 +196,19 @@ def test_a_flipped_bit(place: int, made: tuple[DataConfig, Path]) -> None:
         _open(made[0])
 
 
+def test_processes_of_one_launcher_share_the_checking(
+    made: tuple[DataConfig, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _flip(made[1] / "train-000003.safetensors", -1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    _open(made[0])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match=r"train-000003.*altered"):
+        _open(made[0])
+    monkeypatch.undo()
+
+
 def test_a_truncated_file(made: tuple[DataConfig, Path]) -> None:
     os.truncate(made[1] / "train-000001.safetensors", 50)
     with pytest.raises(UserError, match=r"train-000001.*50 bytes long instead of"):
@@ -268,6 +281,25 @@ def test_the_hash_of_a_tokenizer(tokenizers: dict, tmp_path: Path) -> None:
     assert tokenizer_hash(bpe) == hashes["bpe"]
     bpe.add_tokens(["lake"])
     assert tokenizer_hash(bpe) != hashes["bpe"]
+
+
+def test_both_splits_are_opened_once(
+    made: tuple[DataConfig, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, calls = made[0], []
+
+    def counted(*arguments: object) -> Path:
+        calls.append(arguments)
+        return prepare_shards(*arguments)
+
+    monkeypatch.setattr("memlm.data.store.prepare_shards", counted)
+    training = _open(config)
+    held_out = PackedDataset(config, ByteTokenizer(), "validation", 8, store=training.store)
+    assert torch.equal(
+        held_out.row(3)["input_ids"],
+        PackedDataset(config, ByteTokenizer(), "validation", 8).row(3)["input_ids"],
+    )
+    assert len(calls) == 2
 
 
 def test_the_command_line(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,8 +1,13 @@
 """Document iterators: what counts as a document, and which files are refused."""
 
 import json
+import os
 from pathlib import Path
 
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from memlm.data.config import HubSource
@@ -21,10 +26,7 @@ def test_stdlib_is_deterministic_real_text() -> None:
     assert not any("class AutoModelForCausalLM" in text for text in texts)
 
 
-def write_parquet(path: Path, columns: dict[str, list]) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
+def write_parquet(path: Path, columns: dict) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
@@ -65,6 +67,12 @@ def test_refused_files(tmp_path: Path) -> None:
         "number.jsonl": b'{"text": 3}',
         "fake.parquet": b"PAR1 it is not",
         "none.jsonl": b"",
+        "late.txt": b"one\ntwo\n\xff",
+        "late.jsonl": b'{"text": "a"}\n\n{"text": "\xff"}',
+        "zero.jsonl": b'{"text": "a\0"}',
+        "deep.jsonl": b"[" * 100_000,
+        "long.jsonl": b'{"text": ' + b"1" * 5000 + b"}",
+        "list.jsonl": b"[1]\n",
     }
     reasons = {
         "empty.txt": "is empty",
@@ -76,6 +84,12 @@ def test_refused_files(tmp_path: Path) -> None:
         "number.jsonl": "not a string",
         "fake.parquet": "not a parquet file",
         "none.jsonl": "is empty",
+        "late.txt": r"late.txt:3 is binary or not UTF-8 text \(byte 0xff\)",
+        "late.jsonl": r"late.jsonl:3 is binary or not UTF-8",
+        "zero.jsonl": r"zero.jsonl:1 is binary",
+        "deep.jsonl": r"deep.jsonl:1 is not JSON",
+        "long.jsonl": r"long.jsonl:1 is not JSON",
+        "list.jsonl": r"list.jsonl:1 has no field",
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -88,6 +102,39 @@ def test_refused_files(tmp_path: Path) -> None:
         list(text_documents([str(tmp_path / "other.parquet")]))
 
 
+def test_parquet_files_that_hold_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    broken = pyarrow.StringArray.from_buffers(
+        2, pyarrow.py_buffer(np.array([0, 1, 2], np.int32)), pyarrow.py_buffer(b"a\xff")
+    )
+    for column, message in (
+        ([1, 2], "a.parquet': column 'text' holds int64, not strings"),
+        (broken, r"a.parquet' is damaged after row 1 \('utf-8'"),
+        (pyarrow.array([], pyarrow.string()), "a.parquet' is empty"),
+        (pyarrow.array([None, None], pyarrow.string()), "a.parquet' is empty"),
+    ):
+        write_parquet(path, {"text": column})
+        with pytest.raises(UserError, match=message):
+            list(text_documents([str(path)]))
+    write_parquet(path, {"text": pyarrow.array(["a", "b", "a"]).dictionary_encode()})
+    assert list(text_documents([str(path)])) == ["a", "b", "a"]
+    # Pages that no longer unpack, far behind the beginning.
+    rng = np.random.default_rng(0)
+    texts = ["".join(map(chr, rng.integers(97, 123, size=900))) for _ in range(1000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=100)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 100_000] = bytes(100_000)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a.parquet' is damaged after row \d+ ") as error:
+        list(text_documents([str(path)]))
+    assert "\n" not in str(error.value)
+
+
+def test_halves_of_surrogate_pairs_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83dx"}\n{"text": "\\ud83d\\ude00"}')
+    assert list(text_documents([str(tmp_path / "a.jsonl")])) == ["?x", "\N{GRINNING FACE}"]
+
+
 def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.txt' does not exist"):
         list(text_documents([str(tmp_path / "nowhere.txt")]))
@@ -95,6 +142,17 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         list(text_documents([f"{tmp_path}/*.txt"]))
     with pytest.raises(UserError, match="folder .* holds no"):
         list(text_documents([str(tmp_path)]))
+    os.mkfifo(tmp_path / "pipe.txt")
+    for entry, message in (
+        (" ", "an entry of files is empty"),
+        ("x" * 5000, "cannot look for 'x"),
+        ("~nobody-has-this-name/x", "cannot look for '~nobody"),
+        (str(tmp_path / "pipe.txt"), "neither a file nor a folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(text_documents([entry]))
+    (tmp_path / "UPPER.TXT").write_text("upper")
+    assert list(text_documents([str(tmp_path)])) == ["upper"]
 
 
 @pytest.fixture
@@ -116,6 +174,26 @@ def test_hub_shuffle_buffer_is_seeded(hub_folder: Path) -> None:
     orders = [list(hub_documents(source, seed)) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2])
+
+
+def test_hub_columns_without_text_and_readings_that_break_off(
+    hub_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="column 'id' holds int, not strings"):
+        list(hub_documents(HubSource(dataset=str(hub_folder), column="id"), 0))
+
+    class Broken:
+        def __iter__(self):
+            yield {"text": "one"}
+            raise ConnectionError("the line is\ndead")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Broken())
+    documents = hub_documents(HubSource(dataset="some/where"), 0)
+    assert next(documents) == "one"
+    with pytest.raises(
+        UserError, match=r"cannot read on after 1 rows of 'some/where' \(the"
+    ):
+        next(documents)
 
 
 def test_hub_mistakes(hub_folder: Path, tmp_path: Path) -> None:
