@@ -90,8 +90,8 @@ def test_memories_share_a_panel_per_metric(make_run):
     assert [line.site for line in alone.lines] == ["layers.0.memory", "layers.1.memory", None]
     assert values(alone) == pytest.approx([0.3])
     together = by_title([one, two])
-    assert [line.site for line in together["Size of the gates"].lines] == [None]
-    assert values(together["Size of the gates"]) == pytest.approx([0.3])
+    assert [line.site for line in together["Size of the gates (mean)"].lines] == [None]
+    assert values(together["Size of the gates (mean)"]) == pytest.approx([0.3])
     assert together["Filled slots of the stores"].shares
     assert values(together["odd"]) == [7]
 

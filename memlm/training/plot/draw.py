@@ -141,27 +141,52 @@ def _draw_line(
     """Draw a line; returns its values, smoothed where they are."""
     curve = line.curve
     values = [panel.factor * value for value in curve.values]
-    style = _style(line.kind, len(curve.steps))
+    style = _style(line.kind, len(curve.steps), _beside(panel))
     mean = thin and line.site is None
     if line.kind == TRAINING:
-        smooth = smoothed(curve, logarithmic) if panel.smooth else None
+        smooth = smoothed(curve, logarithmic) if panel.smooth and not panel.jumps else None
         if smooth is not None:
             if not thin:
                 faint = 0.25 if panel.first_step == 0 else 0.12
                 axis.plot(curve.steps, values, color=shade, linewidth=0.6, alpha=faint)
             values = [panel.factor * value for value in smooth.values]
         style["linewidth"] = 2.0 if mean else 0.9 if thin else 1.5
-    axis.plot(curve.steps, values, color=shade, **style)
+    axis.plot(
+        curve.steps,
+        values,
+        color=shade,
+        drawstyle="steps-post" if panel.jumps else "default",
+        **style,
+    )
     return values
 
 
-def _style(kind: str, points: int) -> dict[str, Any]:
-    """How lines of a kind look, whatever their colour."""
+def _beside(panel: Panel) -> bool:
+    """Whether held-out losses stand beside those of training."""
+    return any(line.kind == TRAINING for line in panel.lines)
+
+
+def _style(kind: str, points: int, beside: bool) -> dict[str, Any]:
+    """How lines of a kind look, whatever their colour.
+
+    Args:
+        kind: of the line.
+        points: that it has.
+        beside: see `_beside`; then few points are not joined, as if nothing happened in between.
+    """
+    import matplotlib
+
     if kind == TRAINING:
         # A single step has no line.
         return {"linestyle": "-", "linewidth": 1.5, "marker": "." if points == 1 else ""}
     if kind == HELD_OUT:
-        found = {"linestyle": "-", "linewidth": 0.8, "marker": "o", "markersize": 4}
+        joined = not beside or points > _MARKED
+        found = {"linestyle": "-" if joined else "", "linewidth": 1.2, "marker": "o"}
+        if beside:  # a rim, to be seen on the line of the same colour
+            rim = matplotlib.rcParams["axes.facecolor"]
+            found |= {"markersize": 6, "markeredgecolor": rim, "markeredgewidth": 0.9}
+        else:
+            found |= {"markersize": 4.5}
     else:
         place = ALL_CONDITIONS.index(kind)
         found = {"linestyle": _CONDITION_LINES[place], "marker": MARKERS[kind]}
@@ -235,6 +260,6 @@ def _legend(
         for kind in kinds:
             shade = own[kind] if one_run and not sites else _neutral(dark)
             text = kind if kind in (TRAINING, HELD_OUT, "changed", "absent") else f"memory {kind}"
-            entries[text] = Line2D([], [], color=shade, **_style(kind, 2))
+            entries[text] = Line2D([], [], color=shade, **_style(kind, 2, _beside(panel)))
     if entries:
         axis.legend(list(entries.values()), list(entries), frameon=False, fontsize=8)

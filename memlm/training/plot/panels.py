@@ -47,6 +47,7 @@ class Panel:
         shares: whether it goes from 0 to 100 %.
         zero: whether it has to show 0.
         smooth: whether long curves of training get a running mean.
+        jumps: whether a value holds until the next one.
         first_step: where its steps begin; earlier ones of its curves are not shown.
     """
 
@@ -59,6 +60,7 @@ class Panel:
     shares: bool = False
     zero: bool = False
     smooth: bool = True
+    jumps: bool = False
     first_step: float = 0.0
 
 
@@ -67,8 +69,8 @@ _PERCENT = {"unit": "%", "factor": 100.0}
 _KNOWN = {
     "learning_rate": Panel("Steps", "Learning rate of AdamW or SPAM", zero=True, smooth=False),
     "grad_norm": Panel("Steps", "Gradient norm before clipping", scale="log"),
-    "skipped_steps": Panel("Steps", "Skipped steps so far", "steps", zero=True, smooth=False),
-    "length": Panel("Steps", "Length of a row", "tokens", zero=True, smooth=False),
+    "skipped_steps": Panel("Steps", "Skipped steps so far", "steps", zero=True, jumps=True),
+    "length": Panel("Steps", "Length of a row", "tokens", zero=True, jumps=True),
     "tokens_per_second": Panel("Speed", "Speed", "tokens per second", zero=True),
     "mfu": Panel("Speed", "Use of the device's peak (MFU)", **_PERCENT, zero=True),
     "step_seconds": Panel("Speed", "Time of a step", "seconds", zero=True),
@@ -86,7 +88,7 @@ _KNOWN_OF_SITES = {
     "clipped": Panel("Memories", "Clipped updates", **_PERCENT, zero=True),
     "used": Panel("Memories", "Slots that were read", **_PERCENT, shares=True),
     "kl_to_uniform": Panel("Memories", "Reads: divergence from uniform", "nats", zero=True),
-    "top1_mass": Panel("Memories", "Reads of the most read 1 % of slots", **_PERCENT, shares=True),
+    "top1_mass": Panel("Memories", "Share of the most read 1 % of slots", **_PERCENT, shares=True),
     "reads_per_slot": Panel("Memories", "Reads per slot in a window", "reads", zero=True),
 }
 _SECTIONS = ("Loss", "Worth of the memory", "Recall", "Steps", "Memories", "Other", "Speed")
@@ -247,5 +249,5 @@ def _of_sites(runs: list[Run], suffix: str, keys: list[str]) -> Panel:
             if curves and (len(runs) > 1 or len(curves) > 1):
                 panel.lines.append(Line(number, kind, mean_curve(list(curves.values()))))
     if len(runs) > 1 and len(keys) > 1:
-        panel.unit = ", ".join(filter(None, [panel.unit, "mean of all memories"]))
+        panel.title += " (mean)"
     return panel
