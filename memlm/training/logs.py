@@ -215,8 +215,8 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
         try:
             accelerator.init_trackers("memlm", config=flat_config(config))
         except Exception as error:  # whatever other people's code may raise
-            started = len(accelerator.trackers)
-            named = repr(names[started]) if started < len(names) else ", ".join(map(repr, names))
+            listed = ", ".join(map(repr, names))
+            named = listed if len(names) == 1 else f"one of {listed}"
             reason = next(filter(None, str(error).strip().splitlines()), type(error).__name__)
             raise UserError(f"train.trackers: {named} did not start ({reason})") from error
 

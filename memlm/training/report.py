@@ -137,7 +137,7 @@ class Report:
             numbers = {
                 key: value
                 for key, value in metrics.items()
-                if value is not None and math.isfinite(value)
+                if isinstance(value, int | float) and math.isfinite(value)
             }
             self.accelerator.log(numbers, step=numbers.pop("step"))
 

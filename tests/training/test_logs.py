@@ -1,9 +1,15 @@
 import json
 import math
+from typing import ClassVar
 
 import pytest
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 
-from memlm.training.logs import METRICS_FILE, RunLog, bits, read_metrics
+from memlm.errors import UserError
+from memlm.training import Trainer
+from memlm.training.logs import METRICS_FILE, RunLog, bits, check_trackers, read_metrics
 from memlm.training.plot import plot_metrics
 
 
@@ -94,3 +100,73 @@ def test_plot_of_any_number_of_records(tmp_path, count):
     records.append({"step": count, "evaluation": True, "bits": 2.0, "text_bits": 2.0})
     plot_metrics(records, tmp_path / "training.png", "A run")
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Recording(GeneralTracker):
+    """Keeps what it is given."""
+
+    name = "trackio"
+    requires_logging_directory = False
+    logged: ClassVar[list] = []
+    fails: ClassVar[bool] = False
+
+    def __init__(self, run_name, **kwargs):
+        super().__init__()
+
+    @property
+    def tracker(self):
+        return None
+
+    def start(self):
+        if self.fails:
+            raise RuntimeError("No API key configured.\nUse `login`")
+
+    def store_init_configuration(self, values):
+        self.logged.append(values)
+
+    def log(self, values, step=None, **kwargs):
+        self.logged.append({"step": step} | values)
+
+
+@pytest.fixture
+def trackio(monkeypatch):
+    """A tracker that is there."""
+    monkeypatch.setattr(Recording, "logged", [])
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "trackio", Recording)
+    kinds = [LoggerType.TRACKIO]
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: kinds)
+    monkeypatch.setattr(tracking, "_available_trackers", kinds)
+    return Recording
+
+
+def test_trackers_get_the_numbers_of_every_record(make_config, trackio):
+    config = make_config(steps=2, trackers=["trackio"], evaluation_rows=2)
+    Trainer(config).run()
+    start, before, *steps, after = trackio.logged
+    assert start["train.steps"] == 2
+    assert before["step"] == 0 and after["step"] == 2 and "held_out/bits" in after
+    records = [r for r in read_metrics(config.output_dir / METRICS_FILE) if "loss" in r]
+    known = [{k: v for k, v in record.items() if v is not None} for record in records]
+    assert steps == known and "mfu" not in steps[0] and steps[1]["step"] == 2
+
+
+def test_a_tracker_that_does_not_start_is_one_line(make_config, trackio, monkeypatch):
+    monkeypatch.setattr(trackio, "fails", True)
+    config = make_config(trackers=["trackio"])
+    with pytest.raises(UserError) as error:
+        Trainer(config)
+    message = "train.trackers: 'trackio' did not start (No API key configured.)"
+    assert str(error.value) == message
+    assert not config.output_dir.exists()
+
+
+@pytest.mark.parametrize("name", sorted(tracking.LOGGER_TYPE_TO_CLASS))
+def test_a_tracker_that_is_missing_is_named(name, monkeypatch):
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
+    with pytest.raises(UserError, match=f"'{name}' is not installed: pip install {name}$"):
+        check_trackers([name])
+
+
+def test_a_tracker_that_nobody_knows():
+    with pytest.raises(UserError, match="unknown tracker 'wandbb'.*wandb"):
+        check_trackers(["wandbb"])
