@@ -4,11 +4,13 @@ import contextlib
 import errno
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -284,6 +286,15 @@ def test_resume_is_exact_in_losses_gradients_weights_and_states_under_dropout(
     monkeypatch.setattr(Trainer, "_seed", lambda self: torch.manual_seed(99))
     Trainer(other, resume=checkpoint_path(whole.output_dir, 7)).run()
     assert losses(other) != losses(whole)[7:]
+
+
+def test_no_random_number_comes_from_a_generator_that_others_use(make_config, tmp_path):
+    base = save_base(tmp_path / "base")
+    config = dropped_out(make_config, base, "run", steps=2, evaluation_rows=4)
+    before = random.getstate(), np.random.get_state()[1].copy()
+    Trainer(config).run()
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])
 
 
 def test_random_numbers_and_rows_of_a_process(make_config):

@@ -1,4 +1,5 @@
 import os
+import shlex
 import subprocess
 import sys
 
@@ -179,6 +180,40 @@ def test_two_launched_processes(make_config, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+
+
+def launch_lines():
+    """The lines of the README that start several processes, as words without `accelerate launch`.
+
+    Variables that a line sets come first.
+    """
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if "accelerate launch" in line]
+    assert len(lines) >= 3
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", launch_lines(), ids=" ".join)
+def test_launch_lines_of_the_readme(words, tmp_path):
+    start, script = words.index("accelerate"), words.index("train.py")
+    few = ["--train.steps=4", f"--train.output_dir={tmp_path / 'run'}"]
+    if "--preset" not in words:  # models of 340 million parameters, text from the Hub
+        few += ["--preset", "tiny"]
+    two = ["--num_processes", "2", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*LAUNCH, *words[start + 2 : script], *two, *words[script:], *few],
+        timeout=300,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        | dict(word.split("=", 1) for word in words[:start]),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    assert "trained 4 steps" in done.stdout
 
 
 # --- weights and tables that no process holds whole ---
