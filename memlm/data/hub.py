@@ -9,6 +9,8 @@ from typing import Any
 from memlm.data.config import HubSource
 from memlm.errors import UserError, nearest
 
+_NAMED_PARTS = 5  # of the path of a prepared file: dataset, config, version, hash, file
+
 
 def hub_documents(source: HubSource, seed: int) -> Iterator[str]:
     """Documents of a Hub dataset in its order, or through a seeded shuffle buffer.
@@ -36,6 +38,18 @@ def find_revision(source: HubSource) -> str | None:
         raise UserError(f"source hub: cannot load {source.dataset!r} ({reason[0]})") from error
 
 
+def prepared_files(source: HubSource) -> list[list[Any]]:
+    """Name and size of the files that the library made of a dataset, which is loaded as a whole.
+
+    The name holds the dataset, its config and a hash that changes with its files, but not where
+    the library's cache is. Raises UserError as `hub_documents`.
+    """
+    reader = HubReader(source, 0)
+    next(iter(reader), None)
+    found = [Path(file["filename"]) for file in reader.dataset.cache_files]
+    return [["/".join(path.parts[-_NAMED_PARTS:]), path.stat().st_size] for path in found]
+
+
 class HubReader:
     """One reading of a Hub dataset, from its beginning or from where another one stood.
 
@@ -57,7 +71,7 @@ class HubReader:
     ) -> None:
         self.source, self.seed, self.revision = source, seed, revision
         self._start = state
-        self._dataset: Any = None
+        self.dataset: Any = None
 
     def __iter__(self) -> Iterator[str]:
         source = self.source
@@ -77,9 +91,9 @@ class HubReader:
 
         A shuffle buffer's content belongs to no state that the library could give.
         """
-        if self._dataset is None or not self.source.streaming or self.source.shuffle_buffer:
+        if self.dataset is None or not self.source.streaming or self.source.shuffle_buffer:
             return None
-        return json.loads(json.dumps(self._dataset.state_dict()))
+        return json.loads(json.dumps(self.dataset.state_dict()))
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         import datasets
@@ -98,7 +112,7 @@ class HubReader:
                 dataset = dataset.shuffle(seed=self.seed, buffer_size=source.shuffle_buffer)
             if self._start is not None:
                 dataset.load_state_dict(self._start)
-            self._dataset = dataset
+            self.dataset = dataset
             for row in dataset:
                 count += 1
                 yield row

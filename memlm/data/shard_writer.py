@@ -116,6 +116,8 @@ def write_shards(
     if not len(survey.sizes):
         raise UserError(f"data: the source {origin.description} holds no text")
     source = files or survey.description(origin)
+    if (prepared := origin.prepared()) is not None:
+        source["prepared"] = prepared
     identity = make_identity(tokenizer, fraction, source, survey.chunk_bytes)
     done = _start(folder, identity)
     chunks = cut_chunks(origin, survey, fraction)

@@ -107,13 +107,21 @@ def prepare_shards(
                 f"data.shards: {folder} cannot be written ({error.strerror})"
             ) from error
     found = read_manifest(folder)
-    if origin.files() is not None:
-        source = describe_files(origin, found["source"], manifest.stat().st_mtime_ns)
-    else:
-        source = survey_texts(origin.documents()).description(origin)
+    source = _describe(origin, found["source"], manifest.stat().st_mtime_ns)
     wanted = make_identity(tokenizer, fraction, source, found["chunk_bytes"])
     require_same(folder, found, wanted)
     return folder
+
+
+def _describe(origin: TextOrigin, known: Content, since: int) -> Content:
+    """The texts of `origin` now, compared with what is known by reading as few as possible."""
+    if origin.files() is not None:
+        return describe_files(origin, known, since)
+    prepared = known.get("prepared")
+    if prepared is not None and prepared == origin.prepared():
+        return {**known, "description": origin.description}
+    source = survey_texts(origin.documents()).description(origin)
+    return source if prepared is None else {**source, "prepared": prepared}
 
 
 def read_shards(folder: Path, split: str) -> Corpus:

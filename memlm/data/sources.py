@@ -80,7 +80,7 @@ def _suffix(path: Path) -> str:
 def text_documents(files: list[str], column: str = "text") -> Iterator[str]:
     """Documents of local files: a whole txt or md file, a jsonl record, a parquet row.
 
-    One document is in memory at a time, of parquet files a few hundred. Nulls in parquet columns
+    One document is in memory at a time, of parquet files about a row group. Nulls of a parquet file
     and documents of white space are left out.
 
     Raises UserError naming the file, and the line or row, where it is missing, empty, damaged,
@@ -158,8 +158,8 @@ def _parquet_documents(path: Path, column: str) -> Iterator[str]:
     import pyarrow.parquet
 
     try:
-        # A buffer, or the whole column of a row group is read at once.
-        table = pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER)
+        # Otherwise the columns of row groups to come are read as well.
+        table = pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"source text: file {str(path)!r} is not a parquet file") from error
     with table:

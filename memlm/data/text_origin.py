@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from memlm.data.config import HubSource, MqarSource, PasskeySource, Source, StdlibSource, TextSource
-from memlm.data.hub import hub_documents
+from memlm.data.hub import hub_documents, prepared_files
 from memlm.data.sources import find_files, stdlib_documents, text_documents
 
 
@@ -40,9 +40,9 @@ class TextOrigin:
         """The texts in their order; raises UserError for what cannot be read."""
         if self.kind == "stdlib":
             return stdlib_documents()
-        given = json.loads(self.source)
         if self.kind == "hub":
-            return hub_documents(HubSource(**given, streaming=False), 0)
+            return hub_documents(self._dataset(), 0)
+        given = json.loads(self.source)
         return text_documents(given["files"], given["column"])
 
     def files(self) -> list[Path] | None:
@@ -51,6 +51,16 @@ class TextOrigin:
         Raises UserError for an entry that leads to no file.
         """
         return find_files(self.description["files"]) if self.kind == "text" else None
+
+    def prepared(self) -> list[list[Any]] | None:
+        """Files that stand for the texts of a Hub dataset; None for others.
+
+        Raises UserError as `documents`.
+        """
+        return prepared_files(self._dataset()) if self.kind == "hub" else None
+
+    def _dataset(self) -> HubSource:
+        return HubSource(**json.loads(self.source), streaming=False)
 
 
 def text_origin(source: Source) -> TextOrigin | None:

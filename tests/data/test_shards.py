@@ -124,7 +124,7 @@ def test_a_single_document_and_no_validation(texts: Path, tmp_path: Path, tokeni
     assert len(list((tmp_path / "all").rglob("*.safetensors"))) == 1
 
 
-def test_a_dataset_of_the_hub(texts: Path, tmp_path: Path) -> None:
+def test_a_dataset_of_the_hub(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "dataset"
     folder.mkdir()
     shutil.copy(texts / "more.jsonl", folder / "train.jsonl")
@@ -132,6 +132,17 @@ def test_a_dataset_of_the_hub(texts: Path, tmp_path: Path) -> None:
     config = {"sources": [source], "validation_fraction": 0.2}
     same_rows(config, ByteTokenizer(), tmp_path / "shards")
     assert next((tmp_path / "shards").iterdir()).name.startswith("hub-")
+    data = DataConfig(**config, shards=str(tmp_path / "shards"))
+    with monkeypatch.context() as patch:
+        # The files that the library made of it tell that it is the same.
+        patch.setattr("memlm.data.shards.survey_texts", None)
+        _open(data)
+    lines = (texts / "more.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join(lines[::-1]))
+    with pytest.raises(UserError, match="another source .its texts changed"):
+        _open(data)
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n\n")
+    _open(data)
 
 
 def test_the_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
