@@ -6,8 +6,9 @@ Both train a model of the same sizes from the same weights on the same rows, in 
 fused, sdpa, clipping, warm-up and cosine, a log record of loss and gradient norm every ten steps.
 Ours cuts its rows out of the tokens while it trains; the Trainer is handed them ready as tensors.
 Neither evaluates, saves or has a tracker within what is timed, which is everything between the
-begin of a step and the begin of the next: data, both passes, clipping, update, logs. Both sides
-take turns and change places; the ratio is the median over the turns.
+begin of a step and the begin of the next: data, both passes, clipping, update, logs. Each side is
+a process of its own and they take turns step by step, so that whatever else the machine does meets
+both. A round has the ratio of the sums of its steps; what counts is the median over the rounds.
 
 The loss of the first step is checked to be the same, so that like is compared with like.
 """
@@ -15,14 +16,15 @@ The loss of the first step is checked to be the same, so that like is compared w
 import argparse
 import contextlib
 import dataclasses
-import gc
 import io
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -49,6 +51,7 @@ LARGEST_SHARE = 0.02  # of a step, for rows and logs
 DROPPED = 5  # steps at the start of every run
 LOG_EVERY = 10
 LOSS_TOLERANCE = 1e-4
+SIDES = ("ours", "theirs")
 PIECES = ("rows", "forward", "backward", "clip", "update", "log")
 
 
@@ -103,21 +106,31 @@ class Run:
 
 
 class Clock:
-    """Notes when steps begin, and how long the pieces of the steps that count take."""
+    """Times the steps of one side, and the pieces of those that count.
 
-    def __init__(self, steps: int):
-        self.steps = steps
-        self.begins: list[tuple[float, float]] = []
+    Args:
+        steps: of the run. The first ones and the last do not count: that one saves the model.
+        wait: called where a step begins; returns when it is this side's turn.
+    """
+
+    def __init__(self, steps: int, wait: Callable[[], None]):
+        self.steps, self.wait = steps, wait
+        self.took: list[tuple[float, float]] = []
         self.pieces = dict.fromkeys(PIECES, 0.0)
+        self._began: tuple[float, float] | None = None
 
     @property
-    def counted(self) -> int:
-        """Steps that are timed: the last one has no successor whose begin would end it."""
-        return self.steps - 1 - DROPPED
+    def counts(self) -> bool:
+        """Whether the present step counts."""
+        return DROPPED <= len(self.took) < self.steps - 1
 
     def begin(self) -> None:
-        """A step begins."""
-        self.begins.append((time.perf_counter(), time.process_time()))
+        """A step begins, and with it the one before is over."""
+        now = time.perf_counter(), time.process_time()
+        if self._began is not None:
+            self.took.append((now[0] - self._began[0], now[1] - self._began[1]))
+        self.wait()
+        self._began = time.perf_counter(), time.process_time()
 
     def timed(self, piece: str, function: Callable, begins: bool = False) -> Callable:
         """`function`, whose time counts for `piece`; with `begins` a step begins with it."""
@@ -129,16 +142,16 @@ class Clock:
             try:
                 return function(*args, **kwargs)
             finally:
-                if DROPPED < len(self.begins) < self.steps:
+                if self.counts:
                     self.pieces[piece] += time.perf_counter() - start
 
         return call
 
     def result(self, losses: list[float], parameters: int, pieces: bool) -> Run:
         """What the run took, once it is over."""
-        first, last = self.begins[DROPPED], self.begins[-1]
-        wall, cpu = ((b - a) / self.counted for a, b in zip(first, last, strict=True))
-        parts = {name: total / self.counted for name, total in self.pieces.items()}
+        took = self.took[DROPPED:]
+        wall, cpu = (sum(part) / len(took) for part in zip(*took, strict=True))
+        parts = {name: total / len(took) for name, total in self.pieces.items()}
         return Run(wall, cpu, losses, parts if pieces else {}, parameters)
 
 
@@ -208,9 +221,9 @@ def copy_weights(ours: MemLMForCausalLM, theirs: LlamaForCausalLM) -> None:
         raise ValueError(f"the Llama has no {', '.join(own)}")
 
 
-def train_ours(config: RunConfig) -> Run:
-    """Train our side; its log lines are not shown."""
-    clock = Clock(config.train.steps)
+def train_ours(config: RunConfig, wait: Callable[[], None]) -> Run:
+    """Train our side; its log lines are not shown. `wait` as in `Clock`."""
+    clock = Clock(config.train.steps, wait)
     run = Trainer(config)
     with contextlib.redirect_stdout(io.StringIO()), _watched(clock):
         run.run()
@@ -245,8 +258,11 @@ class _Begins(TrainerCallback):
         self.clock.begin()
 
 
-def train_theirs(config: RunConfig, model: LlamaForCausalLM, rows: dict[str, Tensor]) -> Run:
-    """Train the peer on `rows`, int64 [rows, length] each, in their order."""
+def train_theirs(size: Size, config: RunConfig, wait: Callable[[], None]) -> Run:
+    """Train the peer from our weights on our rows, in their order."""
+    ours, rows = prepared_rows(config)
+    model = llama(size)
+    copy_weights(ours, model)
     options = config.train
     arguments = TrainingArguments(
         output_dir=config.output_dir,
@@ -272,7 +288,7 @@ def train_theirs(config: RunConfig, model: LlamaForCausalLM, rows: dict[str, Ten
         disable_tqdm=True,
         seed=options.seed,
     )
-    clock = Clock(options.steps)
+    clock = Clock(options.steps, wait)
     dataset = [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)]
     peer = PeerTrainer(model, arguments, train_dataset=dataset, callbacks=[_Begins(clock)])
     with contextlib.redirect_stdout(io.StringIO()):
@@ -298,27 +314,23 @@ def prepared_rows(config: RunConfig) -> tuple[MemLMForCausalLM, dict[str, Tensor
     return run.model, rows | {"shift_labels": rows["labels"]}
 
 
-def compare(size: Size, steps: int, rounds: int, text: Path, folder: Path) -> dict[str, Any]:
-    """Train both in turns.
+def compare(
+    size: Size, steps: int, rounds: int, threads: int, text: Path, folder: Path
+) -> dict[str, Any]:
+    """Train both, step by step in turns, several times.
 
     Raises:
         ValueError: where the models differ in parameters, or in the loss of the first step.
     """
-    config = our_config(size, steps, text, folder / size.name)
-    start, rows = prepared_rows(config)
-    runs: dict[str, list[Run]] = {"ours": [], "theirs": []}
+    runs: dict[str, list[Run]] = {side: [] for side in SIDES}
     for number in range(rounds):
-        for side in ("ours", "theirs") if number % 2 == 0 else ("theirs", "ours"):
-            gc.collect()
-            place = folder / f"{size.name}-{side}-{number}"
-            options = dataclasses.replace(config.train, output_dir=str(place))
-            turn = dataclasses.replace(config, train=options)
-            if side == "ours":
-                runs[side].append(train_ours(turn))
-                continue
-            model = llama(size)
-            copy_weights(start, model)
-            runs[side].append(train_theirs(turn, model, rows))
+        place = folder / f"{size.name}-{number}"
+        sides = {
+            side: (side, size, our_config(size, steps, text, place / side), threads)
+            for side in (SIDES if number % 2 == 0 else reversed(SIDES))
+        }
+        for side, run in race(sides).items():
+            runs[side].append(run)
     first = {side: done[0] for side, done in runs.items()}
     if first["ours"].parameters != first["theirs"].parameters:
         raise ValueError(f"{size.name}: the models differ in parameters")
@@ -326,6 +338,50 @@ def compare(size: Size, steps: int, rounds: int, text: Path, folder: Path) -> di
     if difference > LOSS_TOLERANCE:
         raise ValueError(f"{size.name}: the first losses differ by {difference}")
     return {"size": size, "difference_of_first_loss": difference, **summary(size, runs)}
+
+
+def race(sides: Mapping[str, tuple]) -> dict[str, Run]:
+    """Run every side in a process, a step of each in turn; the values are arguments of `train`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.train_throughput"])
+    processes, turns = [], {}
+    try:
+        for side, arguments in sides.items():
+            turns[side], far = context.Pipe()
+            processes.append(context.Process(target=train, args=(far, *arguments)))
+            processes[-1].start()
+            far.close()  # a side that dies then ends the conversation
+        results: dict[str, Run] = {}
+        while len(results) < len(sides):
+            for side in [side for side in sides if side not in results]:
+                turns[side].send(None)
+                said = turns[side].recv()
+                if said is not None:
+                    results[side] = said
+        for process in processes:
+            process.join()
+        return results
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def train(turns: Connection, side: str, size: Size, config: RunConfig, threads: int) -> None:
+    """Train one side in this process; every step waits for a message and is answered by one."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(threads)
+    waited = False
+
+    def wait() -> None:
+        nonlocal waited
+        if waited:
+            turns.send(None)
+        waited = True
+        turns.recv()
+
+    run = train_ours(config, wait) if side == "ours" else train_theirs(size, config, wait)
+    turns.send(run)
 
 
 def summary(size: Size, runs: dict[str, list[Run]]) -> dict[str, Any]:
@@ -370,18 +426,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.steps < DROPPED + 2:
         parser.error(f"--steps: at least {DROPPED + 2}")
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    torch.set_num_threads(options.threads)
     chosen = [size for size in SIZES if options.sizes is None or size.name in options.sizes]
     results = {}
     with tempfile.TemporaryDirectory(prefix="memlm-throughput-") as name:
         text = write_text(Path(name) / "text.txt")
         for size in chosen:
-            results[size.name] = compare(size, options.steps, options.rounds, text, Path(name))
+            results[size.name] = compare(
+                size, options.steps, options.rounds, options.threads, text, Path(name)
+            )
             print(f"{tables({size.name: results[size.name]})}\n", flush=True)
     print(tables(results))
     found = {
-        "machine": report.machine(),
+        "machine": {**report.machine(), "threads": options.threads},
         "steps": options.steps,
         "rounds": options.rounds,
         "needed": NEEDED,
@@ -401,7 +457,8 @@ def write_text(path: Path) -> Path:
     """One long document, so that rows have no borders in them: sources of memlm and torch."""
     folders = (Path(torch.nn.__file__).parent, Path(torch.optim.__file__).parent)
     files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
-    path.write_text("\n".join(file.read_text(encoding="utf-8") for file in files))
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -1,6 +1,7 @@
 """Like is compared with like: the same model, the same rows, the same loss."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -8,7 +9,16 @@ import torch
 from accelerate.state import AcceleratorState
 
 from benchmarks import report, train_throughput
-from benchmarks.train_throughput import Run, Size, copy_weights, llama, our_config, summary
+from benchmarks.train_throughput import (
+    Run,
+    Size,
+    copy_weights,
+    llama,
+    our_config,
+    summary,
+    train_ours,
+    train_theirs,
+)
 from memlm.models import MemLMConfig, MemLMForCausalLM
 from memlm.training.loss import RowLoss
 
@@ -70,16 +80,48 @@ def test_medians_of_the_rounds():
     assert found["shares"]["other"] == pytest.approx(1 - 0.43)
 
 
-def test_the_command(tmp_path, monkeypatch, capsys, fresh_accelerator):
+def test_both_sides_train_from_the_same_loss(tmp_path, fresh_accelerator):
+    text = train_throughput.write_text(tmp_path / "text.txt")
+    turns = []
+    runs = {
+        side: train_side(our_config(TINY, 9, text, tmp_path / side), lambda: turns.append(None))
+        for side, train_side in (
+            ("ours", train_ours),
+            ("theirs", functools.partial(train_theirs, TINY)),
+        )
+    }
+    assert len(turns) == 2 * 9
+    assert runs["ours"].parameters == runs["theirs"].parameters
+    # The first step, and the last: theirs is the mean since then.
+    assert runs["ours"].losses[0] == pytest.approx(runs["theirs"].losses[0], abs=1e-5)
+    assert all(run.seconds > 0 and run.cpu_seconds > 0 for run in runs.values())
+    pieces = runs["ours"].pieces
+    assert all(pieces.values()) and sum(pieces.values()) < runs["ours"].seconds
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    pieces = dict.fromkeys(train_throughput.PIECES, 0.1) | {"rows": 0.01, "log": 0.005}
+    runs = {"ours": Run(1.0, 1.0, [3.0], pieces, 7), "theirs": Run(1.1, 1.2, [3.0], {}, 7)}
+    raced = []
     monkeypatch.setattr(train_throughput, "SIZES", (TINY,))
-    monkeypatch.setattr(train_throughput, "NEEDED", 0.0)
-    monkeypatch.setattr(train_throughput, "LARGEST_SHARE", 1.0)
-    words = f"--device cpu --steps 9 --rounds 1 --output {tmp_path}"
-    assert train_throughput.main(words.split()) == 0
+    monkeypatch.setattr(train_throughput, "race", lambda sides: raced.append(list(sides)) or runs)
+    words = f"--device cpu --rounds 2 --output {tmp_path}".split()
+    assert train_throughput.main(words) == 0
+    assert raced == [["ours", "theirs"], ["theirs", "ours"]]
     assert "| tiny |" in capsys.readouterr().out
     path = tmp_path / report.machine_name() / "train_throughput.json"
     entry = json.loads(path.read_text())["sizes"]["tiny"]
-    assert entry["difference_of_first_loss"] < 1e-5
-    assert entry["ratio"] > 0 and 0 < entry["shares"]["backward"] < 1
-    monkeypatch.setattr(train_throughput, "NEEDED", 1e9)
-    assert train_throughput.main(words.split()) == 1
+    assert entry["ratio"] == pytest.approx(1.1) and entry["rows_and_log"] == pytest.approx(0.015)
+
+    for slower in (
+        {"ours": dataclasses.replace(runs["ours"], seconds=1.2)},
+        {"ours": dataclasses.replace(runs["ours"], pieces=pieces | {"log": 0.1})},
+    ):
+        monkeypatch.setattr(train_throughput, "race", lambda sides, now=runs | slower: now)
+        assert train_throughput.main(words) == 1
+
+    for other in ({"losses": [3.1]}, {"parameters": 8}):
+        now = runs | {"ours": dataclasses.replace(runs["ours"], **other)}
+        monkeypatch.setattr(train_throughput, "race", lambda sides, now=now: now)
+        with pytest.raises(ValueError, match="differ"):
+            train_throughput.main(words)
