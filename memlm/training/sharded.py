@@ -18,7 +18,10 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed import tensor as sharded_tensors
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from memlm.errors import SharedError, UserError
 from memlm.files import disk_errors
@@ -44,6 +47,18 @@ def first_names(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+class _Writer(dcp.FileSystemWriter):
+    """Tells of a full disk, which torch.save hides behind an error of its own."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
 def write_parts(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Write this process's parts of all tensors, and its share of those that all hold; collective.
 
@@ -56,7 +71,7 @@ def write_parts(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> No
     """
     flat = {f"{kind}/{name}": t for kind, part in tensors.items() for name, t in part.items()}
     try:
-        dcp.save(flat, storage_writer=dcp.FileSystemWriter(folder))
+        dcp.save(flat, storage_writer=_Writer(folder))
     except CheckpointException as error:
         try:
             with disk_errors(folder):

@@ -30,7 +30,8 @@ from memlm.training.retention import (
     keep_latest,
     set_aside_later,
 )
-from tests.training.launching import ROOT, dropped_out, save_base
+from memlm.training.sharded import write_parts
+from tests.training.launching import ROOT, Job, dropped_out, save_base, train_in_two
 from tests.training.test_trainer import losses
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -222,6 +223,25 @@ def test_a_full_disk_ends_a_run_with_its_last_checkpoint_whole(
     assert main(words) == 0
     assert "from step 2" in capsys.readouterr().out
     assert names(folder) == ["step_000004", "step_000006"]
+
+
+def test_a_full_disk_leaves_whole_checkpoints_of_sharded_weights(make_config, small_disk):
+    options = {"steps": 40, "save_every": 1, "keep_checkpoints": 40, "log_every": 100}
+    config = make_config("disk/run", **options)
+    full = r"checkpoints/.*step_\d+.*: could not be written \(No space left on device\)"
+    with pytest.raises(AssertionError, match=full):
+        train_in_two(Job(config, sharded=True))
+    found = complete_checkpoints(config.output_dir)
+    assert names(config.output_dir / "checkpoints") == [path.name for path in found] != []
+    for path in found:
+        check_manifest(path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_disk_that_fills_up_in_the_middle_of_a_part_is_named(small_disk):
+    tensors = {"weights": {name: torch.zeros(200_000) for name in ("one", "two")}}
+    with pytest.raises(UserError, match=r"disk: could not be written \(No space left"):
+        write_parts(small_disk, tensors)
 
 
 def test_a_full_disk_leaves_no_part_of_a_record(small_disk):
