@@ -113,6 +113,13 @@ def test_two_processes_equal_one_and_each_goes_on_from_the_other(make_config, co
     ended = read_metrics(two.output_dir / METRICS_FILE)[-1]
     assert ended["bits"] == pytest.approx(single.after["bits"], abs=1e-6)
     assert_same_weights(one, back, rtol=0, atol=1e-6)
+    for mine, theirs in zip(
+        *(read_metrics(c.output_dir / METRICS_FILE) for c in (one, two)), strict=True
+    ):
+        told = {key for key in mine if key.startswith(("source/", "layers."))}
+        assert told == {key for key in theirs if key.startswith(("source/", "layers."))}
+        assert told or mine.get("evaluation")
+        assert {k: theirs[k] for k in told} == pytest.approx({k: mine[k] for k in told}, rel=1e-5)
 
     # Exactly the rows that were left, and the states of all lanes.
     rows = whole_rows(of_one)
