@@ -1,5 +1,6 @@
 """Evaluation during training: what it says, and that training never notices it."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -180,30 +181,41 @@ def test_a_resumed_run_measures_what_a_signal_kept_it_from(make_config, during, 
     assert losses(parts) == losses(whole)
 
 
-def test_prompts_are_shared_by_processes(make_config, during):
+def test_processes_share_the_prompts_and_join_the_scores(make_config, during, monkeypatch):
     trainer = Trainer(make_config(model={"layers": [LAYER]}, length=128))
     options = dataclasses.replace(trainer.options, evaluate_during=during)
     tasks = TrainingTasks(trainer.model, trainer.tokenizer, options, trainer.accelerator)
-    whole = tasks._share()
+    expected, whole = tasks.run(), tasks._share()
+    gathered = []
+
+    def gather(found):
+        gathered.extend(found)
+        return gathered
+
+    monkeypatch.setattr("memlm.training.evaluation.gather_object", gather)
     parts = []
     for process in range(2):
 
         class Two:
             num_processes, process_index = 2, process
+            autocast = contextlib.nullcontext
 
         tasks.accelerator = Two()
         parts.append(tasks._share())
-        tasks.together = True
-        assert [rows for _, _, rows in tasks._share()] == [rows for _, _, rows in whole]
-        tasks.together = False
+        scores = tasks.run()
+        assert (scores == pytest.approx(expected, abs=1e-6)) == (process == 1)
+    assert len(parts[0]) == len(parts[1])
     trials = [
-        sorted((task.name, setting.label, trial) for part in found for task, setting, rows in part
-               for trial in rows)
-        for found in ([whole], parts)
-    ]  # fmt: skip
-    assert trials[0] == trials[1] and len(parts[0]) == len(parts[1])
+        sorted((task.name, setting.label, n) for task, setting, rows in part for n in rows)
+        for part in (whole, parts[0] + parts[1])
+    ]
+    assert trials[0] == trials[1]
+
+    tasks.together = True
+    assert [rows for _, _, rows in tasks._share()] == [rows for _, _, rows in whole]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(make_config, during, tmp_path):
     options = {"model": {"layers": [LAYER]}, "steps": 2, "evaluation_rows": 4}
     options |= {"evaluate_during": during, "length": 128}
