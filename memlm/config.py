@@ -166,7 +166,7 @@ class TrainConfig:
                 raise UserError(f"train.{name}: must be at least {least}, got {value}")
             if value is not None and value >= _BOUND:
                 raise UserError(f"train.{name}: must be below 2^63, got {value}")
-        if self.output_dir == "":
+        if self.output_dir is not None and (not self.output_dir or "\0" in self.output_dir):
             raise UserError("train.output_dir: needs the name of a folder, or null")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"train.betas: each must be in [0, 1), got {list(self.betas)}")

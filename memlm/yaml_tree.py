@@ -47,6 +47,8 @@ def _parse_yaml(text: str, where: str) -> Any:
         place = f" in line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}: not valid YAML{place}: {problem}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: not valid YAML: nested too deeply") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

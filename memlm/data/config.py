@@ -102,7 +102,7 @@ class DataConfig:
             raise UserError(
                 f"data.tokenize_processes must be at least 1, got {self.tokenize_processes}"
             )
-        if self.shards == "":
+        if self.shards is not None and (not self.shards or "\0" in self.shards):
             raise UserError("data.shards: needs the name of a folder, or null")
         if self.seed < 0:
             raise UserError(f"data.seed must be >= 0, got {self.seed}")
@@ -125,7 +125,7 @@ def parse_source(entry: dict[str, Any], where: str) -> Source:
         raise UserError(f"{where}: needs a mapping with a type ({', '.join(SOURCES)})")
     values = dict(entry)
     kind = values.pop("type")
-    if kind not in SOURCES:
+    if not isinstance(kind, str) or kind not in SOURCES:
         hint = nearest(kind, SOURCES) or f" (valid: {', '.join(SOURCES)})"
         raise UserError(f"{where}: unknown source type {kind!r}{hint}")
     cls = SOURCES[kind]

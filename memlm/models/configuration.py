@@ -31,6 +31,7 @@ class SwiGLUConfig:
 FEED_FORWARDS = {"swiglu": strict(SwiGLUConfig)}
 SITES = ("mixer", "memory", "ffn")
 NORMS = ("pre", "post", "sandwich")
+_MOST_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +88,14 @@ class MemLMConfig(PreTrainedConfig):
         _refuse_unknown(type(self), kwargs)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}: must be at least 1, got {value}")
+            if value is not None and not 1 <= value < 2**31:
+                raise UserError(f"{name}: must be at least 1 and below 2^31, got {value}")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < self.vocab_size:
+                raise UserError(
+                    f"{name}: must be in [0, vocab_size) or null, got {value} of {self.vocab_size}"
+                )
         for name in ("rms_norm_eps", "initializer_range"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}: must be at least 0 and finite, got {getattr(self, name)}")
@@ -122,8 +129,10 @@ class MemLMConfig(PreTrainedConfig):
                 raise UserError(f"{where}: expected a mapping with mixer, memory, ffn")
             require_known(pattern, ("repeat", "norm", *SITES), where)
             repeat = pattern.get("repeat", 1)
-            if type(repeat) is not int or repeat < 1:
-                raise UserError(f"{where}.repeat: expected a number of at least 1, got {repeat!r}")
+            if type(repeat) is not int or not 1 <= repeat <= _MOST_LAYERS:
+                raise UserError(
+                    f"{where}.repeat: expected a number from 1 to {_MOST_LAYERS}, got {repeat!r}"
+                )
             norm = pattern.get("norm", "pre")
             if norm not in NORMS:
                 raise UserError(

@@ -240,15 +240,16 @@ def check_model(
     if "pretrained" in config.model:
         wanted = AttachConfig.from_mapping(config.model["attach"], "model.attach")
     else:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        defaults = {name: getattr(tokenizer, name) for name in names}
-        defaults["vocab_size"] = len(tokenizer)
-        wanted = MemLMConfig.from_mapping(defaults | config.model)
-        if wanted.vocab_size < len(tokenizer):
+        given = MemLMConfig.from_mapping({"vocab_size": len(tokenizer)} | config.model)
+        if given.vocab_size < len(tokenizer):
             raise UserError(
-                f"model.vocab_size: {wanted.vocab_size} is smaller than the tokenizer's "
+                f"model.vocab_size: {given.vocab_size} is smaller than the tokenizer's "
                 f"{len(tokenizer)}"
             )
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        defaults = {name: getattr(tokenizer, name) for name in names}
+        defaults["vocab_size"] = given.vocab_size
+        wanted = MemLMConfig.from_mapping(defaults | config.model)
     if source is not None:
         check_architecture(source, wanted)
         if tokenizer_hash(load_tokenizer(str(source))) != tokenizer_hash(tokenizer):
