@@ -83,10 +83,10 @@ class DataConfig:
     `sources` are mappings `{type: stdlib|text|hub|passkey|mqar, weight: 1.0, ...}` with the
     fields of the source's dataclass; rows are mixed by weight. `validation_fraction` of the
     documents, chosen by a hash of their text, is held out. With `carry`, documents go on across
-    the rows of a lane (see PackedDataset). With `shards`, a folder, texts that are not streamed
-    are tokenised into files there once, by `tokenize_processes` processes, and read from them;
-    None = they are tokenised at every start and kept in memory. Raises UserError on any unknown or
-    impossible value.
+    the rows of a lane (see PackedDataset). With `shards`, a folder, texts are tokenised into files
+    there once, by `tokenize_processes` processes, and read from them; streams as they are read.
+    None = texts are tokenised at every start and kept in memory, streams are read again. Raises
+    UserError on any unknown or impossible value.
     """
 
     tokenizer: str = "bytes"
