@@ -77,6 +77,11 @@ def train_in_two(*jobs: Job, double: bool = False) -> list[list[Seen]]:
     return run_processes(2, _train, jobs, double)
 
 
+def launch_sharded(config: RunConfig) -> None:
+    """Train under FSDP2 in two processes."""
+    train_in_two(Job(config, sharded=True))
+
+
 def _train(jobs: tuple[Job, ...], double: bool) -> list[Seen]:
     rank, count = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(

@@ -15,7 +15,8 @@ from memlm.evaluation.loading import load_model
 from memlm.models.lora import is_lora_name
 from memlm.training import Trainer
 from memlm.training.main import main
-from tests.training.test_processes import launch, launch_sharded
+from tests.training.launching import launch_sharded
+from tests.training.test_processes import launch
 from tests.training.test_trainer import losses
 
 KNN = {"type": "knn_cache", "capacity": 64, "segment": 8, "key_size": 8, "top_k": 4}

@@ -48,11 +48,6 @@ def launch(options, config, path, **environment):
     )
 
 
-def launch_sharded(config):
-    """Train under FSDP2 in two processes."""
-    train_in_two(Job(config, sharded=True))
-
-
 def losses(config):
     records = read_metrics(config.output_dir / METRICS_FILE)
     return [record["loss"] for record in records if not record.get("evaluation")]
@@ -315,7 +310,10 @@ def test_sharded_weights_train_save_and_go_on_as_whole_ones(make_config, optimiz
     with pytest.raises(UserError, match="parts/__1_0.distcp: damaged: its content changed"):
         find_checkpoint(part.parents[1], whole.output_dir)
     part.unlink()
+    begun = part.parents[2] / ".step_000007.parts.partial"  # of a run that was killed
+    begun.mkdir()
     assert Trainer(whole, resume="auto").step == 3
+    assert not begun.exists()
     assert f"{part}: missing" in capsys.readouterr().err
 
 
@@ -338,12 +336,21 @@ def test_tables_stay_out_of_sharded_weights(make_config, memory_parallel):
     ffn = {"type": "product_key", "num_keys": 16, "num_heads": 2, "top_k": 4}
     layer = {"repeat": 2, "mixer": {"type": "attention", "num_heads": 2}, "ffn": ffn}
     options = {"model": {"layers": [layer]}, "steps": 6, "value_optimizer": "lazy_adam"}
-    plain = make_config("plain", **options)
-    sharded = make_config("sharded", memory_parallel=memory_parallel, **options)
+    options["save_every"] = 3
+    plain, alone = make_config("plain", **options), make_config("alone", **options)
+    sharded, again = (
+        make_config(name, memory_parallel=memory_parallel, **options)
+        for name in ("sharded", "again")
+    )
     trainer = Trainer(plain)
     trainer.run()
-    launch_sharded(sharded)
+    middle = checkpoint_path(sharded.output_dir, 3)
+    train_in_two(Job(sharded, sharded=True), Job(again, middle, sharded=True))
     assert losses(sharded) == pytest.approx(losses(plain), abs=1e-5)
+    assert losses(again) == losses(sharded)[3:]
+    assert_same_weights(again, sharded)
+    Trainer(alone, resume=middle).run()
+    assert losses(alone) == pytest.approx(losses(plain)[3:], abs=1e-5)
     loaded = AutoModelForCausalLM.from_pretrained(sharded.output_dir).state_dict()
     name = "model.layers.0.ffn.module.values.weight"
     expected = trainer.model.state_dict()[name]

@@ -27,6 +27,7 @@ from tests.memory.contract import cases
 from tests.memory.law_tools import ATTENTION, VOCABULARY, build_model
 from tests.memory.processes import run_processes
 from tests.models.attach_tools import MEMORIES, SIZES, attached, trained
+from tests.training.launching import launch_sharded
 from tests.training.replay_tools import (
     LENGTH,
     SCALE,
@@ -38,7 +39,6 @@ from tests.training.replay_tools import (
     passes_of,
     run,
 )
-from tests.training.test_processes import launch_sharded
 
 GATED_DELTA = {"type": "gated_delta", "num_heads": 2, "head_dim": 8}
 LAYERS = [{"repeat": 2, "mixer": ATTENTION, "memory": GATED_DELTA, "ffn": "swiglu"}]
