@@ -17,6 +17,7 @@ from memlm.training.dead_keys import DeadKeys
 from memlm.training.evaluation import Evaluation, average_statistics
 from memlm.training.feed import RowFeed
 from memlm.training.guards import StepGuard
+from memlm.training.heap import keep_freed_memory
 from memlm.training.held_out import HeldOut
 from memlm.training.interrupt import Interruption
 from memlm.training.lanes import Lanes
@@ -178,6 +179,8 @@ class Trainer:
             self.folder, self.options.steps, self.step, not self.accelerator.is_main_process
         )
         self.log = log
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         watched = (self.guard, self.updates, self.usage)
         self.report = Report(self.model, self.options, self.accelerator, log, *watched)
         parts = len(self.lanes.slices)
