@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from memlm.config import Stage, save_config
 from memlm.errors import UserError
-from memlm.training import Trainer
+from memlm.training import Trainer, trainer
 from memlm.training.checkpoint import find_checkpoint, read_state
 from memlm.training.logs import METRICS_FILE, read_metrics
 from memlm.training.manifest import check_manifest
@@ -34,6 +34,12 @@ MEMORY = [
     }
 ]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing its curves takes a run as long as all the rest."""
+    monkeypatch.setattr(trainer, "plot_run", lambda *_: None)
 
 
 def launch(options, config, path, **environment):
@@ -342,8 +348,8 @@ def test_tables_stay_out_of_sharded_weights(make_config, memory_parallel):
         make_config(name, memory_parallel=memory_parallel, **options)
         for name in ("sharded", "again")
     )
-    trainer = Trainer(plain)
-    trainer.run()
+    run = Trainer(plain)
+    run.run()
     middle = checkpoint_path(sharded.output_dir, 3)
     train_in_two(Job(sharded, sharded=True), Job(again, middle, sharded=True))
     assert losses(sharded) == pytest.approx(losses(plain), abs=1e-5)
@@ -353,7 +359,7 @@ def test_tables_stay_out_of_sharded_weights(make_config, memory_parallel):
     assert losses(alone) == pytest.approx(losses(plain)[3:], abs=1e-5)
     loaded = AutoModelForCausalLM.from_pretrained(sharded.output_dir).state_dict()
     name = "model.layers.0.ffn.module.values.weight"
-    expected = trainer.model.state_dict()[name]
+    expected = run.model.state_dict()[name]
     torch.testing.assert_close(loaded[name], expected, rtol=0, atol=1e-4)
 
 
