@@ -1,7 +1,7 @@
 """What every process writes of a checkpoint and reads for itself: sharded weights and moments.
 
-No process ever holds a whole model. torch.distributed.checkpoint cuts tensors anew where a run goes
-on with other processes, or with one that shards nothing.
+Nothing is gathered for it. torch.distributed.checkpoint cuts tensors anew where a run goes on with
+other processes, or with one that shards nothing.
 
 Its index, `.metadata`, is a pickle, the only one that is ever read: from the run's own folder or a
 checkpoint that the user named, and only after the checksums of that checkpoint have been compared.

@@ -323,6 +323,24 @@ def test_sharded_weights_train_save_and_go_on_as_whole_ones(make_config, optimiz
     assert f"{part}: missing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_the_memory_of_a_sharded_model_goes_on(make_config, tmp_path):
+    options = {"steps": 6, "carry_state": True, "save_every": 3, "length": 32}
+    base = save_base(tmp_path / "base")
+    whole, again, alone = (
+        dropped_out(make_config, base, name, **options) for name in ("whole", "again", "alone")
+    )
+    middle = checkpoint_path(whole.output_dir, 3)
+    train_in_two(Job(whole, sharded=True), Job(again, middle, sharded=True))
+    assert {"memory.safetensors", "parts"} <= {path.name for path in middle.iterdir()}
+    assert losses(again) == losses(whole)[3:]
+    ends = [load_file(config.output_dir / "memory.safetensors") for config in (whole, again)]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+    # One process drops others.
+    Trainer(alone, resume=middle).run()
+    assert losses(alone) == pytest.approx(losses(whole)[3:], abs=1e-2)
+
+
 def test_parts_of_another_model_are_refused(make_config):
     layer = {"mixer": {"type": "attention", "num_heads": 2}, "ffn": "swiglu"}
     one = make_config("one", steps=1, model={"layers": [layer]})
