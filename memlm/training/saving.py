@@ -1,7 +1,8 @@
 """What a run writes: its checkpoints and its model; and how it goes on from a checkpoint."""
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -178,15 +179,22 @@ def save_model(run: "Trainer") -> None:
     on_main(run.accelerator, replace)
 
 
-def _write_model(run: "Trainer", folder: Path, weights: dict[str, Tensor] | None) -> None:
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Those of transformers would break the run's own."""
     shown = is_progress_bar_enabled()
-    disable_progress_bar()  # its bar would break the run's own
+    disable_progress_bar()
     try:
-        run.model.save_pretrained(folder, state_dict=weights)
-        run.tokenizer.save_pretrained(folder)
+        yield
     finally:
         if shown:
             enable_progress_bar()
+
+
+def _write_model(run: "Trainer", folder: Path, weights: dict[str, Tensor] | None) -> None:
+    with no_progress_bars():
+        run.model.save_pretrained(folder, state_dict=weights)
+        run.tokenizer.save_pretrained(folder)
 
 
 def restore(run: "Trainer", source: Path) -> None:

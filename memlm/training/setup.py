@@ -16,13 +16,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from memlm.config import RunConfig, TrainConfig, save_config
+from memlm.config import RunConfig, TrainConfig
 from memlm.data import PackedDataset, load_tokenizer
 from memlm.data.config import HubSource
 from memlm.data.hub import hub_documents
 from memlm.data.shard_manifest import tokenizer_hash
 from memlm.errors import UserError
-from memlm.files import disk_errors, recover
 from memlm.memory.exchange import all_gather_reads
 from memlm.memory.sharding import MEMORY, shard_values, tables_apart
 from memlm.models import (
@@ -33,18 +32,14 @@ from memlm.models import (
     load_memory,
 )
 from memlm.models.attached import AttachedMixin
-from memlm.training.checkpoint import check_architecture, find_checkpoint, read_state
-from memlm.training.logs import METRICS_FILE, check_trackers, read_metrics
+from memlm.training.checkpoint import check_architecture
+from memlm.training.logs import check_trackers
 from memlm.training.loss import RowLoss
-from memlm.training.provenance import read_starts, record_start
-from memlm.training.retention import FOLDER, complete_checkpoints
 from memlm.training.row_optimizer import RowOptimizer
-from memlm.training.run_lock import LOCK_FILE
+from memlm.training.saving import no_progress_bars
 from memlm.training.sharded import has_parts
-from memlm.training.together import on_main
 
 REPLICATE = "replicate"  # the dimension of a mesh whose processes hold the same part of a table
-CONFIG_FILE = "config.yaml"
 _CPU_HINT = "on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 ..."
 
 
@@ -108,69 +103,6 @@ def _keep_states_in_fp32(accelerator: Accelerator) -> None:
         )
 
 
-def find_start(config: RunConfig, resume: bool | str | Path) -> Path | None:
-    """The checkpoint to start from, None for a new run.
-
-    With `resume="auto"` a run that was killed before its first checkpoint starts anew.
-
-    Raises:
-        UserError: when a new run's folder is in use, there is nothing to resume, or what the run
-            has recorded cannot be read.
-    """
-    folder = config.output_dir
-    source = _find_source(folder, resume)
-    read_starts(folder)
-    if (folder / METRICS_FILE).exists():
-        read_metrics(folder / METRICS_FILE)
-    return source
-
-
-def _find_source(folder: Path, resume: bool | str | Path) -> Path | None:
-    source = None
-    if resume == "auto":
-        recover(folder / FOLDER)
-        recover(folder, CONFIG_FILE)
-        if complete_checkpoints(folder):
-            return find_checkpoint(None, folder)
-    elif resume:
-        source = find_checkpoint(None if resume is True else resume, folder)
-        if source.resolve().is_relative_to(folder.resolve()):
-            return source
-    # A run that was killed before its first checkpoint has a config, and nothing to lose.
-    begun = (folder / CONFIG_FILE).is_file() and not complete_checkpoints(folder)
-    if resume and begun and not any(folder.glob("*.safetensors")):
-        return source
-    if folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
-        raise UserError(
-            f"{folder}: the run folder is not empty; continue it with --resume, or choose another "
-            "with --train.output_dir"
-        )
-    return source
-
-
-def create_folder(config: RunConfig, accelerator: Accelerator, source: Path | None) -> None:
-    """Create the run folder, and put the config and how the run was started into it.
-
-    Collective; no process goes on before the folder is there.
-
-    Args:
-        config: the run.
-        accelerator: its processes.
-        source: the checkpoint it goes on from; None = it is new.
-
-    Raises:
-        UserError: on every process, when the folder cannot be written.
-    """
-
-    def create() -> None:
-        with disk_errors(config.output_dir):
-            config.output_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, config.output_dir / CONFIG_FILE)
-
-    on_main(accelerator, create)
-    record_start(accelerator, config.output_dir, source)
-
-
 def open_datasets(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PackedDataset, PackedDataset | None]:
@@ -216,15 +148,17 @@ def build_inputs(
     Raises:
         UserError: for anything that does not fit.
     """
-    if source is not None and (step := read_state(source).step) > config.train.steps:
-        raise UserError(
-            f"train.steps: {config.train.steps}, but {source} has {step} behind it; resume an "
-            "earlier checkpoint, or train as many at least"
-        )
     tokenizer = load_tokenizer(config.data.tokenizer)
-    model_config = check_model(config, tokenizer, source)
+    check_model(config, tokenizer, source)
+    if source is not None:
+        saved = load_tokenizer(str(source))
+        if tokenizer_hash(saved) != tokenizer_hash(tokenizer):
+            raise UserError(
+                f"data.tokenizer: {config.data.tokenizer!r} is not the tokenizer that {source} was "
+                "trained with; resume with that one"
+            )
     training, held_out = open_datasets(config, tokenizer)
-    return tokenizer, training, held_out, build_model(config, model_config, tokenizer, source)
+    return tokenizer, training, held_out, build_model(config, tokenizer, source)
 
 
 def check_model(
@@ -235,7 +169,7 @@ def check_model(
     Sizes of the vocabulary and special tokens are the tokenizer's where the config has none.
 
     Raises:
-        UserError: for a wrong model section, or a checkpoint of another architecture or tokenizer.
+        UserError: for a wrong model section, or a checkpoint of another architecture.
     """
     if "pretrained" in config.model:
         wanted = AttachConfig.from_mapping(config.model["attach"], "model.attach")
@@ -252,19 +186,11 @@ def check_model(
         wanted = MemLMConfig.from_mapping(defaults | config.model)
     if source is not None:
         check_architecture(source, wanted)
-        if tokenizer_hash(load_tokenizer(str(source))) != tokenizer_hash(tokenizer):
-            raise UserError(
-                f"data.tokenizer: {config.data.tokenizer!r} is not the tokenizer that {source} was "
-                "trained with; resume with that one"
-            )
     return wanted
 
 
 def build_model(
-    config: RunConfig,
-    model_config: MemLMConfig | AttachConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    source: Path | None,
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Path | None
 ) -> PreTrainedModel:
     """The model with new weights, or with those of the checkpoint `source`.
 
@@ -272,13 +198,14 @@ def build_model(
 
     Args:
         config: the run.
-        model_config: of `check_model`.
         tokenizer: of the data.
         source: the checkpoint to go on from; None = it is new.
 
     Raises:
-        UserError: for a pretrained model that cannot be loaded, or knows fewer tokens.
+        UserError: as `check_model`; for a pretrained model that cannot be loaded, or knows fewer
+            tokens; and for a checkpoint without all the weights.
     """
+    model_config = check_model(config, tokenizer, source)
     if isinstance(model_config, AttachConfig):
         model = _build_attached(config, model_config, tokenizer, source)
     elif source is None or has_parts(source):  # parts are read once the model is sharded
@@ -293,9 +220,10 @@ def build_model(
 
 def _load_whole(source: Path) -> MemLMForCausalLM:
     """The model of a checkpoint, which has to hold exactly its weights."""
-    model, found = MemLMForCausalLM.from_pretrained(
-        source, dtype=torch.float32, output_loading_info=True
-    )
+    with no_progress_bars():
+        model, found = MemLMForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
     for kind in ("missing", "unexpected"):
         if found[f"{kind}_keys"]:
             name = min(found[f"{kind}_keys"])

@@ -28,13 +28,12 @@ from memlm.training.plot import plot_run
 from memlm.training.replay import row_passes
 from memlm.training.report import Report, StepResult, opening
 from memlm.training.retention import checkpoint_path, set_aside_later
+from memlm.training.run_folder import create_folder, find_start
 from memlm.training.saving import restore, save_checkpoint, save_model
 from memlm.training.schedule import CurriculumState, learning_rate_factor
 from memlm.training.setup import (
     build_accelerator,
     build_inputs,
-    create_folder,
-    find_start,
     prepare,
     share_tables,
 )

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from memlm.training.main import main
 from tests.training import bad_configs, bad_files
-from tests.training.bad_files import SHARDS
+from tests.training.bad_files import NEWEST, RESUME, SHARDS
 from tests.training.bad_input import CONFIG
 
 CASES = [*bad_configs.CASES, *bad_files.CASES]
@@ -120,3 +120,24 @@ def test_a_full_disk_ends_a_run(folder, capsys, words, expected):
 
 def test_a_warm_up_longer_than_the_run_is_no_mistake(folder, capsys):
     assert main(["--config", "run.yaml", "--train.warmup_steps=9"]) == 0
+
+
+@pytest.mark.parametrize("words", [[], ["--config"], ["--config", "run.yaml", "--preset"]])
+def test_a_command_line_without_its_values_is_refused_in_one_line(capsys, words):
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: command line: ")
+    assert "--config" in line or "--preset" in line
+
+
+def test_a_run_that_goes_on_with_other_rows_warns_of_it(folder, capsys):
+    words = ["--config", "run.yaml", *RESUME, "--train.steps=3"]
+    assert main([*words, "--train.tokens_per_step=128", "--data.seed=7"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning: " in line]
+    assert warnings == [
+        f"warning: data.seed is 7, but {NEWEST} was trained with 0: rows may come twice or never",
+        f"warning: train.tokens_per_step is 128, but {NEWEST} was trained with 64: rows may come "
+        "twice or never",
+    ]
+    assert main([*words, "--train.tokens_per_step=128", "--data.seed=7"]) == 0
+    assert "warning: " not in capsys.readouterr().err
