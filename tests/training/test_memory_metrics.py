@@ -1,4 +1,5 @@
 import contextlib
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from memlm.training.logs import METRICS_FILE, read_metrics
 from memlm.training.memory_metrics import MemoryMetrics
 from tests.memory.contract import OUTPUT_SPECS, SPECS, cases
 from tests.memory.law_tools import Case, build_model
+from tests.models.attach_tools import attached
 from tests.training.replay_tools import make_batch
 
 ONE = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
@@ -259,3 +261,20 @@ def test_what_is_measured_changes_nothing(make_config):
     weights = first.model.state_dict()
     assert all(torch.equal(weights[name], w) for name, w in second.model.state_dict().items())
     assert said(seldom, 2) == said(often, 4)
+
+
+@pytest.mark.parametrize("memory", ["knn_cache", "titans", "gated_delta"])
+def test_memories_of_a_pretrained_model(memory):
+    model = copy.deepcopy(attached("llama", memory))
+    model.gradient_checkpointing_enable()
+    metrics = MemoryMetrics(model.train(), ONE)
+    batch = make_batch()
+    with metrics.watch():
+        output = model(**inputs(batch), labels=batch["labels"], use_cache=False)
+    found = metrics.report()
+    output.loss.backward()
+    assert metrics.report() == {}
+    sites = {name.rpartition(".")[0] for name in found}
+    assert sites and all(site.startswith("memory.layers.") for site in sites)
+    said = SAID[memory] | {"gain_mean"}
+    assert {name.rpartition(".")[2] for name in found} == said
