@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from memlm.data.shards import ShardedTokens
 
 SPLITS = ("train", "validation")
-_BATCH = 256  # documents handed to a tokenizer at once
+_BATCH, _BATCH_CHARACTERS = 256, 1 << 21  # documents handed to a tokenizer at once
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ def encode_texts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> It
             yield tokenizer.encode_bytes(text.encode("utf-8", errors="replace"))
         return
     prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    documents = iter(texts)
-    while batch := list(islice(documents, _BATCH)):
+    for batch in _batches(texts):
         encoded = tokenizer(
             batch,
             add_special_tokens=False,
@@ -107,6 +106,20 @@ def encode_texts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> It
         )
         for ids in encoded["input_ids"]:
             yield np.asarray(prefix + ids if ids else ids, dtype=dtype)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists of bounded length and size (tokenizers need some 100 bytes a token)."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == _BATCH or size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> type[np.generic]:

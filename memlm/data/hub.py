@@ -79,7 +79,7 @@ class HubReader:
         first = next(rows, None)
         if first is None and self._start is None:
             raise UserError(f"source hub: {source.dataset!r} split {source.split!r} is empty")
-        for number, row in enumerate(chain([first] if first else [], rows)):
+        for number, row in enumerate(chain([] if first is None else [first], rows)):
             if number == 0:
                 self._check_column(row)
             if isinstance(row[source.column], str):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlm.data import ByteTokenizer
+from memlm.data import corpus as corpus_module
 from memlm.data.corpus import SPLITS, build_corpora, encode_documents, split_documents
 
 TOKENIZER = ByteTokenizer()
@@ -23,6 +24,15 @@ def test_one_reading_gives_both_splits(texts: list[str], fraction: float) -> Non
             documents = list(encode_documents(chosen, TOKENIZER))
         assert corpus.lengths.tolist() == [len(document) for document in documents]
         assert corpus.tokens.tolist() == [token for document in documents for token in document]
+
+
+def test_a_tokenizer_gets_no_more_than_it_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "_BATCH", 4)
+    monkeypatch.setattr(corpus_module, "_BATCH_CHARACTERS", 10)
+    texts = [*"abcdefg", "h" * 30, "i" * 9, "j", "k"]
+    batches = list(corpus_module._batches(texts))
+    assert [text for batch in batches for text in batch] == texts
+    assert [len(batch) for batch in batches] == [4, 4, 2, 1]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3])

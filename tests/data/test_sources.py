@@ -190,9 +190,7 @@ def test_hub_columns_without_text_and_readings_that_break_off(
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Broken())
     documents = hub_documents(HubSource(dataset="some/where"), 0)
     assert next(documents) == "one"
-    with pytest.raises(
-        UserError, match=r"cannot read on after 1 rows of 'some/where' \(the"
-    ):
+    with pytest.raises(UserError, match=r"cannot read on after 1 rows of 'some/where' \(the"):
         next(documents)
 
 
