@@ -58,9 +58,11 @@ def _find_source(folder: Path, resume: bool | str | Path) -> Path | None:
     if resume and begun and not any(folder.glob("*.safetensors")):
         return source
     if folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
+        what = "continue it with --resume, or choose"
+        if source is not None:
+            what = f"{source} is of another run, so choose"
         raise UserError(
-            f"{folder}: the run folder is not empty; continue it with --resume, or choose another "
-            "with --train.output_dir"
+            f"{folder}: the run folder is not empty; {what} another with --train.output_dir"
         )
     return source
 

@@ -308,6 +308,7 @@ CASES = [
         "resume-into-files",
         ("--train.output_dir=corpus", "--resume", "run"),
         "corpus: the run folder is not empty",
+        "another run",
     ),
     case(
         "resume-none-whole",

@@ -225,7 +225,7 @@ def test_a_checkpoint_of_something_else(attached, make_config):
         Trainer(whole, resume=folder)
     Trainer(whole).run()
     with pytest.raises(UserError, match="a whole model, but .* the memory of a pretrained model"):
-        Trainer(attached("memory", steps=2), resume=whole.output_dir)
+        Trainer(attached("another", steps=2), resume=whole.output_dir)
 
 
 def test_the_command_line_trains_and_evaluates(attached, corpus, tmp_path, capsys):
