@@ -83,7 +83,7 @@ class Size:
 SIZES = (
     Size("small", 128, 4, 4, 4, 384, 512, True, 256, 4),
     Size("grouped", 256, 4, 8, 4, 704, 2048, True, 256, 4),
-    Size("larger", 384, 6, 6, 6, 1024, 4096, False, 512, 2),
+    Size("larger", 384, 6, 6, 6, 1024, 4096, False, 512, 1),
 )
 
 
