@@ -274,13 +274,19 @@ def compile_table(
 ) -> list[Compiled]:
     """Compile every distinct launch of the specimens that `table` returns.
 
-    table: a function that another process can import. progress: called as each one is done.
+    table: a function that another process can import. processes: 1 is this one. progress: called
+    as each one is done.
     """
     jobs = [
         (table, specimen.name, launch.capability, place)
         for specimen, launch, place in distinct_launches(table(), capabilities)
     ]
     results = []
+    if processes == 1:  # others would only import everything again
+        for job in jobs:
+            results.append(_compile_job(job))
+            progress(results[-1])
+        return results
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
         for result in pool.map(_compile_job, jobs):

@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Before transformers, datasets or huggingface_hub are imported: they read these once. Tests of the
 # Hub start a subprocess with its own HF_ENDPOINT and HF_HOME instead.
@@ -11,7 +12,6 @@ _HF_HOME = tempfile.mkdtemp(prefix="memlm-tests-")
 atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)
 os.environ.update(
     HF_HOME=_HF_HOME,
-    XDG_CACHE_HOME=_HF_HOME,
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
@@ -19,6 +19,9 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
 )
+# Libraries of C++ are kept here: what one of several processes compiles serves the others.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = _HF_HOME
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
@@ -38,6 +41,20 @@ from tests.memory.law_report import (  # noqa: E402, F401
 # A slow machine is no failure of the property; CI must give the same verdict twice.
 settings.register_profile("memlm", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("memlm")
+
+
+# Counting lines makes Python two to three times slower. The memories and the models have to be
+# covered by their own tests, so no others are counted.
+COVERING = {"layers", "memory", "models"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests of everything else out of the coverage."""
+    if not config.pluginmanager.hasplugin("_cov"):
+        return
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] not in COVERING:
+            item.add_marker(pytest.mark.no_cover)
 
 
 @pytest.fixture(autouse=True)

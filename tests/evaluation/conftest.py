@@ -112,7 +112,7 @@ def text_file(tmp_path):
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model():
     """A builder of untrained models with two layers of attention over 16 tokens."""
 

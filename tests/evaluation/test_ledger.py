@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from memlm.data import ByteTokenizer
 from memlm.errors import UserError
 from memlm.evaluation import EvaluationConfig, evaluate
 from memlm.evaluation.config import MqarOptions, NeedleOptions
@@ -196,8 +197,7 @@ def test_killed_at_any_moment(folder, text_file, tmp_path):
     finished = records.read_bytes()
     finished = finished[: finished.rfind(b"\n") + 1]
     assert finished.count(b"\n") < 18 and not (output / "results.json").exists()
-    done = subprocess.run(_command(folder, text_file, output), **quiet, timeout=240)
-    assert done.returncode == 0
+    assert main(_command(folder, text_file, output)[2:]) == 0
     assert main(_command(folder, text_file, tmp_path / "whole")[2:]) == 0
     assert records.read_bytes().startswith(finished)
     keys = [done.batch.key for done in read_records(output)]
@@ -208,11 +208,21 @@ def test_killed_at_any_moment(folder, text_file, tmp_path):
     assert _without_times(killed["runs"]) == _without_times(whole["runs"])
 
 
-@pytest.mark.usefixtures("no_report")
-def test_any_prompt_can_be_made_again(gated_delta, tokenizer, text_file, tmp_path, capsys):
-    out = tmp_path / "out"
-    evaluate(gated_delta, tokenizer, _config(text_file), out, progress=False)
-    words = [str(out), "--task", "needle", "--setting", "300", "--trial", "5"]
+@pytest.fixture(scope="module")
+def evaluated(tiny_model, tmp_path_factory):
+    """The folder of an evaluation whose prompts are asked for; nothing writes into it."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    text = folder / "text.txt"
+    text.write_text("".join(f"line {i} of a quiet text without keys\n" for i in range(160)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memlm.evaluation.runner.write_results", lambda results, folder: None)
+        model = tiny_model(memory="gated_delta")
+        evaluate(model, ByteTokenizer(), _config(text), folder / "out", progress=False)
+    return folder / "out"
+
+
+def test_any_prompt_can_be_made_again(evaluated, capsys):
+    words = [str(evaluated), "--task", "needle", "--setting", "300", "--trial", "5"]
     for variant in ("plain", "changed", "absent"):
         assert show_prompt([*words, "--variant", variant, "--tokenizer", "bytes"]) == 0
         found = capsys.readouterr()
@@ -223,7 +233,6 @@ def test_any_prompt_can_be_made_again(gated_delta, tokenizer, text_file, tmp_pat
         assert found.out.endswith("# The pass key is \n")
 
 
-@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -234,11 +243,8 @@ def test_any_prompt_can_be_made_again(gated_delta, tokenizer, text_file, tmp_pat
         (["--setting", "150", "--model", "mode"], "'mode' is none of model; did you mean"),
     ],
 )
-def test_prompts_that_are_not_there(
-    gated_delta, tokenizer, text_file, tmp_path, capsys, words, message
-):
-    evaluate(gated_delta, tokenizer, _config(text_file), tmp_path / "out", progress=False)
-    start = [str(tmp_path / "out"), "--tokenizer", "bytes", "--task", "needle"]
+def test_prompts_that_are_not_there(evaluated, capsys, words, message):
+    start = [str(evaluated), "--tokenizer", "bytes", "--task", "needle"]
     assert show_prompt([*start, *words]) == 2
     assert message in capsys.readouterr().err
 

@@ -1,6 +1,7 @@
 """Laws of saved models and of generation."""
 
 import copy
+import functools
 import tempfile
 from typing import Any
 
@@ -28,17 +29,13 @@ def save_load(case: Case, data) -> None:
     model = model_of(case, torch.float32)
     ids = draw_ids(data, 2)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        loaded = AutoModelForCausalLM.from_pretrained(folder)
-        half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    loaded, half = _reloaded(case)
     found = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), f"{name} differs after loading"
-    # A copy lies aligned in memory; products round by how weights lie in the mapped file.
-    assert torch.equal(run(copy.deepcopy(loaded), ids)[0], run(model, ids)[0])
+    assert torch.equal(run(loaded, ids)[0], run(model, ids)[0])
 
     kept = model._keep_in_fp32_modules_strict
     for name, parameter in half.named_parameters():
@@ -49,6 +46,17 @@ def save_load(case: Case, data) -> None:
     second, _ = run(half, ids[:, 9:], states)
     assert first.dtype == second.dtype == torch.bfloat16
     assert first.isfinite().all() and second.isfinite().all()
+
+
+@functools.lru_cache(maxsize=1)
+def _reloaded(case: Case) -> tuple[MemLMForCausalLM, MemLMForCausalLM]:
+    """The model of a case after a save, in float32 and in bf16; every draw shares them."""
+    with tempfile.TemporaryDirectory() as folder:
+        model_of(case, torch.float32).save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    # A copy lies aligned in memory; products round by how weights lie in the mapped file.
+    return copy.deepcopy(loaded), half
 
 
 def generate(model: MemLMForCausalLM, ids: Tensor, new_tokens: int = 6, **kwargs: Any):

@@ -60,6 +60,12 @@ class Case:
         """Draws per law: fewer at the other sites of a spec, where the memory is the same."""
         return self.spec.examples if self.site == self.spec.sites[0] else 2
 
+    @property
+    def repeat(self) -> int:
+        """Layers of its models: one beside the mixer, where two behind it are judged as well."""
+        judged = self.site == "parallel" and "memory" in self.spec.sites
+        return 1 if judged and "share" not in self.spec.options else 2
+
     def entry(self, **options: Any) -> dict[str, Any]:
         """The value of the site in `layers`."""
         parallel = {"parallel": True} if self.site == "parallel" else {}
@@ -125,7 +131,14 @@ def build_model(
 @functools.lru_cache(maxsize=4)
 def model_of(case: Case, dtype: torch.dtype = torch.float64) -> MemLMForCausalLM:
     """The model of a case; laws that change it take a copy."""
-    return case.build(dtype, **(case.spec.stable if dtype == torch.float32 else {}))
+    options = case.spec.stable if dtype == torch.float32 else {}
+    return case.build(dtype, repeat=case.repeat, **options)
+
+
+@functools.lru_cache(maxsize=4)
+def variant_of(case: Case, with_memory: bool = True, repeat: int | None = None, **options: Any):
+    """The model of a case with other options; every draw of a law shares it."""
+    return case.build(with_memory=with_memory, repeat=repeat or case.repeat, **options)
 
 
 def memory_states(model: MemLMForCausalLM, states: dict) -> dict:

@@ -24,6 +24,7 @@ from tests.memory.law_tools import (
     pieces,
     run,
     snapshot,
+    variant_of,
 )
 
 
@@ -108,8 +109,8 @@ def off(case: Case, data) -> None:
     """
     ids = draw_ids(data, 2)
     cut = data.draw(st.integers(1, LENGTH - 1), label="cut")
-    gated = case.build(**case.closed)
-    base = case.build(with_memory=False)
+    gated = variant_of(case, **case.closed)
+    base = variant_of(case, with_memory=False)  # with the weights of the one it is compared to
     assert not base.load_state_dict(gated.state_dict(), strict=False).missing_keys
     expected, _ = run(base, ids)
     expected_rest, _ = run(base, ids[:, cut:], run(base, ids[:, :cut])[1])
@@ -165,7 +166,7 @@ def acts(case: Case, data) -> None:
     assert (logits - run(model, ids, use_memory=False)[0]).abs().amax() > 1e-3
     if not model.memory_state_names():
         return
-    alone = case.build(repeat=1)
+    alone = variant_of(case, repeat=1)
     changed = ids.clone()
     changed[0, :4] = 1 + ids[0, :4] % (VOCABULARY - 1)
     far = slice(4 + WINDOW + 2, None)  # past the window and the convolution of the one attention
