@@ -77,7 +77,8 @@ def find_checkpoint(resume: str | Path | None, run: Path) -> Path:
             raise UserError(f"{place}: there is no such checkpoint")
         check_manifest(place)
         return place
-    recover(place / FOLDER)
+    if place.resolve() == run.resolve():  # another run may be at work, writing a checkpoint
+        recover(place / FOLDER)
     found = complete_checkpoints(place)
     for path in reversed(found):
         try:

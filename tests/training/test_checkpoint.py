@@ -87,6 +87,16 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_it_taken(
         find_checkpoint(None, tmp_path)
 
 
+def test_what_another_run_is_writing_stays(tmp_path):
+    (newest,) = save(tmp_path, 2)
+    begun = newest.with_name(".step_000004.partial")
+    begun.mkdir()
+    assert find_checkpoint(tmp_path, Path("other")) == newest
+    assert begun.is_dir()
+    assert find_checkpoint(None, tmp_path) == newest
+    assert not begun.exists()
+
+
 def test_a_flipped_bit_is_noticed_in_the_manifest_as_well(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "b").write_bytes(b"0123")
