@@ -10,7 +10,7 @@ from memlm.errors import UserError
 from memlm.files import disk_errors, recover
 from memlm.training.checkpoint import find_checkpoint, read_state
 from memlm.training.logs import METRICS_FILE, read_metrics
-from memlm.training.provenance import read_starts, record_start
+from memlm.training.provenance import STARTS_FILE, read_starts, record_start
 from memlm.training.retention import FOLDER, complete_checkpoints
 from memlm.training.run_lock import LOCK_FILE
 from memlm.training.together import on_main
@@ -46,15 +46,17 @@ def _find_source(folder: Path, resume: bool | str | Path) -> Path | None:
     source = None
     if resume == "auto":
         recover(folder / FOLDER)
-        recover(folder, CONFIG_FILE)
+        for name in (STARTS_FILE, CONFIG_FILE):
+            recover(folder, name)
         if complete_checkpoints(folder):
             return find_checkpoint(None, folder)
     elif resume:
         source = find_checkpoint(None if resume is True else resume, folder)
         if source.resolve().is_relative_to(folder.resolve()):
             return source
-    # A run that was killed before its first checkpoint has a config, and nothing to lose.
-    begun = (folder / CONFIG_FILE).is_file() and not complete_checkpoints(folder)
+    # A run that was killed before its first checkpoint has nothing to lose; it told of its start,
+    # where a config alone may be a user's own.
+    begun = (folder / STARTS_FILE).is_file() and not complete_checkpoints(folder)
     if resume and begun and not any(folder.glob("*.safetensors")):
         return source
     if folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
@@ -84,10 +86,10 @@ def create_folder(config: RunConfig, accelerator: Accelerator, source: Path | No
     def create() -> None:
         with disk_errors(config.output_dir):
             config.output_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, config.output_dir / CONFIG_FILE)
 
     on_main(accelerator, create)
     record_start(accelerator, config.output_dir, source)
+    on_main(accelerator, lambda: save_config(config, config.output_dir / CONFIG_FILE))
 
 
 def _check_state(config: RunConfig, source: Path) -> None:

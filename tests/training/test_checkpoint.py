@@ -176,6 +176,9 @@ def test_auto_starts_goes_on_and_ends_like_a_run_in_one_piece(make_config, tmp_p
     assert main([*words, f"--train.output_dir={other}"]) == 2
     assert "the run folder is not empty" in capsys.readouterr().err
     assert names(other) == ["thesis.txt"]
+    (other / "thesis.txt").rename(other / "config.yaml")  # of a user, who starts the run from it
+    assert main([*words, f"--train.output_dir={other}"]) == 2
+    assert (other / "config.yaml").read_text() == "mine"
 
 
 def test_a_half_record_is_dropped_and_a_broken_one_named(tmp_path):
