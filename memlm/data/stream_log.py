@@ -191,6 +191,8 @@ class StreamLog:
             # The line of a writer that died; the chunk comes again.
             os.truncate(self._journal, self._place)
         reading = self._reading_at(len(self.chunks))
+        # Kept again once the chunk is: a stream that broke off would seem to have ended.
+        self._reading = None
         texts, digest, ended = reading.take()
         parts: dict[str, list[str]] = {
             split: [text for text in texts if in_split(text, split, self.fraction)]
@@ -201,6 +203,7 @@ class StreamLog:
         entry |= {"texts": digest, "documents": len(texts), "end": ended, "state": reading.state}
         append_line(self._journal, _signed(entry))
         sync(self._journal)
+        self._reading = reading
         self._read_journal()
 
     def _reading_at(self, number: int) -> "_Reading":
@@ -221,12 +224,12 @@ class StreamLog:
                 # Another version of the library may not take it; the beginning is always right.
                 _logger.warning("%s: reading again from the beginning (%s)", self.folder, error)
             else:
-                self._reading = reading
                 return reading
-        if self._reading is None or self._reading.number > number:
-            self._reading = _Reading(self._reader(None), 0)
-        self._pass_by(self._reading, number)
-        return self._reading
+        reading, self._reading = self._reading, None
+        if reading is None or reading.number > number:
+            reading = _Reading(self._reader(None), 0)
+        self._pass_by(reading, number)
+        return reading
 
     def _reader(self, state: dict[str, Any] | None) -> HubReader:
         return HubReader(self.source, self.seed, state, self.revision)

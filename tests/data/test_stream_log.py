@@ -142,6 +142,28 @@ def test_without_a_state_it_reads_from_the_beginning(
     same(later, rows(dataset, None, **values), list(range(ROWS)))
 
 
+def test_a_stream_that_breaks_off_has_not_ended(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_log, "_AHEAD", 0)
+    expected = rows(dataset, None)
+    found, broken = HubReader._rows, []
+
+    def breaking(self: HubReader) -> Iterator[dict]:
+        for number, row in enumerate(found(self)):
+            if number == 20 and not broken:
+                broken.append(number)
+                raise UserError("the connection is lost")
+            yield row
+
+    monkeypatch.setattr(HubReader, "_rows", breaking)
+    written = rows(dataset, tmp_path / "shards")
+    with pytest.raises(UserError, match="the connection is lost"):
+        written.batch(range(ROWS))
+    # Another thread of this process may ask for the same chunk before the run has ended.
+    same(written, expected, list(range(ROWS)))
+
+
 def test_another_stream_is_refused(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
