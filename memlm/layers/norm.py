@@ -38,7 +38,7 @@ class _Normed(torch.autograd.Function):
         channels = len(weight)
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         scale = squares.div_(channels).add_(ctx.eps).rsqrt_()
-        product = (gradient * x).flatten(0, -2)
+        product = (gradient * x).reshape(-1, channels)
         # Sums over rows and over channels as products with a vector.
         to_weight = scale.flatten() @ product
         inner = (product @ weight).view_as(scale)

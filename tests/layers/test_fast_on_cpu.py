@@ -27,7 +27,7 @@ def same(found, expected, tensors):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("shape", [(3, 7, 12), (5, 12), (2, 3, 4, 12)])
+@pytest.mark.parametrize("shape", [(3, 7, 12), (5, 12), (2, 3, 4, 12), (12,), (0, 12)])
 def test_norm(shape):
     (x,) = leaves(shape)
     norm = RMSNorm(12, eps=1e-2).double()
@@ -35,6 +35,13 @@ def test_norm(shape):
     expected = F.rms_norm(x, (12,), norm.weight, 1e-2)
     assert torch.equal(norm(x), expected)
     same(norm(x), expected, (x, norm.weight))
+
+
+def test_norm_of_rows_that_are_not_side_by_side():
+    (x,) = leaves((3, 7, 12))
+    norm = RMSNorm(12, eps=1e-2).double()
+    turned = x.transpose(0, 1)
+    same(norm(turned), F.rms_norm(turned, (12,), norm.weight, 1e-2), (x, norm.weight))
 
 
 def test_norm_leaves_other_precisions_to_torch():
