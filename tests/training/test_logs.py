@@ -98,7 +98,7 @@ def test_other_processes_write_nothing(tmp_path, capsys):
 def test_plot_of_any_number_of_records(tmp_path, count):
     records = [step(n, stage=n // 10, length=64 * (1 + n // 10)) for n in range(1, count + 1)]
     records.append({"step": count, "evaluation": True, "bits": 2.0, "text_bits": 2.0})
-    plot_metrics(records, tmp_path / "training.png", "A run")
+    plot_metrics(records, tmp_path / "training.png", r"A run in a folder $named$ $\so$")
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
 

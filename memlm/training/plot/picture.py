@@ -1,8 +1,10 @@
 """The pictures that a run leaves in its own folder."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+from memlm.files import replace_file
 from memlm.training.logs import METRICS_FILE, PLOT_FILE, read_metrics
 from memlm.training.usage import USAGE_PLOT_FILE, UsageLog
 
@@ -30,7 +32,6 @@ def plot_metrics(records: list[dict[str, Any]], path: Path, title: str) -> None:
     steps = [record for record in records if not record.get("evaluation")]
     evaluations = [record for record in records if record.get("evaluation")]
     figure = Figure(figsize=(11, 7), layout="constrained")
-    figure.suptitle(title)
     loss, rate, norm, speed = figure.subplots(2, 2, sharex=True).flat
 
     for group in ("text", "answer"):
@@ -62,7 +63,7 @@ def plot_metrics(records: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.set_xlabel("step")
         axes.tick_params(labelbottom=True)
         _mark_stages(axes, steps, named=axes is rate)
-    figure.savefig(path, dpi=110)
+    _save(figure, path, title)
 
 
 def plot_usage(
@@ -86,7 +87,6 @@ def plot_usage(
     keys = dict.fromkeys(key for record in records for key in record)
     sites = [key.removesuffix(".used") for key in keys if key.endswith(".used")]
     figure = Figure(figsize=(11, 7), layout="constrained")
-    figure.suptitle(title)
     used, kl, top, rank = figure.subplots(2, 2).flat
     for axes, statistic, scale in (
         (used, "used", 100),
@@ -125,7 +125,14 @@ def plot_usage(
         axes.legend(fontsize=8)
     for axes in (used, kl, top, rank):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    _save(figure, path, title)
+
+
+def _save(figure: Any, path: Path, title: str) -> None:
+    figure.suptitle(title, parse_math=False)  # the folder of a run may have any name
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    replace_file(path, buffer.getvalue())
 
 
 def _line(axes, steps: list[dict[str, Any]], key: str, colour: str) -> None:
