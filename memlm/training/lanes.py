@@ -63,7 +63,7 @@ class Lanes:
             device: where the states go.
 
         Raises:
-            UserError: when states saved in pieces cannot be joined.
+            UserError: when states saved in pieces cannot be joined, or are those of fewer rows.
         """
         files = [*folder.glob(MEMORY_FILE), *folder.glob(f"{PARTS_FOLDER}/*{MEMORY_FILE}")]
         if not files:
@@ -71,7 +71,13 @@ class Lanes:
         wanted = range(self.first, self.first + self.slices[-1].stop)
         pieces = _read(files, templates, wanted)
         for index, rows in enumerate(self.slices):
-            states = _cut(pieces, self.first + rows.start, rows.stop - rows.start)
+            count = rows.stop - rows.start
+            states = _cut(pieces, self.first + rows.start, count)
+            if not states or any(state.batch_size != count for state in states.values()):
+                raise UserError(
+                    f"{folder}: it carries the memory states of fewer rows than a step has; resume "
+                    "with the train.tokens_per_step it was trained with"
+                )
             self.states[index] = {name: state.to(device) for name, state in states.items()}
 
 

@@ -135,6 +135,9 @@ def test_carried_states_reach_the_next_row_and_resume(make_config):
         Trainer(again, resume=source).run()
         tolerance = 0 if rows == 2 else 1e-5
         assert losses(again) == pytest.approx(losses(carried)[3:], abs=tolerance)
+    wider = make_config("wider", **options, tokens_per_step=512)
+    with pytest.raises(UserError, match="memory states of fewer rows than a step has"):
+        Trainer(wider, resume=source)
 
 
 class DropStates(list):
