@@ -29,7 +29,7 @@ from memlm.memory.query_norm import average_running_statistics
 from memlm.training.held_out import HeldOut
 from memlm.training.logs import RunLog
 from memlm.training.loss import RowLoss, total
-from memlm.training.together import on_each
+from memlm.training.together import on_each, on_main
 from memlm.training.usage import held_out_usage
 
 _SOURCE = re.compile("source/(.*)/bits")
@@ -106,7 +106,8 @@ class Evaluation:
                 scores = self.tasks.run()
                 said.append(self.tasks.line(scores))
         losses = {} if result is None else result | _without_memory(result, without)
-        log.record({"step": step, "evaluation": True, **losses, **usage, **scores})
+        record = {"step": step, "evaluation": True, **losses, **usage, **scores}
+        on_main(self.accelerator, lambda: log.record(record))
         seconds = time.perf_counter() - started
         log.line(f"held-out after step {step}: {'  '.join(said)}  ({seconds:.1f} s)")
         track({"step": step, **{f"held_out/{key}": v for key, v in losses.items()}, **scores})

@@ -29,7 +29,8 @@ def _train(argv: Sequence[str] | None) -> None:
         accelerator = build_accelerator(config)
     with RunLock(config.output_dir, accelerator):
         with _full_disk(config.output_dir):
-            trainer = Trainer(config, options.resume, accelerator)
+            with shared_errors():  # what processes do not tell each other of, all of them find
+                trainer = Trainer(config, options.resume, accelerator)
             with Interruption() as interruption:
                 summary = trainer.run(interruption)
         if summary.interrupted or interruption.name is not None:

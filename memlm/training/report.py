@@ -16,6 +16,7 @@ from memlm.training.guards import StepGuard
 from memlm.training.logs import RunLog
 from memlm.training.memory_metrics import MemoryMetrics
 from memlm.training.throughput import Throughput
+from memlm.training.together import on_main
 from memlm.training.updates import UpdateLog
 from memlm.training.usage import UsageLog
 
@@ -126,7 +127,7 @@ class Report:
             **self.usage.report(last=step == options.steps),
             **(self.memories.report() if result.made else {}),
         }
-        self.log.record(metrics)
+        on_main(self.accelerator, lambda: self.log.record(metrics))
         if result.made:
             self.log.step_line(metrics, len(self.stages), self.throughput.device)
         self.track(metrics)

@@ -10,8 +10,9 @@ from accelerate.state import AcceleratorState
 from torch import distributed as dist
 
 from memlm.config import save_config
+from memlm.training.logs import METRICS_FILE
 from memlm.training.main import main
-from memlm.training.provenance import read_starts
+from memlm.training.provenance import STARTS_FILE, read_starts
 from memlm.training.run_lock import LOCK_FILE, RunLock
 from tests.memory.processes import run_processes
 
@@ -46,6 +47,10 @@ def test_a_mistake_is_said_once_and_ends_all_processes(make_config, tmp_path):
     elsewhere = f"--train.output_dir={free.output_dir}"
     (tmp_path / "text_0.txt").write_text("the first process has its text " * 30)
     texts = f"{tmp_path}/text_RANK.txt"
+    (linked := tmp_path / "linked").mkdir()
+    (linked / STARTS_FILE).write_text("[]")  # as of a run that was killed
+    (linked / METRICS_FILE).symlink_to(tmp_path / "gone" / METRICS_FILE)
+    steep = ["--train.learning_rate=1e18", "--train.steps=3", "--train.max_skipped_steps=0"]
     cases = {
         "unknown key 'train.stepz'": [*words, "--train.stepz=1"],
         "another training is at work here": words,
@@ -59,6 +64,17 @@ def test_a_mistake_is_said_once_and_ends_all_processes(make_config, tmp_path):
             *words,
             elsewhere,
             f"--data.sources=[{{type: text, files: {texts}}}]",
+        ],
+        "the model has no product_key memory": [
+            *words,
+            elsewhere,
+            "--train.reinit_keys_after=2",
+        ],
+        "and the gradient norm nan": [*words, f"--train.output_dir={tmp_path}/steep", *steep],
+        f"{linked / METRICS_FILE}: could not be written": [  # the first one alone writes it
+            *words,
+            f"--train.output_dir={linked}",
+            *("--resume", "auto"),
         ],
     }
     with RunLock(config.output_dir, Accelerator(cpu=True)):
