@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +63,12 @@ class TextStore:
                     source.dataset,
                 )
             return PassingDocuments(lambda: self._passing(source, split))
-        log = StreamLog(
-            config.shards, source, config.seed, self.tokenizer, config.validation_fraction
-        )
-        return self._logs.setdefault(log.folder.name, log).documents(split)
+        key = repr(replace(source, weight=1.0))
+        if key not in self._logs:
+            self._logs[key] = StreamLog(
+                config.shards, source, config.seed, self.tokenizer, config.validation_fraction
+            )
+        return self._logs[key].documents(split)
 
     def _passing(self, source: HubSource, split: str) -> Iterator[np.ndarray]:
         fraction = self.config.validation_fraction
