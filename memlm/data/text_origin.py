@@ -53,11 +53,11 @@ class TextOrigin:
         return find_files(self.description["files"]) if self.kind == "text" else None
 
     def prepared(self) -> list[list[Any]] | None:
-        """Files that stand for the texts of a Hub dataset; None for others.
+        """Files that stand for the texts of a Hub dataset; None where there are none.
 
         Raises UserError as `documents`.
         """
-        return prepared_files(self._dataset()) if self.kind == "hub" else None
+        return (prepared_files(self._dataset()) or None) if self.kind == "hub" else None
 
     def _dataset(self) -> HubSource:
         return HubSource(**json.loads(self.source), streaming=False)

@@ -145,6 +145,22 @@ def test_a_dataset_of_the_hub(texts: Path, tmp_path: Path, monkeypatch: pytest.M
     _open(data)
 
 
+def test_a_dataset_that_has_no_files_is_compared_by_its_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The library keeps small datasets in memory where it is told to.
+    monkeypatch.setattr("datasets.config.IN_MEMORY_MAX_SIZE", 1 << 30)
+    file = tmp_path / "dataset" / "train.jsonl"
+    file.parent.mkdir()
+    source = {"type": "hub", "dataset": str(file.parent), "streaming": False}
+    data = DataConfig(sources=[source], validation_fraction=0.0, shards=str(tmp_path / "shards"))
+    file.write_text(json.dumps({"text": "one"}))
+    _open(data)
+    file.write_text(json.dumps({"text": "two"}))
+    with pytest.raises(UserError, match="another source .its texts changed"):
+        _open(data)
+
+
 def test_the_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = list(stdlib_documents())[:5]
     monkeypatch.setattr("memlm.data.text_origin.stdlib_documents", lambda: iter(few))
