@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -48,7 +50,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
 
     Raises:
         UserError: for a tracker that is missing, or when not all processes that the launcher was
-            asked for take part, or when they cannot share the rows of a step.
+            asked for take part, or when they cannot share the rows of a step, or for the first
+            version of FSDP.
     """
     check_trackers(config.train.trackers)
     accelerator = Accelerator(
@@ -58,6 +61,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     check_processes(accelerator.num_processes, config.train)
+    _check_sharding(accelerator)
     if accelerator.is_fsdp2:
         _keep_states_in_fp32(accelerator)
     return accelerator
@@ -89,6 +93,25 @@ def check_processes(started: int, options: TrainConfig) -> None:
                 f"train.tokens_per_step: {rows} rows of {stage.length} tokens cannot be shared "
                 f"by {started} processes"
             )
+
+
+def _check_sharding(accelerator: Accelerator) -> None:
+    """Refuse the first FSDP, whose shards are no DTensors; say so where FSDP is left out."""
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded and not accelerator.is_fsdp2:
+        raise UserError(
+            "fsdp_version: 1 is not supported; launch with fsdp_version: 2, as in "
+            "configs/accelerate/fsdp2.yaml"
+        )
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and not sharded and accelerator.is_main_process:
+        print(
+            "warning: FSDP was asked for, but accelerate does not shard in "
+            f"{accelerator.num_processes} process(es) on {accelerator.device.type}: every process "
+            "holds the whole model",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _keep_states_in_fp32(accelerator: Accelerator) -> None:

@@ -1,12 +1,17 @@
+from types import SimpleNamespace
+
 import pytest
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from memlm.config import TrainConfig
+from memlm.errors import UserError
 from memlm.models import MemLMConfig, MemLMForCausalLM
+from memlm.training import setup
 from memlm.training.loss import RowLoss
 from memlm.training.optimizer import build_optimizers
 from memlm.training.row_optimizer import RowOptimizer
-from memlm.training.setup import prepare
+from memlm.training.setup import build_accelerator, prepare
 
 TABLE = "model.model.layers.0.ffn.module.values.weight"
 
@@ -35,3 +40,22 @@ def test_accelerate_sees_only_tables_that_are_updated_as_a_whole(monkeypatch, me
     after = dict(row_loss.named_parameters())
     assert after.keys() == before.keys()
     assert after[TABLE] is before[TABLE]
+
+
+def test_fsdp_that_accelerate_leaves_out_is_no_secret(make_config, monkeypatch, capsys):
+    build_accelerator(make_config())
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    device = build_accelerator(make_config()).device
+    assert capsys.readouterr().err == (
+        "warning: FSDP was asked for, but accelerate does not shard in 1 process(es) on "
+        f"{device.type}: every process holds the whole model\n"
+    )
+
+
+def test_the_first_fsdp_is_refused(make_config, monkeypatch):
+    kind = DistributedType.FSDP
+    accelerator = SimpleNamespace(num_processes=1, distributed_type=kind, is_fsdp2=False)
+    monkeypatch.setattr(setup, "Accelerator", lambda **_: accelerator)
+    with pytest.raises(UserError, match="fsdp_version: 1 is not supported"):
+        build_accelerator(make_config())
