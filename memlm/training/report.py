@@ -89,23 +89,24 @@ class Report:
                 stack.enter_context(self.memories.watch())
             yield
 
+    def settle(self, step: int, made: bool) -> None:
+        """Wait until the device has done all of a step that is told of, before its time is taken:
+        telling of it would wait as well."""
+        device = self.accelerator.device
+        if device.type != "cpu" and self._told(step, made):
+            torch.get_device_module(device).synchronize(device)
+
+    def _told(self, step: int, made: bool) -> bool:
+        return self.due(step) or not made
+
     def after_step(self, result: StepResult) -> None:
         """Tell of a step, where that is due or it was skipped."""
-        told = self.due(result.step) or not result.made
-        waited = self._wait() if told else 0.0
-        self.throughput.step(result.seconds + waited, result.data_seconds)
+        self.throughput.step(result.seconds, result.data_seconds)
         started = time.perf_counter()
         self.log.tick(self.options.tokens_per_step / result.seconds)
-        if told:
+        if self._told(result.step, result.made):
             self._tell(result)
         self.throughput.logged(time.perf_counter() - started)
-
-    def _wait(self) -> float:
-        """Seconds until the device has done what the step asked of it, which is no logging."""
-        device, started = self.accelerator.device, time.perf_counter()
-        if device.type != "cpu":
-            torch.get_device_module(device).synchronize(device)
-        return time.perf_counter() - started
 
     def _tell(self, result: StepResult) -> None:
         options, step, stage = self.options, result.step, self.stages[result.stage]

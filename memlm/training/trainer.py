@@ -292,6 +292,7 @@ class Trainer:
             optimizer.zero_grad()
 
         self.step += 1
+        self.report.settle(self.step, made)
         seconds = time.perf_counter() - started
         self.seconds += seconds
         names = self.dataset.source_names

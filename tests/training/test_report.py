@@ -1,10 +1,15 @@
 import copy
+import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.nn import functional as F
 
+from memlm.config import TrainConfig
 from memlm.training import Trainer
 from memlm.training.logs import LN2, METRICS_FILE, read_metrics
+from memlm.training.report import Report
 
 MEMORY = {
     "mixer": {"type": "sliding_attention", "window": 16, "num_heads": 2},
@@ -73,6 +78,28 @@ def test_loss_by_source_is_exact(make_config, sources, how):
         assert record[key] == pytest.approx(value, rel=1e-4), key
     weighted = LN2 * (expected["text_bits"] + 0.5 * expected["answer_bits"])
     assert record["loss"] == pytest.approx(weighted, rel=1e-4)
+
+
+def test_only_steps_that_are_told_of_wait_for_the_device(monkeypatch):
+    waited = []
+    module = SimpleNamespace(synchronize=waited.append)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    report = Report.__new__(Report)
+    report.options = TrainConfig(steps=9, log_every=4)
+    report.accelerator = SimpleNamespace(device=torch.device("cuda"))
+    counts = []
+    for step in range(1, 10):
+        report.settle(step, made=step != 6)
+        counts.append(len(waited))
+    assert counts == [1, 1, 1, 2, 2, 3, 3, 4, 5]
+
+
+def test_the_wait_for_the_device_is_time_of_the_step(make_config, monkeypatch):
+    monkeypatch.setattr(Report, "settle", lambda *_: time.sleep(0.1))
+    config = make_config(steps=2, log_every=1)
+    assert Trainer(config).run().seconds > 0.2
+    for record in records(config):
+        assert record["step_seconds"] > 0.1
 
 
 def test_one_source_is_not_told_apart(make_config):
