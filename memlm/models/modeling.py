@@ -1,6 +1,8 @@
 """The language model: embedding, blocks, norm and head, with the states of all memories."""
 
 import dataclasses
+import shlex
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from memlm.models.documents import PositionState, advance, find_documents, valid
 from memlm.models.start_values import init_module
 
 States = dict[str, MemoryState]
+PARTS_FOLDER = "parts"  # of a checkpoint: what each process wrote of weights and moments
 
 
 @dataclasses.dataclass
@@ -56,7 +59,12 @@ class MemLMPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; warns of memories that compute something else than was trained."""
+        """As in transformers; warns of memories that compute something else than was trained.
+
+        Raises:
+            UserError: for a checkpoint whose weights are in parts.
+        """
+        _refuse_parts(str(args[0] if args else kwargs.get("pretrained_model_name_or_path")))
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():
@@ -66,6 +74,17 @@ class MemLMPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         init_module(module, self.config.initializer_range)
+
+
+def _refuse_parts(source: str) -> None:
+    folder = Path(source)
+    if (folder / PARTS_FOLDER).is_dir() and not any(folder.glob("model*.safetensors")):
+        raise UserError(
+            "the weights are in parts, for a run to go on from; to make them whole: "
+            f"python train.py --config CONFIG --resume {shlex.quote(source)} --train.steps STEPS "
+            "--train.memory_parallel 1 --train.output_dir NEW, with the run's config.yaml, the "
+            "steps that the checkpoint has behind it, and a new folder"
+        )
 
 
 class MemLMModel(MemLMPreTrainedModel):

@@ -25,8 +25,8 @@ from torch.futures import Future
 
 from memlm.errors import SharedError, UserError
 from memlm.files import disk_errors
+from memlm.models.modeling import PARTS_FOLDER
 
-PARTS_FOLDER = "parts"
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 Parts = dict[str, TensorStorageMetadata]
 
