@@ -1,6 +1,5 @@
 """What the entry points share."""
 
-import gc
 import os
 import sys
 from collections.abc import Callable
@@ -32,16 +31,6 @@ def run_entry_point(function: Callable[[], int | None]) -> int:
         return 141
     finally:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _stop_gloo()
+            from memlm.gloo import stop_gloo
 
-
-def _stop_gloo() -> None:
-    """End the threads of gloo, which the last reference to a process group does.
-
-    One that releases a tensor while the interpreter shuts down aborts the process (torch 2.13).
-    """
-    from torch import distributed
-
-    if distributed.is_initialized() and distributed.get_backend() == "gloo":
-        distributed.destroy_process_group()
-    gc.collect()  # models under DDP hold the group, in cycles
+            stop_gloo()

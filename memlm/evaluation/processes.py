@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from memlm.errors import UserError
+from memlm.gloo import hold_gloo
 
 T = TypeVar("T")
 
@@ -50,6 +51,7 @@ class Processes(Alone):
         """
         patience = InitProcessGroupKwargs(timeout=_PATIENCE)
         self.state = Accelerator(kwargs_handlers=[patience])
+        hold_gloo()
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         if asked != self.state.num_processes:
             raise UserError(

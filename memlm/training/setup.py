@@ -24,6 +24,7 @@ from memlm.data.config import HubSource
 from memlm.data.hub import hub_documents
 from memlm.data.shard_manifest import tokenizer_hash
 from memlm.errors import UserError
+from memlm.gloo import hold_gloo
 from memlm.memory.exchange import all_gather_reads
 from memlm.memory.sharding import MEMORY, shard_values, tables_apart
 from memlm.models import (
@@ -60,6 +61,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         project_dir=config.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    hold_gloo()
     check_processes(accelerator.num_processes, config.train)
     _check_sharding(accelerator)
     if accelerator.is_fsdp2:
