@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from memlm.errors import SharedError, UserError
 
@@ -34,3 +35,27 @@ def run_entry_point(function: Callable[[], int | None]) -> int:
             from memlm.gloo import stop_gloo
 
             stop_gloo()
+
+
+def folders_and_output(words: Sequence[str], usage: str) -> tuple[list[Path], Path | None]:
+    """The folders that a command line names, and its `--output`: None where it has none.
+
+    Raises:
+        UserError: for another option, or one without its value; it tells the `usage`.
+    """
+    folders, output = [], None
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.partition("=")
+        if key == "--output":
+            if not equals:
+                if not rest:
+                    raise UserError(f"--output needs a value; usage: {usage}")
+                value = rest.pop(0)
+            output = Path(value)
+        elif word.startswith("-"):
+            raise UserError(f"unknown option {word}; usage: {usage}")
+        else:
+            folders.append(Path(word))
+    return folders, output

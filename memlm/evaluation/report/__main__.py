@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from memlm.cli import run_entry_point
+from memlm.cli import folders_and_output, run_entry_point
 from memlm.errors import UserError
 from memlm.evaluation.report import format_table
 from memlm.evaluation.report.side_by_side import combine
@@ -36,21 +36,7 @@ def _report(words: list[str]) -> None:
 
 
 def _parse(words: list[str]) -> tuple[list[Path], Path]:
-    folders, output = [], None
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        key, equals, value = word.partition("=")
-        if key == "--output":
-            if not equals:
-                if not rest:
-                    raise UserError(f"--output needs a value; usage: {USAGE}")
-                value = rest.pop(0)
-            output = Path(value)
-        elif word.startswith("-"):
-            raise UserError(f"unknown option {word}; usage: {USAGE}")
-        else:
-            folders.append(Path(word))
+    folders, output = folders_and_output(words, USAGE)
     if not folders:
         raise UserError(f"no folder of a finished evaluation; usage: {USAGE}")
     if output is None:

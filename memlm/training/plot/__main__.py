@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from memlm.cli import run_entry_point
+from memlm.cli import folders_and_output, run_entry_point
 from memlm.errors import UserError
 from memlm.files import replace_file
 from memlm.training.plot.draw import draw_sheet
@@ -46,21 +46,8 @@ def _title(runs: list[Run]) -> str:
 
 
 def _parse(words: list[str]) -> tuple[list[Path], Path]:
-    folders, output = [], Path(DEFAULT)
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        key, equals, value = word.partition("=")
-        if key == "--output":
-            if not equals:
-                if not rest:
-                    raise UserError(f"--output needs a value; usage: {USAGE}")
-                value = rest.pop(0)
-            output = Path(value)
-        elif word.startswith("-"):
-            raise UserError(f"unknown option {word}; usage: {USAGE}")
-        else:
-            folders.append(Path(word))
+    folders, output = folders_and_output(words, USAGE)
+    output = Path(DEFAULT) if output is None else output
     if not folders:
         raise UserError(f"no run folder is given; usage: {USAGE}")
     if output.suffix not in ENDINGS:
