@@ -1,12 +1,10 @@
 """Shards are the same bytes for any number of workers, and after any number of violent deaths."""
 
 import errno
-import multiprocessing
 import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,8 @@ from memlm.data.config import TextSource
 from memlm.data.shards import prepare_shards
 from memlm.data.text_origin import TextOrigin, text_origin
 from memlm.errors import UserError
+from tests.data.dying import FORK, deadly, run_apart
 
-FORK = multiprocessing.get_context("fork")
 FRACTION = 0.2
 
 
@@ -48,12 +46,6 @@ def build(root: Path, origin: TextOrigin, processes: int = 1) -> dict[str, bytes
     return contents(root)
 
 
-def run_apart(function: Callable, *arguments: object) -> multiprocessing.Process:
-    process = FORK.Process(target=function, args=arguments)
-    process.start()
-    return process
-
-
 def test_any_number_of_workers_writes_the_same_bytes(origin: TextOrigin, tmp_path: Path) -> None:
     alone = build(tmp_path / "1", origin)
     assert len(alone) > 20
@@ -68,22 +60,11 @@ def test_killed_at_every_write_and_rename(
     whole = build(tmp_path / "whole", origin)
 
     def build_and_die(root: Path, moment: int) -> None:
-        steps = 0
-
-        def deadly(function: Callable) -> Callable:
-            def call(*arguments: object, **options: object) -> object:
-                nonlocal steps
-                steps += 1
-                if steps == moment:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*arguments, **options)
-
-            return call
-
+        kills = deadly(moment)
         # In the forked child only: before each, the process may end.
-        os.fsync = deadly(os.fsync)
-        Path.replace = deadly(Path.replace)
-        Path.unlink = deadly(Path.unlink)
+        os.fsync = kills(os.fsync)
+        Path.replace = kills(Path.replace)
+        Path.unlink = kills(Path.unlink)
         build(root, origin)
 
     for moment in range(1, 1000):

@@ -1,10 +1,9 @@
 """Streams written through: the rows of the stream, read once, from any place, by any process."""
 
 import json
-import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -16,8 +15,8 @@ import torch
 from memlm.data import ByteTokenizer, DataConfig, PackedDataset, stream_log
 from memlm.data.hub import HubReader
 from memlm.errors import UserError
+from tests.data.dying import deadly, run_apart
 
-FORK = multiprocessing.get_context("fork")
 ROWS = 60  # of 32 tokens: more than an epoch
 
 
@@ -182,12 +181,6 @@ def test_another_stream_is_refused(
     assert shard_files(tmp_path) == before
 
 
-def run_apart(function: Callable, *arguments: object) -> multiprocessing.Process:
-    process = FORK.Process(target=function, args=arguments)
-    process.start()
-    return process
-
-
 def test_several_processes_write_what_one_writes(dataset: Path, tmp_path: Path) -> None:
     alone = rows(dataset, tmp_path / "alone")
     expected = alone.batch(range(ROWS))["input_ids"]
@@ -216,21 +209,10 @@ def test_killed_at_every_write_and_rename(
     expected = whole.batch(range(ROWS))["input_ids"]
 
     def read_and_die(root: Path, moment: int) -> None:
-        steps = 0
-
-        def deadly(function: Callable) -> Callable:
-            def call(*arguments: object, **options: object) -> object:
-                nonlocal steps
-                steps += 1
-                if steps == moment:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*arguments, **options)
-
-            return call
-
-        os.fsync = deadly(os.fsync)
-        Path.replace = deadly(Path.replace)
-        stream_log.append_line = deadly(stream_log.append_line)
+        kills = deadly(moment)
+        os.fsync = kills(os.fsync)
+        Path.replace = kills(Path.replace)
+        stream_log.append_line = kills(stream_log.append_line)
         rows(dataset, root).row(ROWS)
 
     root = tmp_path / "cut"
