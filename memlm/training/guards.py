@@ -16,6 +16,7 @@ from memlm.errors import SharedError
 from memlm.files import discard, write_folder
 from memlm.training.lanes import Lanes
 from memlm.training.loss import Batch
+from memlm.training.retention import by_step
 from memlm.training.row_optimizer import RowOptimizer
 from memlm.training.together import on_main
 from memlm.training.updates import UpdateLog
@@ -131,7 +132,7 @@ class StepGuard:
             (folder / "step.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
 
         write_folder(place, write)
-        for old in sorted(self.folder.glob("step_*"))[:-KEPT_BATCHES]:
+        for old in by_step(self.folder)[:-KEPT_BATCHES]:
             discard(old)
 
 

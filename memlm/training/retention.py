@@ -22,7 +22,12 @@ def step_of(checkpoint: Path) -> int:
 
 def complete_checkpoints(run: Path) -> list[Path]:
     """All checkpoints of a run, oldest first: a folder gets its name when it is complete."""
-    found = [path for path in (run / FOLDER).glob("step_*") if path.is_dir() and step_of(path) >= 0]
+    return by_step(run / FOLDER)
+
+
+def by_step(folder: Path) -> list[Path]:
+    """The folders `step_N` in a folder, in the order of their steps."""
+    found = [path for path in folder.glob("step_*") if path.is_dir() and step_of(path) >= 0]
     return sorted(found, key=step_of)
 
 

@@ -174,8 +174,9 @@ class Trainer:
         Raises:
             UserError: when the disk is full, or training cannot go on.
         """
-        log = RunLog(
-            self.folder, self.options.steps, self.step, not self.accelerator.is_main_process
+        silent = not self.accelerator.is_main_process
+        log = on_each(
+            self.accelerator, lambda: RunLog(self.folder, self.options.steps, self.step, silent)
         )
         self.log = log
         if self.accelerator.device.type == "cpu":

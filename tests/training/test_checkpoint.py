@@ -130,6 +130,9 @@ def test_the_latest_stay_and_those_at_multiples_for_ever(tmp_path):
     ]
     keep_latest(tmp_path, 1)
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_000010"]
+    save(tmp_path, 999_999, 1_000_000)  # by number, not by name
+    keep_latest(tmp_path, 1)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_1000000"]
 
 
 def test_checkpoints_that_a_run_repeats_are_set_aside(tmp_path):
