@@ -82,7 +82,8 @@ def launch_sharded(config: RunConfig) -> None:
     train_in_two(Job(config, sharded=True))
 
 
-def _train(jobs: tuple[Job, ...], double: bool) -> list[Seen]:
+def set_environment() -> None:
+    """What a launcher tells a process of a run, here one of `run_processes`."""
     rank, count = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(
         RANK=rank,
@@ -94,6 +95,10 @@ def _train(jobs: tuple[Job, ...], double: bool) -> list[Seen]:
         ACCELERATE_USE_CPU="true",
         FORK_LAUNCHED="1",  # the end of a run leaves the process group to the next
     )
+
+
+def _train(jobs: tuple[Job, ...], double: bool) -> list[Seen]:
+    set_environment()
     found = []
     for job in jobs:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 from unittest import mock
 
 from accelerate import Accelerator
@@ -15,23 +14,15 @@ from memlm.training.main import main
 from memlm.training.provenance import STARTS_FILE, read_starts
 from memlm.training.run_lock import LOCK_FILE, RunLock
 from tests.memory.processes import run_processes
+from tests.training.launching import set_environment
 
 
 def _train(all_words: list[list[str]]) -> list[tuple[int, str]]:
     """Exit code and stderr of each run; RANK in a word becomes the number of the process."""
-    rank, count = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ.update(
-        RANK=rank,
-        LOCAL_RANK=rank,
-        WORLD_SIZE=count,
-        LOCAL_WORLD_SIZE=count,
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="0",
-        ACCELERATE_USE_CPU="true",
-        FORK_LAUNCHED="1",  # the end of a run leaves the process group to the next
-    )
+    set_environment()
+    rank = str(dist.get_rank())
     found = []
-    with mock.patch("memlm.cli._stop_gloo"):  # here as well
+    with mock.patch("memlm.gloo.stop_gloo"):  # here as well
         for words in all_words:
             AcceleratorState._reset_state(reset_partial_state=True)
             with contextlib.redirect_stderr(io.StringIO()) as stderr:
