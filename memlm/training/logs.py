@@ -156,7 +156,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and "step" in record else None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None
 
 
 def _drop_after(path: Path, step: int, ended: bool) -> None:

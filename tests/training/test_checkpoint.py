@@ -190,9 +190,10 @@ def test_a_half_record_is_dropped_and_a_broken_one_named(tmp_path):
     assert [record["step"] for record in read_metrics(path)] == [1, 2]
     RunLog(tmp_path, steps=9, step=2).close()
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(UserError, match="line 2 is no record"):
-        read_metrics(path)
+    for broken in ("nonsense", "[3]", '{"step": "2"}'):
+        path.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 2}}\n')
+        with pytest.raises(UserError, match="line 2 is no record"):
+            read_metrics(path)
 
 
 @pytest.fixture
