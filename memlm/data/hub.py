@@ -27,13 +27,13 @@ def find_revision(source: HubSource) -> str | None:
     Raises UserError when the Hub does not tell.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if Path(source.dataset).exists():
         return None
     try:
         return HfApi().dataset_info(source.dataset).sha
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
+    # Without a connection, an error of whatever HTTP library it has.
+    except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"source hub: cannot load {source.dataset!r} ({reason[0]})") from error
 

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from memlm.data.config import HubSource
-from memlm.data.hub import hub_documents
+from memlm.data.hub import find_revision, hub_documents
 from memlm.data.sources import stdlib_documents, text_documents
 from memlm.errors import UserError
 
@@ -192,6 +192,13 @@ def test_hub_columns_without_text_and_readings_that_break_off(
     assert next(documents) == "one"
     with pytest.raises(UserError, match=r"cannot read on after 1 rows of 'some/where' \(the"):
         next(documents)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match="cannot load 'some/where' .*refused"):
+        find_revision(HubSource(dataset="some/where"))
 
 
 def test_hub_mistakes(hub_folder: Path, tmp_path: Path) -> None:
