@@ -9,6 +9,18 @@ from memlm.data import PackedDataset
 Batch = dict[str, Tensor]
 
 
+def read_batch(dataset: PackedDataset, rows: range) -> Batch:
+    """Rows by number, int64 [rows, length] each.
+
+    Of several sources, `sources` has the number of its own at every place.
+    """
+    batch = dataset.batch(rows)
+    if len(dataset.source_names) > 1:
+        sources = dataset.sources_of(rows)
+        batch["sources"] = sources[:, None].expand_as(batch["labels"])
+    return batch
+
+
 class RowFeed:
     """The rows one process needs, step by step.
 
@@ -33,7 +45,7 @@ class RowFeed:
     def get(self, step: int) -> Batch:
         """The rows of `step`, int64 [rows / processes, length] each; starts on the next step's.
 
-        Of several sources, `sources` has the number of its own at every place.
+        See `read_batch`.
         """
         pending, self._pending = self._pending, None
         if pending is None or pending[0] != step:
@@ -48,9 +60,4 @@ class RowFeed:
 
     def _read(self, step: int) -> Batch:
         start = step * self.rows + self.first
-        indices = list(range(start, start + self.share))
-        batch = self.dataset.batch(indices)
-        if len(self.dataset.sources) > 1:
-            sources = self.dataset.sources_of(indices)
-            batch["sources"] = sources[:, None].expand_as(batch["labels"])
-        return batch
+        return read_batch(self.dataset, range(start, start + self.share))

@@ -5,7 +5,7 @@ from accelerate import Accelerator
 
 from memlm.config import LOSS_GROUPS, TrainConfig
 from memlm.data import ByteTokenizer, PackedDataset
-from memlm.training.feed import Batch
+from memlm.training.feed import Batch, read_batch
 from memlm.training.logs import bits
 from memlm.training.loss import RowLoss, group_counts, total
 
@@ -23,7 +23,8 @@ class HeldOut:
         self.dataset, self.accelerator = dataset, accelerator
         self.share = -(-options.evaluation_rows // accelerator.num_processes)
         in_a_step = options.tokens_per_step // options.stages()[-1].length
-        self.size = options.micro_batch_rows or in_a_step  # most rows of one forward pass
+        # Most rows of one forward pass: as many as training has in its last stage.
+        self.size = options.micro_batch_rows or in_a_step // accelerator.num_processes
         self._batches: list[Batch] | None = None
 
     @torch.no_grad()
@@ -59,14 +60,7 @@ class HeldOut:
             first = self.accelerator.process_index * self.share
             mine = range(first, first + self.share)
             self._batches = [
-                self._batch(mine[start : start + self.size])
+                read_batch(self.dataset, mine[start : start + self.size])
                 for start in range(0, self.share, self.size)
             ]
         return self._batches
-
-    def _batch(self, rows: range) -> Batch:
-        batch = self.dataset.batch(rows)
-        if len(self.dataset.source_names) > 1:
-            sources = self.dataset.sources_of(rows)
-            batch["sources"] = sources[:, None].expand_as(batch["labels"])
-        return batch
