@@ -3,8 +3,9 @@
 Nothing is gathered for it. torch.distributed.checkpoint cuts tensors anew where a run goes on with
 other processes, or with one that shards nothing.
 
-Its index, `.metadata`, is a pickle, the only one that is ever read: from the run's own folder or a
-checkpoint that the user named, and only after the checksums of that checkpoint have been compared.
+Its index, `.metadata`, is a pickle, the only one that is read without torch's `weights_only`: from
+the run's own folder or a checkpoint that the user named, and only after the checksums of that
+checkpoint have been compared.
 """
 
 import warnings
