@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from memlm.data import ByteTokenizer
 from memlm.errors import UserError
@@ -65,8 +68,11 @@ def build(name: str, dtype=torch.float64) -> PreTrainedModel:
     """An untrained model with decided opinions."""
     torch.manual_seed(0)
     ends = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
-    config = AutoConfig.for_model(name, **(MODELS | NOT_CAUSAL)[name], **ends)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    # Not through the auto classes: an imported library may have put classes of its own there.
+    config = getattr(transformers, CONFIG_MAPPING_NAMES[name])(
+        **(MODELS | NOT_CAUSAL)[name], **ends
+    )
+    model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
