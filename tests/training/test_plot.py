@@ -210,7 +210,7 @@ def test_mistakes_end_with_one_line(make_run, tmp_path, capsys):
         ([good / METRICS_FILE], "there is no such run folder"),
         ([tmp_path / "plain"], f"plain: it is no run folder, it has no {METRICS_FILE}"),
         ([good, damaged], f"damaged/{METRICS_FILE}: line 2 is no record of a run"),
-        ([odd], "line 1 is no record of a run: its step is no number"),
+        ([odd], f"odd/{METRICS_FILE}: line 1 is no record of a run"),
         ([empty], "no step is recorded yet"),
         ([good, tmp_path / "plain" / ".." / "good"], "the run is given twice"),
         ([], "no run folder is given; usage: "),

@@ -100,9 +100,6 @@ def _read_run(folder: Path, name: str) -> Run:
     if not path.is_file():
         raise UserError(f"{folder}: it is no run folder, it has no {METRICS_FILE}")
     records = read_metrics(path)
-    for number, record in enumerate(records, start=1):
-        if not _is_number(record["step"]):
-            raise UserError(f"{path}: line {number} is no record of a run: its step is no number")
     training = [record for record in records if not record.get("evaluation")]
     evaluations = [record for record in records if record.get("evaluation")]
     return Run(name, folder, _curves(training), _curves(evaluations), _stages(training))
