@@ -343,7 +343,7 @@ def compare(
 def race(sides: Mapping[str, tuple]) -> dict[str, Run]:
     """Run every side in a process, a step of each in turn; the values are arguments of `train`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.train_throughput"])
+    context.set_forkserver_preload(["memlm.training"])
     processes, turns = [], {}
     try:
         for side, arguments in sides.items():
