@@ -29,18 +29,18 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
 
     Raises:
         SharedError: on every process, where `function` raised a UserError: none is left waiting.
+            After another error, which the main process raises, on the others.
     """
     if accelerator.num_processes == 1:
         return function()
-    outcome: list = [None, None]
+    outcome, failure = [None, None], None
     if accelerator.is_main_process:
         try:
-            outcome = [function(), None]
-        except UserError as error:
-            outcome = [None, str(error)]
+            outcome[0] = function()
+        except Exception as error:
+            failure, outcome[1] = error, _message(error)
     broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise SharedError(outcome[1])
+    _raise(failure, outcome[1])
     return outcome[0]
 
 
@@ -52,15 +52,35 @@ def on_each(accelerator: Accelerator, function: Callable[[], T]) -> T:
 
     Raises:
         SharedError: on every process, where `function` raised a UserError on any: the first one's.
+            After another error, which the process that had it raises, on the others.
     """
     if accelerator.num_processes == 1:
         return function()
-    result, message = None, None
+    result, failure, message = None, None, None
     try:
         result = function()
-    except UserError as error:
-        message = str(error)
+    except Exception as error:
+        failure, message = error, _message(error)
     messages = [one for one in gather_object([message]) if one is not None]
-    if messages:
-        raise SharedError(messages[0])
+    _raise(failure, messages[0] if messages else None)
     return result
+
+
+def _message(error: Exception) -> str:
+    """What all processes are told of an error of one."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"another process failed ({type(error).__name__}: {error})"
+
+
+def _raise(failure: Exception | None, message: str | None) -> None:
+    """Raise what this process has to, if any process failed; one's own bugs keep their traceback.
+
+    Args:
+        failure: what went wrong here.
+        message: what all were told.
+    """
+    if failure is not None and not isinstance(failure, UserError):
+        raise failure
+    if message is not None:
+        raise SharedError(message)

@@ -9,10 +9,12 @@ from accelerate.state import AcceleratorState
 from torch import distributed as dist
 
 from memlm.config import save_config
+from memlm.errors import SharedError
 from memlm.training.logs import METRICS_FILE
 from memlm.training.main import main
 from memlm.training.provenance import STARTS_FILE, read_starts
 from memlm.training.run_lock import LOCK_FILE, RunLock
+from memlm.training.together import on_each, on_main
 from tests.memory.processes import run_processes
 from tests.training.launching import set_environment
 
@@ -82,3 +84,31 @@ def test_a_mistake_is_said_once_and_ends_all_processes(make_config, tmp_path):
     assert len(start["processes"]) == 2
     assert start["environment"]["WORLD_SIZE"] == "2"
     assert not (free.output_dir / LOCK_FILE).exists()
+
+
+def _meet_a_bug() -> list[tuple[str, str]]:
+    """What this process raises when another has a bug."""
+    set_environment()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator()
+
+    def fails_on(process: int) -> None:
+        if accelerator.process_index == process:
+            raise ZeroDivisionError("of a bug")
+
+    found = []
+    for call in (
+        lambda: on_main(accelerator, lambda: fails_on(0)),
+        lambda: on_each(accelerator, lambda: fails_on(1)),
+    ):
+        try:
+            call()
+        except (ZeroDivisionError, SharedError) as error:
+            found.append((type(error).__name__, str(error)))
+    return found
+
+
+def test_a_bug_on_one_process_leaves_no_other_waiting():
+    bug = ("ZeroDivisionError", "of a bug")
+    told = ("SharedError", "another process failed (ZeroDivisionError: of a bug)")
+    assert run_processes(2, _meet_a_bug) == [[bug, told], [told, bug]]

@@ -215,17 +215,22 @@ def test_processes_share_the_prompts_and_join_the_scores(make_config, during, mo
     assert [rows for _, _, rows in tasks._share()] == [rows for _, _, rows in whole]
 
 
+def require_the_same(one, two, path):
+    """Train `one` here and `two` in two processes, and compare what they measure."""
+    Trainer(one).run()
+    words = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    done = launch(words, two, path, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    for mine, other in zip(evaluations(one), evaluations(two), strict=True):
+        assert other == pytest.approx(mine, abs=1e-5)
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(make_config, during, tmp_path):
     options = {"model": {"layers": [LAYER]}, "steps": 2, "evaluation_rows": 4}
     options |= {"evaluate_during": during, "length": 128}
     one, two = make_config("one", **options), make_config("two", **options)
-    Trainer(one).run()
-    words = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    done = launch(words, two, tmp_path / "two.yaml", ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr
-    for mine, other in zip(evaluations(one), evaluations(two), strict=True):
-        assert other == pytest.approx(mine, abs=1e-5)
+    require_the_same(one, two, tmp_path / "two.yaml")
 
 
 @pytest.mark.slow
@@ -235,12 +240,7 @@ def test_processes_that_hold_tables_together_read_together(make_config, during, 
     options |= {"evaluate_during": during, "length": 128, "value_optimizer": "lazy_adam"}
     one = make_config("one", **options)
     two = make_config("two", memory_parallel=2, **options)
-    Trainer(one).run()
-    words = ["--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    done = launch(words, two, tmp_path / "two.yaml", ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr
-    for mine, other in zip(evaluations(one), evaluations(two), strict=True):
-        assert other == pytest.approx(mine, abs=1e-5)
+    require_the_same(one, two, tmp_path / "two.yaml")
 
 
 def test_what_cannot_be_measured_is_refused_before_the_run_begins(make_config, during):
