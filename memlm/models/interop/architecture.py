@@ -6,6 +6,7 @@ alone. A rule works in both directions, so what was read is written back bit by 
 """
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,22 +28,39 @@ class Rule:
         theirs, ours: names.
         to_ours: their tensors, in the order of their names, to ours; shapes only, no arithmetic.
         to_theirs: the inverse.
-        dropped: their tensors that nothing reads (`ours` is empty); missing ones are no error.
+        repeats: a tensor of theirs whose numbers this one must have, where it is there.
+        dropped: their tensors that nothing reads (`ours` is empty); missing ones are no error, and
+            names may have * in them.
     """
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     to_ours: Callable[..., Tensors] = _unchanged
     to_theirs: Callable[..., Tensors] = _unchanged
+    repeats: str | None = None
 
     @property
     def dropped(self) -> bool:
         return not self.ours
 
+    def drops(self, name: str) -> bool:
+        """Whether it drops their tensor of that name."""
+        return self.dropped and any(fnmatch.fnmatchcase(name, theirs) for theirs in self.theirs)
+
 
 def renamed(theirs: str, ours: str) -> Rule:
     """One tensor under another name."""
     return Rule((theirs,), (ours,))
+
+
+def dropped(*patterns: str) -> Rule:
+    """Tensors that nothing reads, by names such as "mtp.*"."""
+    return Rule(patterns, ())
+
+
+def repeated(theirs: str, original: str) -> Rule:
+    """A tensor that may be there twice, such as a tied head; refused where its numbers differ."""
+    return Rule((theirs,), (), repeats=original)
 
 
 def joined(theirs: Sequence[str], ours: str, sizes: Sequence[int]) -> Rule:

@@ -1,0 +1,136 @@
+"""The config.json of another architecture, read value by value: none is left out unknowingly."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig
+
+from memlm.errors import UserError
+
+# Of every config.json, and without a part in what a model computes.
+_DESCRIPTIVE = {
+    "_commit_hash",
+    "_name_or_path",
+    "architectures",
+    "attn_implementation",
+    "_attn_implementation",
+    "auto_map",
+    "chunk_size_feed_forward",
+    "dtype",
+    "is_encoder_decoder",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "transformers.js_config",
+    "use_cache",
+} | set(PreTrainedConfig.__dataclass_fields__)
+_GENERATION = set(GenerationConfig().to_dict())
+# Rotary positions, in the spellings of several years.
+_ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+class TheirConfig:
+    """Values of a config.json, with the defaults of its own library where it is silent.
+
+    A map takes every value that it understands, then calls `finish`.
+
+    Args:
+        values: the config.json.
+        defaults: of the architecture; None = those of transformers' own config class of that
+            model_type, which also brings older spellings into today's.
+
+    Raises:
+        UserError: for values that the config class refuses.
+    """
+
+    def __init__(self, values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None):
+        self.model_type = values["model_type"]
+        self.given = dict(values)
+        self.understood: set[str] = set()
+        if defaults is None:
+            self.values = _standardized(self.model_type, values)
+        else:
+            self.values = {**defaults, **values}
+
+    def take(self, key: str) -> Any:
+        """A value that the map understands."""
+        self.understood.add(key)
+        return self.values[key]
+
+    def take_all(self, *keys: str) -> dict[str, Any]:
+        """Values that are called the same here."""
+        return {key: self.take(key) for key in keys}
+
+    def fixed(self, key: str, *valid: Any) -> None:
+        """Understand a value of which this library has these alone.
+
+        Raises:
+            UserError: for another one.
+        """
+        value = self.take(key)
+        if value not in valid:
+            self.refuse(key, f"only {' or '.join(map(repr, valid))} can be computed here")
+
+    def ignore(self, *keys: str) -> None:
+        """Understand values that take no part in the computation."""
+        self.understood.update(keys)
+
+    def refuse(self, key: str, reason: str) -> None:
+        """Raise UserError for the value of `key`."""
+        raise UserError(f"{self.model_type}: config.json has {key} {self.values[key]!r}; {reason}")
+
+    def rope(self) -> dict[str, Any]:
+        """`rope_theta`, `rope_fraction` and `rope_scaling` of an attention layer of ours.
+
+        Raises:
+            UserError: for rotary positions that change with the length of the text.
+        """
+        self.understood.update(_ROPE)
+        scaling = dict(self.values["rope_parameters"])
+        theta = scaling.pop("rope_theta")
+        fraction = scaling.pop("partial_rotary_factor", None)
+        scaling.pop("type", None)  # an older spelling of rope_type
+        if scaling["rope_type"] not in ROPE_TYPES:
+            self.refuse(
+                "rope_parameters",
+                f"of the rope types only {', '.join(ROPE_TYPES)} can be computed here",
+            )
+        found: dict[str, Any] = {"rope_theta": float(theta)}
+        if fraction not in (None, 1.0):
+            found["rope_fraction"] = float(fraction)
+        if scaling["rope_type"] != "default":
+            found["rope_scaling"] = scaling
+        return found
+
+    def tokens(self) -> dict[str, int | None]:
+        """`pad_token_id`, `bos_token_id` and `eos_token_id`: of several, the first."""
+        found = {}
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = self.take(key)
+            if isinstance(value, list):
+                value = value[0] if value else None
+            found[key] = None if value is None or value < 0 else value  # -1 stands for none
+        return found
+
+    def finish(self) -> None:
+        """Raise UserError for a value that no one took and that may change the computation."""
+        known = self.understood | _DESCRIPTIVE | _GENERATION
+        for key, value in self.given.items():
+            if key not in known and value is not None:
+                self.refuse(key, "what it changes is not known here, so it cannot be left out")
+
+
+def _standardized(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(values)))
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        cause = error.__cause__ or error
+        reason = str(cause).strip().splitlines()[-1].strip()
+        raise UserError(f"{model_type}: config.json is not valid ({reason})") from error
+    return config.to_dict()
