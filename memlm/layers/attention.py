@@ -14,79 +14,13 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from memlm.errors import UserError
+from memlm.layers.attention_config import AttentionConfig
 from memlm.layers.context import CallContext, SequenceLayout
 from memlm.layers.convolution import ConvolutionState, ShortConvolution
 from memlm.layers.norm import RMSNorm
-from memlm.layers.rotary import rotate
+from memlm.layers.rotary import Rotary, rotate
 from memlm.layers.short_attention import short_causal_attention, suits
 from memlm.layers.state import MemoryState
-
-
-@dataclasses.dataclass(kw_only=True)
-class AttentionConfig:
-    """Sizes of the `attention` mixer.
-
-    Attributes:
-        num_heads: query heads; None = one per 64 channels (at least 1).
-        num_key_value_heads: key/value heads; None = num_heads.
-        head_dim: channels per head; None = hidden_size / num_heads.
-        rope: rotary positions, or no position encoding.
-        rope_theta: base of the rotary frequencies.
-        qk_norm: RMSNorm on the queries and keys of each head.
-        conv_size: kernel of a causal depthwise convolution added to the input; None = none.
-        window: how many tokens a query sees, itself included; None = all.
-    """
-
-    num_heads: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    rope: bool = True
-    rope_theta: float = 10000.0
-    qk_norm: bool = False
-    conv_size: int | None = None
-    window: int | None = None
-
-    @property
-    def attention_window(self) -> int | None:
-        """Tokens that a query sees, under the name it has in all mixers."""
-        return self.window
-
-    def heads(self, hidden_size: int) -> tuple[int, int, int]:
-        """Query heads, key/value heads and channels per head in a model of that width."""
-        num_heads = self.num_heads or max(1, hidden_size // 64)
-        return (
-            num_heads,
-            self.num_key_value_heads or num_heads,
-            (self.head_dim or hidden_size // num_heads),
-        )
-
-    def check_sizes(self, hidden_size: int) -> None:
-        """Raise UserError for sizes that cannot work in a model of width `hidden_size`."""
-        for name in ("num_heads", "num_key_value_heads", "head_dim", "window", "conv_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
-        num_heads, num_key_value_heads, head_dim = self.heads(hidden_size)
-        if self.head_dim is None and hidden_size % num_heads:
-            raise UserError(
-                f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}; "
-                "choose a divisor or give head_dim"
-            )
-        if num_heads % num_key_value_heads:
-            raise UserError(
-                f"num_heads {num_heads} is not a multiple of num_key_value_heads "
-                f"{num_key_value_heads}"
-            )
-        if self.rope and head_dim % 2:
-            raise UserError(f"rotary positions need an even head_dim, got {head_dim}")
-
-
-@dataclasses.dataclass(kw_only=True)
-class SlidingAttentionConfig(AttentionConfig):
-    """Sizes of the `sliding_attention` mixer: as `attention`, with a window."""
-
-    window: int | None = 512
 
 
 @dataclasses.dataclass
@@ -125,6 +59,7 @@ class Attention(nn.Module):
         spec: AttentionConfig,
         config: PreTrainedConfig,
         norm_eps: float = 1e-6,
+        zero_centered_norm: bool = False,
     ):
         super().__init__()
         hidden_size = config.hidden_size
@@ -133,16 +68,27 @@ class Attention(nn.Module):
         self.num_heads, self.num_key_value_heads, self.head_dim = spec.heads(hidden_size)
         self.num_key_value_groups = self.num_heads // self.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        self.rope_theta = spec.rope_theta if spec.rope else None
+        self.rotary = None
+        if spec.rope:
+            turned = spec.rotary_channels(self.head_dim)
+            self.rotary = Rotary.scaled(turned, spec.rope_theta, spec.rope_scaling)
         self.configured_window = spec.window
         self.window = spec.window
 
-        self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, self.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, self.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, hidden_size, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, norm_eps) if spec.qk_norm else nn.Identity()
+        width = self.num_heads * self.head_dim
+        key_width = self.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(hidden_size, width, bias=spec.qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, key_width, bias=spec.qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, key_width, bias=spec.qkv_bias)
+        self.g_proj = (
+            nn.Linear(hidden_size, width, bias=spec.qkv_bias) if spec.output_gate else None
+        )
+        self.o_proj = nn.Linear(width, hidden_size, bias=spec.output_bias)
+        self.norm_all_heads = spec.qk_norm == "all_heads"
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if spec.qk_norm:
+            sizes = (width, key_width) if self.norm_all_heads else (self.head_dim, self.head_dim)
+            self.q_norm, self.k_norm = (RMSNorm(n, norm_eps, zero_centered_norm) for n in sizes)
         self.convolution = (
             ShortConvolution(hidden_size, spec.conv_size, activation=None)
             if spec.conv_size
@@ -181,11 +127,11 @@ class Attention(nn.Module):
             hidden, tail = self.convolve(hidden, state, context.layout)
             state = dataclasses.replace(state, tail=tail)
         angles = None
-        if self.rope_theta is not None:
-            angles = context.rotary_angles(self.head_dim, self.rope_theta, hidden.dtype)
+        if self.rotary is not None:
+            angles = context.rotary_angles(self.rotary, hidden.dtype)
         projected = self._project(hidden, angles)
         output, state = self.over_documents(*projected, state, context)
-        return self.o_proj(output), state
+        return self._output(output, hidden), state
 
     def over_documents(
         self, query: Tensor, key: Tensor, value: Tensor, state: AttentionState, context: CallContext
@@ -221,11 +167,13 @@ class Attention(nn.Module):
 
     def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value [..., heads, head_dim] of [..., hidden_size], without positions."""
-        query, key, value = (
-            proj(hidden).unflatten(-1, (-1, self.head_dim))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.q_norm(query), self.k_norm(key), value
+        query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        if self.norm_all_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in (query, key, value))
+        if not self.norm_all_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query, key, value
 
     def _project(
         self, hidden: Tensor, angles: tuple[Tensor, Tensor] | None
@@ -238,6 +186,13 @@ class Attention(nn.Module):
         if angles is not None:
             query, key = rotate(query, *angles), rotate(key, *angles)
         return query, key, value
+
+    def _output(self, heads: Tensor, hidden: Tensor) -> Tensor:
+        """[..., hidden_size] of the heads side by side, and of the tokens they were projected from,
+        which open the gate."""
+        if self.g_proj is not None:
+            heads = heads * self.g_proj(hidden).sigmoid()
+        return self.o_proj(heads)
 
     def convolve(
         self, hidden: Tensor, state: AttentionState, layout: SequenceLayout
@@ -404,9 +359,13 @@ class Attention(nn.Module):
 
     def flops(self, tokens: int) -> int:
         """Floating point operations of one forward pass over one row of `tokens` tokens."""
-        projections = sum(
-            layer.weight.numel() for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
-        )
+        projections = [self.q_proj, self.k_proj, self.v_proj, self.o_proj]
+        others = 0
+        if self.g_proj is not None:
+            projections.append(self.g_proj)
+            others += self.g_proj.out_features
+        for layer in projections:
+            others += 2 * layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
         window = min(self.window or tokens, tokens)
         seen = tokens * window - window * (window - 1) // 2
-        return 2 * tokens * projections + 4 * seen * self.num_heads * self.head_dim
+        return tokens * others + 4 * seen * self.num_heads * self.head_dim

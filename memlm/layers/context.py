@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from memlm.layers.rotary import rotary_angles
+from memlm.layers.rotary import Rotary
 from memlm.layers.state import MemoryState
 
 State = TypeVar("State", bound=MemoryState)
@@ -163,13 +163,11 @@ class CallContext:
     shared: dict[str, Any] = dataclasses.field(default_factory=dict)
     input_ids: Tensor | None = None
 
-    def rotary_angles(
-        self, channels: int, theta: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def rotary_angles(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the tokens' rotary angles, [B, T, channels], made once in a call."""
-        name = f"rotary angles {channels} {theta} {dtype}"
+        name = f"rotary angles {rotary} {dtype}"
         if name not in self.shared:
-            self.shared[name] = rotary_angles(self.position_ids, channels, theta, dtype)
+            self.shared[name] = rotary.angles(self.position_ids, dtype)
         return self.shared[name]
 
     @classmethod

@@ -12,14 +12,33 @@ class RMSNorm(nn.RMSNorm):
 
     There torch makes the backward pass from that of every single operation, three times as long for
     256 channels. Outputs are torch's, bit by bit. On a GPU torch has a kernel for each pass.
+
+    Args:
+        channels: of the last dimension.
+        eps: added to the mean of the squares.
+        zero_centered: the gain is 1 + weight, and the weight starts at 0; computed in float32 at
+            least, as in transformers.
     """
+
+    def __init__(self, channels: int, eps: float, zero_centered: bool = False):
+        super().__init__(channels, eps)
+        self.zero_centered = zero_centered
+        if zero_centered:
+            nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., channels] -> [..., channels]."""
-        plain = x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
-        if x.device.type != "cpu" or not plain:
-            return super().forward(x)
-        return _Normed.apply(x, self.weight, self.eps)
+        if self.zero_centered:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return _norm(x.to(wide), 1 + self.weight.to(wide), self.eps).to(x.dtype)
+        return _norm(x, self.weight, self.eps)
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    plain = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
+    if x.device.type != "cpu" or not plain:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return _Normed.apply(x, weight, eps)
 
 
 class _Normed(torch.autograd.Function):

@@ -61,7 +61,7 @@ class PersistentAttention(Attention):
             columns = torch.arange(keys.shape[1], device=query.device)
             mask = (columns[:, None] >= columns)[None, None]
         first_keys, first_values = self._persistent_pairs(len(query), query.dtype)
-        if self.rope_theta is not None:
+        if self.rotary is not None:
             keys = F.pad(keys, (0, self.head_dim))
             first_keys = F.pad(first_keys, (self.head_dim, 0))
         keys = torch.cat([first_keys, keys], 1)

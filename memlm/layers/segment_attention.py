@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from memlm.layers.attention import AttentionConfig, AttentionState
 from memlm.layers.persistent_attention import PersistentAttention
-from memlm.layers.rotary import rotary_angles
 
 
 class SegmentAttention(PersistentAttention):
@@ -42,8 +41,8 @@ class SegmentAttention(PersistentAttention):
     def project(self, hidden: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value [T, heads, channels] of tokens [T, hidden_size] at slots [T]."""
         angles = None
-        if self.rope_theta is not None:
-            angles = rotary_angles(slots[None], self.head_dim, self.rope_theta, hidden.dtype)
+        if self.rotary is not None:
+            angles = self.rotary.angles(slots[None], hidden.dtype)
         query, key, value = self._project(hidden[None], angles)
         return query[0], key[0], value[0]
 

@@ -128,8 +128,8 @@ class CosineAttention(Attention):
         self, query: Tensor, key: Tensor, value: Tensor, state: AttentionState, context: CallContext
     ) -> tuple[Tensor, AttentionState]:
         """Attend in the window: the heads' outputs [B, T, H, head_dim] and the new state."""
-        if self.rope_theta is not None:
-            angles = context.rotary_angles(self.head_dim, self.rope_theta, query.dtype)
+        if self.rotary is not None:
+            angles = context.rotary_angles(self.rotary, query.dtype)
             query, key = rotate(query, *angles), rotate(key, *angles)
         output, state = self.over_documents(query, key, value, state, context)
         return output.unflatten(-1, (self.num_heads, self.head_dim)), state

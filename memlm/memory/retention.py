@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from memlm.cuda import linear_recurrence
 from memlm.errors import UserError
 from memlm.layers.gated_norm import GatedRMSNorm
-from memlm.layers.rotary import rotary_angles
+from memlm.layers.rotary import Rotary
 from memlm.memory.base import CallContext, MemoryConfig, MemoryModule, register
 from memlm.memory.matrix_state import MatrixState, zero_matrices
 
@@ -124,7 +124,7 @@ class Retention(MemoryModule):
         q = self.q_proj(x).unflatten(-1, (H, K))
         k = self.k_proj(x).unflatten(-1, (H, K))
         positions = layout.pack(context.position_ids)
-        cos, sin = rotary_angles(positions, K, self.config.rope_theta, q.dtype)
+        cos, sin = Rotary(K, self.config.rope_theta).angles(positions, q.dtype)
         q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
         o, recurrent = linear_recurrence(
             q,

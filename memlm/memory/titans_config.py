@@ -5,7 +5,7 @@ import math
 from typing import Literal
 
 from memlm.errors import UserError, nearest
-from memlm.layers.attention import AttentionConfig
+from memlm.layers.attention_config import AttentionConfig
 from memlm.memory.base import MemoryConfig
 
 VARIANTS = ("lmm", "mac", "mag", "mal")

@@ -30,17 +30,22 @@ class Branch(nn.Module):
     def __init__(self, site: str, entry: tuple[str, Any], norm: str, config: MemLMConfig):
         super().__init__()
         name, spec = entry
-        width, eps = config.hidden_size, config.rms_norm_eps
+        width, eps, zero_centered = (
+            config.hidden_size,
+            config.rms_norm_eps,
+            config.zero_centered_norm,
+        )
         if name in ("attention", "sliding_attention"):
-            self.module = Attention(spec, config, eps)
+            self.module = Attention(spec, config, eps, zero_centered)
         elif name == "swiglu":
             self.module = SwiGLU(width, spec.intermediate_size or config.intermediate_size)
         else:
             self.module = memory_class(name).build(spec, width, eps)
         self.is_memory = isinstance(self.module, MemoryModule)
         self.parallel = site == "memory" and spec.parallel
-        self.norm = RMSNorm(width, eps) if norm in ("pre", "sandwich") else nn.Identity()
-        self.post_norm = RMSNorm(width, eps) if norm in ("post", "sandwich") else nn.Identity()
+        before, after = norm in ("pre", "sandwich"), norm in ("post", "sandwich")
+        self.norm = RMSNorm(width, eps, zero_centered) if before else nn.Identity()
+        self.post_norm = RMSNorm(width, eps, zero_centered) if after else nn.Identity()
         self.gate_start = getattr(spec, "gate", None)
         self.gate = nn.Parameter(torch.empty(width)) if self.gate_start is not None else None
         self.init_weights()

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from memlm.errors import UserError, nearest, require_known
-from memlm.layers.attention import AttentionConfig, SlidingAttentionConfig
+from memlm.layers.attention_config import AttentionConfig, SlidingAttentionConfig
 from memlm.memory import memory_config, memory_names
 from memlm.memory.output_memory import OUTPUT, OutputMemoryConfig, output_memory_config
 from memlm.specification import build_config
@@ -59,6 +59,8 @@ class MemLMConfig(PreTrainedConfig):
         output: an output memory behind the head, a name or `{type: NAME, ...}`; None = none.
         max_position_embeddings: longest context the model may be given; None = unlimited.
         rms_norm_eps: epsilon of every RMSNorm of the backbone.
+        zero_centered_norm: whether the gain of these is 1 + weight, the weight starting at 0, as
+            in Gemma and Qwen3-Next. Memories have norms of their own, which stay as they are.
         initializer_range: standard deviation of new linear and embedding weights.
         tie_word_embeddings: whether the head is the embedding matrix.
     """
@@ -73,6 +75,7 @@ class MemLMConfig(PreTrainedConfig):
     output: dict | str | None = None
     max_position_embeddings: int | None = None
     rms_norm_eps: float = 1e-6
+    zero_centered_norm: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True

@@ -95,7 +95,7 @@ class MemLMModel(MemLMPreTrainedModel):
         plans = config.plan()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, plan, index) for index, plan in enumerate(plans))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.zero_centered_norm)
         branches = [branch for block in self.layers for branch in block.branches().values()]
         self.shared = build_shared(branches, config.hidden_size)
         self.gradient_checkpointing = False

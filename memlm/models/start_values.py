@@ -22,7 +22,8 @@ def init_module(module: nn.Module, std: float) -> None:
         init.normal_(module.weight, std=std)
     elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
         if module.weight is not None:
-            init.ones_(module.weight)
+            start = init.zeros_ if getattr(module, "zero_centered", False) else init.ones_
+            start(module.weight)
         if getattr(module, "bias", None) is not None:
             init.zeros_(module.bias)
     elif hasattr(module, "init_weights") and not isinstance(module, PreTrainedModel):

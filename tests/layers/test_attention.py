@@ -81,9 +81,9 @@ def formula(layer, hidden):
     q = layer.q_norm(layer.q_proj(hidden).view(length, -1, layer.head_dim))
     k = layer.k_norm(layer.k_proj(hidden).view(length, -1, layer.head_dim))
     v = layer.v_proj(hidden).view(length, -1, layer.head_dim)
-    if layer.rope_theta is not None:
+    if layer.rotary is not None:
         positions = torch.arange(length, dtype=hidden.dtype)
-        q, k = (rotate(x, positions, layer.rope_theta) for x in (q, k))
+        q, k = (rotate(x, positions, layer.rotary.theta) for x in (q, k))
     rows = []
     for t in range(length):
         first = 0 if layer.window is None else max(0, t + 1 - layer.window)

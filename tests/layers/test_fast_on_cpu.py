@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from memlm.layers import short_attention
 from memlm.layers.norm import RMSNorm
-from memlm.layers.rotary import rotary_angles, rotate
+from memlm.layers.rotary import Rotary, rotate
 from memlm.layers.short_attention import short_causal_attention, suits
 
 
@@ -53,7 +53,7 @@ def test_norm_leaves_other_precisions_to_torch():
 def test_rotation():
     (x,) = leaves((2, 5, 3, 8))
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 0, 1, 2]])
-    cos, sin = rotary_angles(positions, 8, 10000.0, x.dtype)
+    cos, sin = Rotary(8, 10000.0).angles(positions, x.dtype)
     expected, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
     same(rotate(x, cos, sin), expected, (x,))
 

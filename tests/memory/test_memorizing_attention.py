@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.errors import UserError
 from memlm.layers.context import SequenceLayout
-from memlm.layers.rotary import rotary_angles
+from memlm.layers.rotary import Rotary
 from memlm.memory import CallContext, MemorizingAttention, MemorizingAttentionConfig
 
 SIZES = {"window": 5, "segment": 4, "capacity": 8, "top_k": 3, "num_heads": 4}
@@ -49,7 +49,7 @@ def expected_output(memory, hidden, use_memory=True):
     positions = torch.arange(len(hidden))
     rotated_q, rotated_k = q, k
     if config.rope:
-        angles = rotary_angles(positions, dim, config.rope_theta, torch.float64)
+        angles = Rotary(dim, config.rope_theta).angles(positions, torch.float64)
         rotated_q, rotated_k = apply_rotary_pos_emb(q, k, *angles, unsqueeze_dim=1)
     rows = []
     for p in range(len(hidden)):
