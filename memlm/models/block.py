@@ -12,11 +12,12 @@ from memlm.errors import UserError
 from memlm.layers.attention import Attention
 from memlm.layers.context import CallContext
 from memlm.layers.mlp import SwiGLU
+from memlm.layers.moe import MixtureOfExperts
 from memlm.layers.norm import RMSNorm
 from memlm.layers.state import MemoryState
 from memlm.memory import MemoryModule, memory_class
 from memlm.memory.base import AttendingMemory
-from memlm.models.configuration import SITES, LayerPlan, MemLMConfig
+from memlm.models.configuration import FEED_FORWARDS, SITES, LayerPlan, MemLMConfig
 
 States = dict[str, MemoryState]
 
@@ -39,9 +40,13 @@ class Branch(nn.Module):
             self.module = Attention(spec, config, eps, zero_centered)
         elif name == "swiglu":
             self.module = SwiGLU(width, spec.intermediate_size or config.intermediate_size)
+        elif name == "moe":
+            std = config.initializer_range
+            self.module = MixtureOfExperts(spec, width, config.intermediate_size, std)
         else:
             self.module = memory_class(name).build(spec, width, eps)
         self.is_memory = isinstance(self.module, MemoryModule)
+        self.stateless = name in FEED_FORWARDS
         self.parallel = site == "memory" and spec.parallel
         before, after = norm in ("pre", "sandwich"), norm in ("post", "sandwich")
         self.norm = RMSNorm(width, eps, zero_centered) if before else nn.Identity()
@@ -56,7 +61,7 @@ class Branch(nn.Module):
 
     def init_states(self, name: str, batch_size: int, device=None, dtype=None) -> States:
         """The module's states before the first token by name: none for a stateless module."""
-        if isinstance(self.module, SwiGLU):
+        if self.stateless:
             return {}
         states = {name: self.module.init_state(batch_size, device, dtype)}
         if isinstance(self.module, AttendingMemory):
@@ -91,7 +96,7 @@ class Branch(nn.Module):
             return None, {} if state is None else {name: state}
         new_states = {}
         hidden = self.norm(hidden)
-        if isinstance(self.module, SwiGLU):
+        if self.stateless:
             output, state = self.module(hidden), None
         elif attends:
             output, state, new_states[attention] = self.module(

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from memlm.errors import UserError, nearest, require_known
 from memlm.layers.attention_config import AttentionConfig, SlidingAttentionConfig
+from memlm.layers.moe import MixtureOfExpertsConfig
 from memlm.memory import memory_config, memory_names
 from memlm.memory.output_memory import OUTPUT, OutputMemoryConfig, output_memory_config
 from memlm.specification import build_config
@@ -28,7 +29,7 @@ class SwiGLUConfig:
     intermediate_size: int | None = None
 
 
-FEED_FORWARDS = {"swiglu": strict(SwiGLUConfig)}
+FEED_FORWARDS = {"swiglu": strict(SwiGLUConfig), "moe": strict(MixtureOfExpertsConfig)}
 SITES = ("mixer", "memory", "ffn")
 NORMS = ("pre", "post", "sandwich")
 _MOST_LAYERS = 10_000
@@ -51,10 +52,11 @@ class MemLMConfig(PreTrainedConfig):
     Attributes:
         vocab_size: size of the vocabulary.
         hidden_size: width of the residual stream.
-        intermediate_size: width of `swiglu`; None = 8/3 hidden_size, rounded up to 64.
+        intermediate_size: width of `swiglu`, and of each expert of `moe`; None = 8/3 hidden_size,
+            rounded up to 64.
         layers: patterns `{repeat, mixer, memory, ffn, norm}`, top to bottom. A site holds a name
             or `{type: NAME, ...}` or null. mixer: attention, sliding_attention or a memory;
-            memory (optional): a memory; ffn: swiglu, or a memory such as product_key.
+            memory (optional): a memory; ffn: swiglu, moe, or a memory such as product_key.
             norm: pre (default), post or sandwich.
         output: an output memory behind the head, a name or `{type: NAME, ...}`; None = none.
         max_position_embeddings: longest context the model may be given; None = unlimited.

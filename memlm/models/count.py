@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from memlm.cli import run_entry_point
 from memlm.errors import UserError
 from memlm.layers.attention import Attention
+from memlm.layers.moe import MixtureOfExperts
 from memlm.memory.value_table import ValueTable
 from memlm.models.configuration import MemLMConfig
 from memlm.models.modeling import MemLMForCausalLM
@@ -29,6 +30,7 @@ class ModelCount:
         memory: of the memories, shared modules and value tables included.
         value_tables: of the value tables of product-key memories, of which a token reads a few
             rows; models are matched in what is left without them.
+        idle: of the experts of `moe` that a token does not use.
         length: tokens per row for the numbers below.
         flops_per_token: floating point operations of a forward pass over a row of `length`
             tokens, head included, per token. Training takes about three times as many.
@@ -40,6 +42,7 @@ class ModelCount:
     embedding: int
     memory: int
     value_tables: int
+    idle: int
     length: int
     flops_per_token: int
     memory_state_bytes: int
@@ -49,6 +52,11 @@ class ModelCount:
     def matched(self) -> int:
         """Parameters without the value tables."""
         return self.parameters - self.value_tables
+
+    @property
+    def active(self) -> int:
+        """Parameters without the experts that a token does not use."""
+        return self.parameters - self.idle
 
 
 def count(config: MemLMConfig, length: int) -> ModelCount:
@@ -64,6 +72,7 @@ def count(config: MemLMConfig, length: int) -> ModelCount:
         embedding=_size([*decoder.embed_tokens.parameters(), *model.lm_head.parameters()]),
         memory=_size(p for memory in memories for p in memory.parameters()),
         value_tables=_size(p for table in tables for p in table.parameters()),
+        idle=sum(m.idle_parameters for m in model.modules() if isinstance(m, MixtureOfExperts)),
         length=length,
         flops_per_token=round(model.flops(length) / length),
         memory_state_bytes=sum(states[name].nbytes for name in model.memory_state_names()),
@@ -126,6 +135,8 @@ def _lines(result: ModelCount) -> list[tuple[str, int]]:
             ("    of these in value tables", result.value_tables),
             ("  outside the value tables", result.matched),
         ]
+    if result.idle:
+        lines.append(("  that a token uses", result.active))
     return [
         *lines,
         (f"FLOPs per token, forward, {result.length} tokens", result.flops_per_token),
