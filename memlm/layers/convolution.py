@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import initialization as init
 
 from memlm.cuda import short_convolution
+from memlm.cuda.short_convolution.inputs import L2_NORM_EPS
 from memlm.layers.context import SequenceLayout
 from memlm.layers.state import MemoryState
 
@@ -25,22 +27,32 @@ class ConvolutionState(MemoryState):
 
 
 class ShortConvolution(nn.Module):
-    """y_t = activation(sum_j weight[:, j] * x_{t - kernel_size + 1 + j}), channel by channel.
+    """y_t = activation(sum_j weight[:, j] * x_{t - kernel_size + 1 + j} + bias), by channels.
 
-    The weight has the shape of `nn.Conv1d(groups=channels)`: [channels, 1, kernel_size].
+    The weight has the shape of `nn.Conv1d(groups=channels)`: [channels, 1, kernel_size]. A bias
+    (default: none) starts at 0.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 4, activation: str | None = "silu"):
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 4,
+        activation: str | None = "silu",
+        bias: bool = False,
+    ):
         super().__init__()
         self.kernel_size = kernel_size
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.init_weights()
 
     def init_weights(self) -> None:
         # The scale of nn.Conv1d: a fan-in of kernel_size inputs per output channel.
         bound = self.kernel_size**-0.5
         init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
     def init_tail(self, batch_size: int, device=None, dtype=None) -> Tensor:
         """Zeros [batch_size, kernel_size - 1, channels]."""
@@ -72,4 +84,23 @@ class ShortConvolution(nn.Module):
         Raises:
             ValueError: x, tail and split do not fit the layer (see memlm.cuda.short_convolution).
         """
-        return short_convolution(x, self.weight, tail, layout.cu_seqlens, self.activation, split)
+        if self.bias is None:
+            return short_convolution(
+                x, self.weight, tail, layout.cu_seqlens, self.activation, split
+            )
+        # The fused operation has no bias, so what follows the sum is not fused either.
+        y, tail = short_convolution(x, self.weight, tail, layout.cu_seqlens, None)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        y = y.to(wide) + self.bias.to(wide)
+        if self.activation is not None:
+            y = F.silu(y)
+        if split is None:
+            return y.to(x.dtype), tail
+        columns = y.split([heads * head_dim for heads, head_dim, _ in split], -1)
+        parts = []
+        for column, (heads, head_dim, normalize) in zip(columns, split, strict=True):
+            part = column.unflatten(-1, (heads, head_dim))
+            if normalize:
+                part = part * (part.square().sum(-1, keepdim=True) + L2_NORM_EPS).rsqrt()
+            parts.append(part.to(x.dtype).contiguous())
+        return tuple(parts), tail

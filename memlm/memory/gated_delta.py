@@ -9,7 +9,7 @@ DeltaNet (Schlag et al., arXiv 2102.11174; Yang et al., arXiv 2406.06484).
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,10 @@ class GatedDeltaConfig(MemoryConfig):
         expand_v: channels of a value per channel of a key.
         conv_size: tokens the short convolution sees; None = no convolution, q, k and v are SiLU of
             their projections.
-        use_gate: whether silu(g_proj x) gates the normed output.
+        conv_bias: whether that convolution has a bias.
+        use_gate: whether gate_activation(g_proj x) gates the normed output.
+        gate_activation: "silu" (the paper's) or "sigmoid".
+        norm_eps: epsilon of the norm of the output, o_norm; None = the model's.
         decay: whether the matrix fades; False has neither a_proj nor A_log nor dt_bias.
         allow_neg_eigval: write strengths up to 2 instead of 1, so that a key's old value can be
             negated.
@@ -54,7 +57,10 @@ class GatedDeltaConfig(MemoryConfig):
     head_dim: int | None = None
     expand_v: float = 2.0
     conv_size: int | None = 4
+    conv_bias: bool = False
     use_gate: bool = True
+    gate_activation: Literal["silu", "sigmoid"] = "silu"
+    norm_eps: float | None = None
     decay: bool = True
     allow_neg_eigval: bool = False
     dt_min: float = 1e-3
@@ -72,7 +78,7 @@ class GatedDeltaConfig(MemoryConfig):
                 head_dim = max(8, 3 * hidden_size // (4 * heads) // 8 * 8)
         if heads is None:
             heads = max(1, 3 * hidden_size // (4 * head_dim))
-        return heads, self.num_v_heads or heads, head_dim, int(head_dim * self.expand_v)
+        return heads, self.num_v_heads or heads, head_dim, round(head_dim * self.expand_v)
 
     def check_sizes(self, hidden_size: int) -> None:
         for name in ("num_heads", "num_v_heads", "head_dim"):
@@ -84,7 +90,8 @@ class GatedDeltaConfig(MemoryConfig):
             raise UserError(
                 f"gated_delta: num_v_heads {value_heads} is not a multiple of num_heads {heads}"
             )
-        if value_dim < 1 or value_dim != head_dim * self.expand_v:
+        # A third of 24 channels is 8, whatever the last bit of the fraction.
+        if value_dim < 1 or not math.isclose(value_dim, head_dim * self.expand_v, rel_tol=1e-9):
             raise UserError(
                 f"gated_delta: expand_v {self.expand_v} times head_dim {head_dim} is not a "
                 "whole number of channels"
@@ -93,6 +100,13 @@ class GatedDeltaConfig(MemoryConfig):
             raise UserError(
                 f"gated_delta: conv_size is {self.conv_size}, it must be at least 1, or null for "
                 "no convolution"
+            )
+        if self.conv_bias and self.conv_size is None:
+            raise UserError("gated_delta: conv_bias needs a convolution, conv_size is null")
+        if self.norm_eps is not None and not 0 <= self.norm_eps < math.inf:
+            raise UserError(
+                f"gated_delta: norm_eps is {self.norm_eps}, it must be at least 0 and finite, or "
+                "null for the model's"
             )
         for low, high in (("dt_min", "dt_max"), ("A_min", "A_max")):
             if not 0 < getattr(self, low) <= getattr(self, high):
@@ -126,13 +140,18 @@ class GatedDelta(MemoryModule):
         self.k_proj = nn.Linear(hidden_size, H * K, bias=False)
         self.v_proj = nn.Linear(hidden_size, HV * V, bias=False)
         channels = 2 * H * K + HV * V
-        self.conv1d = ShortConvolution(channels, config.conv_size) if config.conv_size else None
+        self.conv1d = (
+            ShortConvolution(channels, config.conv_size, bias=config.conv_bias)
+            if config.conv_size
+            else None
+        )
         self.a_proj = nn.Linear(hidden_size, HV, bias=False) if config.decay else None
         self.b_proj = nn.Linear(hidden_size, HV, bias=config.beta_bias is not None)
         self.A_log = nn.Parameter(torch.empty(HV)) if config.decay else None
         self.dt_bias = nn.Parameter(torch.empty(HV)) if config.decay else None
         self.g_proj = nn.Linear(hidden_size, HV * V, bias=False) if config.use_gate else None
-        self.o_norm = GatedRMSNorm(V, norm_eps)
+        eps = norm_eps if config.norm_eps is None else config.norm_eps
+        self.o_norm = GatedRMSNorm(V, eps, config.gate_activation)
         self.o_proj = nn.Linear(HV * V, hidden_size, bias=False)
         self.init_weights()
 

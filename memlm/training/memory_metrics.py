@@ -206,8 +206,8 @@ def _gate(module: nn.Module) -> tuple[nn.Module, Callable[..., Tensor | None]] |
     if isinstance(module, GatedRMSNorm):
         return (
             module,
-            lambda _module, args, _output: (
-                F.silu(args[1]) if len(args) > 1 and args[1] is not None else None
+            lambda module, args, _output: (
+                module.opening(args[1]) if len(args) > 1 and args[1] is not None else None
             ),
         )
     if isinstance(module, MemoryGate):
