@@ -31,13 +31,9 @@ class Branch(nn.Module):
     def __init__(self, site: str, entry: tuple[str, Any], norm: str, config: MemLMConfig):
         super().__init__()
         name, spec = entry
-        width, eps, zero_centered = (
-            config.hidden_size,
-            config.rms_norm_eps,
-            config.zero_centered_norm,
-        )
+        width, eps = config.hidden_size, config.rms_norm_eps
         if name in ("attention", "sliding_attention"):
-            self.module = Attention(spec, config, eps, zero_centered)
+            self.module = Attention(spec, config, eps, config.zero_centered_norm)
         elif name == "swiglu":
             self.module = SwiGLU(width, spec.intermediate_size or config.intermediate_size)
         elif name == "moe":
@@ -49,8 +45,8 @@ class Branch(nn.Module):
         self.stateless = name in FEED_FORWARDS
         self.parallel = site == "memory" and spec.parallel
         before, after = norm in ("pre", "sandwich"), norm in ("post", "sandwich")
-        self.norm = RMSNorm(width, eps, zero_centered) if before else nn.Identity()
-        self.post_norm = RMSNorm(width, eps, zero_centered) if after else nn.Identity()
+        self.norm = _norm(config) if before else nn.Identity()
+        self.post_norm = _norm(config) if after else nn.Identity()
         self.gate_start = getattr(spec, "gate", None)
         self.gate = nn.Parameter(torch.empty(width)) if self.gate_start is not None else None
         self.init_weights()
@@ -112,6 +108,10 @@ class Branch(nn.Module):
             closed = (self.gate == 0) & ~output.isfinite()
             output = output.masked_fill(closed, 0) * self.gate
         return output, new_states
+
+
+def _norm(config: MemLMConfig) -> RMSNorm:
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, config.zero_centered_norm)
 
 
 def attention_state_name(name: str) -> str:
