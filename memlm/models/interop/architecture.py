@@ -29,6 +29,9 @@ class Rule:
         to_ours: their tensors, in the order of their names, to ours; shapes only, no arithmetic.
         to_theirs: the inverse.
         repeats: a tensor of theirs whose numbers this one must have, where it is there.
+        instead: other rules for the same tensors of ours, for checkpoints that name or cut them
+            otherwise. The first one whose tensors are all there in these shapes is followed; this
+            one comes first, and is the one that is written.
         dropped: their tensors that nothing reads (`ours` is empty); missing ones are no error, and
             names may have * in them.
     """
@@ -38,6 +41,7 @@ class Rule:
     to_ours: Callable[..., Tensors] = _unchanged
     to_theirs: Callable[..., Tensors] = _unchanged
     repeats: str | None = None
+    instead: tuple["Rule", ...] = ()
 
     @property
     def dropped(self) -> bool:
@@ -81,6 +85,48 @@ def parted(theirs: str, ours: Sequence[str], sizes: Sequence[int]) -> Rule:
         lambda whole: whole.split(list(sizes)),
         lambda *parts: (torch.cat(parts),),
     )
+
+
+def interleaved(theirs: str, ours: Sequence[str], groups: int, sizes: Sequence[int]) -> Rule:
+    """One of theirs whose dimension 0 is groups, such as heads, that hold rows of each of ours.
+
+    Args:
+        theirs: [groups * sum(sizes), ...].
+        ours: names of tensors [groups * size, ...].
+        groups: how many.
+        sizes: rows of each of ours in a group.
+    """
+
+    def to_ours(whole: Tensor) -> Tensors:
+        parts = whole.unflatten(0, (groups, sum(sizes))).split(list(sizes), 1)
+        return tuple(part.flatten(0, 1) for part in parts)
+
+    def to_theirs(*parts: Tensor) -> Tensors:
+        grouped = [
+            part.unflatten(0, (groups, size)) for part, size in zip(parts, sizes, strict=True)
+        ]
+        return (torch.cat(grouped, 1).flatten(0, 1),)
+
+    return Rule((theirs,), tuple(ours), to_ours, to_theirs)
+
+
+def stacked(theirs: Sequence[Sequence[str]], ours: str) -> Rule:
+    """Matrices of experts in one tensor of ours.
+
+    Args:
+        theirs: for each expert the names of its matrices, which stand behind one another.
+        ours: name of the tensor [experts, rows of all matrices of an expert, columns].
+    """
+    each = len(theirs[0])
+
+    def to_ours(*matrices: Tensor) -> Tensors:
+        experts = [torch.cat(matrices[i : i + each]) for i in range(0, len(matrices), each)]
+        return (torch.stack(experts),)
+
+    def to_theirs(whole: Tensor) -> Tensors:
+        return tuple(matrix for expert in whole for matrix in expert.chunk(each))
+
+    return Rule(tuple(name for names in theirs for name in names), (ours,), to_ours, to_theirs)
 
 
 @dataclasses.dataclass(frozen=True)
