@@ -85,8 +85,9 @@ def run_with(hub: HubServer, home: Path, script: str, *arguments: Path) -> str:
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "0",
         "HF_DATASETS_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": "hf_any",
-        "NO_PROXY": "127.0.0.1",
+        "NO_PROXY": "127.0.0.1,localhost",
     }
     command = [sys.executable, "-c", script, *map(str, arguments)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
