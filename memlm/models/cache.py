@@ -5,12 +5,17 @@ and every rearrangement that generation asks for is passed to it.
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from memlm.errors import UserError
 from memlm.layers.state import MemoryState
+from memlm.models.documents import check_rows
+
+if TYPE_CHECKING:
+    from memlm.models.generation import FinishedRows
 
 
 class StateLayer(CacheLayerMixin):
@@ -60,11 +65,19 @@ class StateLayer(CacheLayerMixin):
 
 
 class MemLMCache(Cache):
-    """All states of a batch, by name, and how many columns of input have been read."""
+    """All states of a batch, by name, and how many columns of input have been read.
+
+    Attributes:
+        names: of the states, in the order of the layers.
+        columns: of input that were read, padding included. generate() takes so many columns of
+            its input for read: 0 for a cache made of states, which new tokens continue.
+        finished: the rows that a running generate() has ended; None outside of it.
+    """
 
     def __init__(self, states: dict[str, MemoryState] | None = None):
         self.names = list(states or {})
         self.columns = 0
+        self.finished: FinishedRows | None = None
         super().__init__(layers=[StateLayer(state) for state in (states or {}).values()])
 
     @property
@@ -84,7 +97,15 @@ class MemLMCache(Cache):
                 layer.state = states[name]
         self.columns += columns
 
-    def continued_positions(self, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def repeated(self, copies: int) -> "MemLMCache":
+        """A cache with every row `copies` times, side by side; this one stays as it is."""
+        cache = MemLMCache({name: state.repeat(copies) for name, state in self.states.items()})
+        cache.columns = self.columns
+        return cache
+
+    def continued_positions(
+        self, position_ids: Tensor, attention_mask: Tensor | None, rows: int
+    ) -> Tensor:
         """Positions for generate(), which itself counts them from the first column it is given.
 
         The states may have read tokens that are not among its columns, or have been reset: the
@@ -93,11 +114,16 @@ class MemLMCache(Cache):
         Args:
             position_ids: int64 [B or 1, columns], as generate() counts.
             attention_mask: [B, columns]; None = no padding.
+            rows: B, the prompts.
+
+        Raises:
+            UserError: for states of another number of rows.
         """
         states = self.states
         if states is None:
             return position_ids
         following = states["position"].next_position
+        check_rows(len(following), rows)
         read = self.columns
         if attention_mask is not None:
             read = attention_mask[:, : self.columns].sum(1).to(following.device)
