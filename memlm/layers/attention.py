@@ -50,7 +50,14 @@ class AttentionState(MemoryState):
 
 
 class Attention(nn.Module):
-    """Multi-head attention through transformers' AttentionInterface (sdpa, eager, flash)."""
+    """Multi-head attention through transformers' AttentionInterface (sdpa, eager, flash).
+
+    Args:
+        spec: sizes and choices.
+        config: of the model; its hidden size and attention implementation are read.
+        norm_eps: epsilon of the norms of queries and keys.
+        zero_centered_norm: whether the gain of these is 1 + weight.
+    """
 
     is_causal = True
 
@@ -131,7 +138,7 @@ class Attention(nn.Module):
             angles = context.rotary_angles(self.rotary, hidden.dtype)
         projected = self._project(hidden, angles)
         output, state = self.over_documents(*projected, state, context)
-        return self._output(output, hidden), state
+        return self.output(output, hidden), state
 
     def over_documents(
         self, query: Tensor, key: Tensor, value: Tensor, state: AttentionState, context: CallContext
@@ -187,9 +194,11 @@ class Attention(nn.Module):
             query, key = rotate(query, *angles), rotate(key, *angles)
         return query, key, value
 
-    def _output(self, heads: Tensor, hidden: Tensor) -> Tensor:
-        """[..., hidden_size] of the heads side by side, and of the tokens they were projected from,
-        which open the gate."""
+    def output(self, heads: Tensor, hidden: Tensor) -> Tensor:
+        """The output [..., hidden_size] of the heads side by side, [..., num_heads * head_dim].
+
+        hidden: the tokens [..., hidden_size] whose queries these are; they open the gate.
+        """
         if self.g_proj is not None:
             heads = heads * self.g_proj(hidden).sigmoid()
         return self.o_proj(heads)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from memlm.errors import UserError, nearest
-from memlm.layers.rotary import check_rope_scaling
+from memlm.layers.rope_scaling import check_rope_scaling
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from memlm.layers.attention import Attention, AttentionConfig
+from memlm.layers.attention import Attention
+from memlm.layers.attention_config import AttentionConfig
 from memlm.layers.rotary import rotate
 
 

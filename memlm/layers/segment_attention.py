@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm.layers.attention import AttentionConfig, AttentionState
+from memlm.errors import UserError
+from memlm.layers.attention import AttentionState
+from memlm.layers.attention_config import AttentionConfig
 from memlm.layers.persistent_attention import PersistentAttention
 
 
@@ -28,6 +30,8 @@ class SegmentAttention(PersistentAttention):
         persistent_tokens: int,
         norm_eps: float = 1e-6,
     ):
+        if spec.output_gate:
+            raise UserError("output_gate: attention in segments has none")
         super().__init__(spec, hidden_size, persistent_tokens, norm_eps)
         self.segment = spec.window
 

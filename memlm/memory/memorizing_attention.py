@@ -15,7 +15,8 @@ from transformers import initialization as init
 
 from memlm.cuda import gathered_dot, weighted_bag
 from memlm.errors import UserError
-from memlm.layers.attention import Attention, AttentionConfig, AttentionState
+from memlm.layers.attention import Attention, AttentionState
+from memlm.layers.attention_config import AttentionConfig
 from memlm.layers.rotary import rotate
 from memlm.memory.base import AttendingMemory, CallContext, MemoryConfig, register
 from memlm.memory.segment_store import SegmentStore, Store, read_store
@@ -257,7 +258,7 @@ class MemorizingAttention(AttendingMemory):
                 state, key.flatten(2), context, self.config.segment, (value.flatten(2),)
             )
             output = self.memory(query, output, store)
-        return self.attention.o_proj(output.flatten(2)), state, attention_state
+        return self.attention.output(output.flatten(2), hidden), state, attention_state
 
     def flops(self, tokens: int) -> int:
         """The window's attention, the search of a full store and the attention to what is found."""

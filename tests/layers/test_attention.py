@@ -7,7 +7,8 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from memlm import MemLMConfig
-from memlm.layers.attention import Attention, AttentionConfig
+from memlm.layers.attention import Attention
+from memlm.layers.attention_config import AttentionConfig
 from memlm.layers.context import CallContext, SequenceLayout
 
 HIDDEN = 16
