@@ -7,7 +7,7 @@ alone. A rule works in both directions, so what was read is written back bit by 
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,12 +110,15 @@ def interleaved(theirs: str, ours: Sequence[str], groups: int, sizes: Sequence[i
     return Rule((theirs,), tuple(ours), to_ours, to_theirs)
 
 
-def stacked(theirs: Sequence[Sequence[str]], ours: str) -> Rule:
+def stacked(
+    theirs: Sequence[Sequence[str]], ours: str, instead: tuple[Rule, ...] = ()
+) -> Rule:
     """Matrices of experts in one tensor of ours.
 
     Args:
         theirs: for each expert the names of its matrices, which stand behind one another.
         ours: name of the tensor [experts, rows of all matrices of an expert, columns].
+        instead: see `Rule`.
     """
     each = len(theirs[0])
 
@@ -126,7 +129,8 @@ def stacked(theirs: Sequence[Sequence[str]], ours: str) -> Rule:
     def to_theirs(whole: Tensor) -> Tensors:
         return tuple(matrix for expert in whole for matrix in expert.chunk(each))
 
-    return Rule(tuple(name for names in theirs for name in names), (ours,), to_ours, to_theirs)
+    names = tuple(name for expert in theirs for name in expert)
+    return Rule(names, (ours,), to_ours, to_theirs, instead=instead)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +145,12 @@ class Architecture:
             same in both directions.
         write_config: the config.json of a model of ours. Raises UserError for what the other side
             cannot hold. None = models are read only.
+        observe: a config.json with what only the tensors of that checkpoint tell (names and
+            shapes, on the meta device), as `read_config` and `rules` then get it.
     """
 
     name: str
     read_config: Callable[[dict[str, Any]], dict[str, Any]]
     rules: Callable[[dict[str, Any]], list[Rule]]
     write_config: Callable[[Any], dict[str, Any]] | None = None
+    observe: Callable[[dict[str, Any], Mapping[str, Tensor]], dict[str, Any]] | None = None
