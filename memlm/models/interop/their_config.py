@@ -20,6 +20,7 @@ _DESCRIPTIVE = {
     "chunk_size_feed_forward",
     "dtype",
     "is_encoder_decoder",
+    "is_llama_config",
     "model_type",
     "name_or_path",
     "num_labels",
@@ -31,8 +32,13 @@ _DESCRIPTIVE = {
 } | set(PreTrainedConfig.__dataclass_fields__)
 _GENERATION = set(GenerationConfig().to_dict())
 # Rotary positions, in the spellings of several years.
-_ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE = (
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+)
 
 
 class TheirConfig:
@@ -54,7 +60,7 @@ class TheirConfig:
         self.given = dict(values)
         self.understood: set[str] = set()
         if defaults is None:
-            self.values = _standardized(self.model_type, values)
+            self.values = standardized(self.model_type, values)
         else:
             self.values = {**defaults, **values}
 
@@ -86,21 +92,12 @@ class TheirConfig:
         raise UserError(f"{self.model_type}: config.json has {key} {self.values[key]!r}; {reason}")
 
     def rope(self) -> dict[str, Any]:
-        """`rope_theta`, `rope_fraction` and `rope_scaling` of an attention layer of ours.
-
-        Raises:
-            UserError: for rotary positions that change with the length of the text.
-        """
+        """`rope_theta`, `rope_fraction` and `rope_scaling` of an attention layer of ours."""
         self.understood.update(_ROPE)
         scaling = dict(self.values["rope_parameters"])
         theta = scaling.pop("rope_theta")
         fraction = scaling.pop("partial_rotary_factor", None)
         scaling.pop("type", None)  # an older spelling of rope_type
-        if scaling["rope_type"] not in ROPE_TYPES:
-            self.refuse(
-                "rope_parameters",
-                f"of the rope types only {', '.join(ROPE_TYPES)} can be computed here",
-            )
         found: dict[str, Any] = {"rope_theta": float(theta)}
         if fraction not in (None, 1.0):
             found["rope_fraction"] = float(fraction)
@@ -119,18 +116,40 @@ class TheirConfig:
         return found
 
     def finish(self) -> None:
-        """Raise UserError for a value that no one took and that may change the computation."""
+        """Raise UserError for a value that no one took and that may change the computation.
+
+        A switch that is off, and an option without a value, change nothing.
+        """
         known = self.understood | _DESCRIPTIVE | _GENERATION
         for key, value in self.given.items():
-            if key not in known and value is not None:
+            if key in known or key.startswith("unsloth_"):  # what a file was made with
+                continue
+            if value is not None and value is not False:
                 self.refuse(key, "what it changes is not known here, so it cannot be left out")
 
 
-def _standardized(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def standardized(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """All values of a config.json as transformers reads it, defaults and today's spellings.
+
+    Raises:
+        UserError: for values that its config class refuses.
+    """
+    return _config(model_type, values).to_dict()
+
+
+def written(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of these values as transformers writes it.
+
+    Raises:
+        UserError: for values that its config class refuses.
+    """
+    return _config(model_type, values).to_diff_dict()
+
+
+def _config(model_type: str, values: Mapping[str, Any]) -> PreTrainedConfig:
     try:
-        config = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(values)))
+        return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(values)))
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines()[-1].strip()
         raise UserError(f"{model_type}: config.json is not valid ({reason})") from error
-    return config.to_dict()

@@ -1,0 +1,250 @@
+"""The files of a model, in a folder or on the Hub, whose tensors are read one by one."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, SafetensorsParsingError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.modeling_utils import str_to_torch_dtype
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+from transformers.utils.hub import extract_commit_hash
+
+from memlm.errors import UserError
+
+# What else belongs to a model that talks: its tokenizer and its template.
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+
+
+class Checkpoint:
+    """A model's config.json and weights. Nothing is read of a tensor before it is asked for.
+
+    Attributes:
+        source: folder or Hub id.
+        config: its config.json.
+        tensors: every tensor by its name on disk, without numbers (on the meta device).
+
+    Args:
+        source: a folder or a Hub id.
+        allow_pickle: read weights that are pickled, by torch's reader that runs no code.
+        headers_only: for shapes alone; weights on the Hub are not downloaded.
+        hub: revision, token, cache_dir, local_files_only, force_download, subfolder.
+
+    Raises:
+        UserError: for files that are missing or damaged.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike,
+        allow_pickle: bool = False,
+        headers_only: bool = False,
+        **hub: Any,
+    ):
+        self.source = str(source)
+        self.allow_pickle = allow_pickle
+        self.hub = hub
+        self.is_folder = Path(source).is_dir()
+        path = self.file(CONFIG_NAME)
+        if path is None:
+            raise UserError(f"{source}: no model there (it has no {CONFIG_NAME})")
+        if not self.is_folder:  # all files of one commit
+            commit = extract_commit_hash(str(path), None)
+            self.hub = {**hub, "revision": commit or hub.get("revision")}
+        self.config = self._json(path)
+        if not isinstance(self.config.get("model_type"), str):
+            raise UserError(f"{source}: {CONFIG_NAME} names no model_type")
+        self._opened: dict[str, Any] = {}
+        self.tensors, self._file_of = self._headers(headers_only)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of that name, on the CPU.
+
+        Raises:
+            UserError: when it cannot be read.
+        """
+        file = self._file_of[name]
+        try:
+            opened = self._open(file)
+            return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.source}: {name} of {file} cannot be read ({error})") from error
+
+    def file(self, name: str) -> Path | None:
+        """A file of the model; None where it has none of that name.
+
+        Raises:
+            UserError: when there is no such folder or repository, or no way to it.
+        """
+        try:
+            found = cached_file(
+                self.source, name, _raise_exceptions_for_missing_entries=False, **self.hub
+            )
+        except (OSError, HFValidationError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"there is no folder {self.source!r} with a model, nor one on the Hub ({reason})"
+            ) from error
+        return None if found is None else Path(found)
+
+    def tokenizer_files(self) -> list[Path]:
+        """The files of its tokenizer."""
+        if self.is_folder:
+            folder = Path(self.source)
+        else:
+            options = {key: self.hub.get(key) for key in ("revision", "token", "cache_dir")}
+            offline = bool(self.hub.get("local_files_only"))
+            folder = Path(
+                snapshot_download(
+                    self.source,
+                    allow_patterns=list(TOKENIZER_FILES),
+                    local_files_only=offline,
+                    **options,
+                )
+            )
+        folder = folder / (self.hub.get("subfolder") or "")
+        found = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
+        return sorted(path for path in found if path.is_file())
+
+    def generation_values(self) -> dict[str, Any]:
+        """Its generation_config.json; empty where it has none."""
+        path = self.file(GENERATION_CONFIG_NAME)
+        return {} if path is None else self._json(path)
+
+    # --- headers ---
+
+    def _headers(self, headers_only: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Every tensor on the meta device, and the file that it is in."""
+        files, listed = self._weight_files(headers_only)
+        tensors: dict[str, Tensor] = {}
+        file_of: dict[str, str] = {}
+        for file in files:
+            for name, (shape, dtype) in self._header(file, headers_only).items():
+                if name in file_of:
+                    raise UserError(f"{self.source}: {name} is in {file_of[name]} and in {file}")
+                tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+                file_of[name] = file
+        for name, file in listed.items():
+            if file_of.get(name) != file:
+                raise UserError(
+                    f"{self.source}: the index says that {name} is in {file}, but it is not there"
+                )
+        return tensors, file_of
+
+    def _weight_files(self, headers_only: bool) -> tuple[list[str], dict[str, str]]:
+        """The files with weights, and what their index says of each tensor."""
+        if self._exists(SAFE_WEIGHTS_NAME, headers_only):
+            return [SAFE_WEIGHTS_NAME], {}
+        index = self.file(SAFE_WEIGHTS_INDEX_NAME)
+        if index is None:
+            pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if self.file(name)]
+            if not pickled:
+                raise UserError(
+                    f"{self.source}: no weights there ({SAFE_WEIGHTS_NAME} or "
+                    f"{SAFE_WEIGHTS_INDEX_NAME})"
+                )
+            if not self.allow_pickle:
+                raise UserError(
+                    f"{self.source}: its weights are pickled ({pickled[0]}), and a pickle may hold "
+                    "code; to read them without running any: use_safetensors=False in "
+                    "from_pretrained, --allow_pickle for convert"
+                )
+            if pickled[0] == WEIGHTS_NAME:
+                return pickled, {}
+            index = self.file(WEIGHTS_INDEX_NAME)
+        listed = self._json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
+            raise UserError(f"{self.source}: {index.name} has no weight_map")
+        return sorted(set(listed.values())), listed
+
+    def _exists(self, file: str, headers_only: bool) -> bool:
+        if self.is_folder or not headers_only:
+            return self.file(file) is not None
+        try:
+            return HfApi().file_exists(self.source, file, **self._remote())
+        except (HfHubHTTPError, OSError) as error:
+            raise UserError(f"{self.source}: the Hub does not answer ({error})") from error
+
+    def _header(self, file: str, headers_only: bool) -> dict[str, tuple[list[int], torch.dtype]]:
+        """Shapes and dtypes of a file's tensors."""
+        if headers_only and not self.is_folder and file.endswith(".safetensors"):
+            try:
+                header = HfApi().parse_safetensors_file_metadata(
+                    self.source, file, **self._remote()
+                )
+            except (HfHubHTTPError, OSError, SafetensorsParsingError) as error:
+                raise UserError(f"{self.source}: {file} cannot be read ({error})") from error
+            return {
+                name: (info.shape, str_to_torch_dtype[info.dtype])
+                for name, info in header.tensors.items()
+            }
+        opened = self._open(file)
+        if isinstance(opened, dict):
+            return {name: (list(t.shape), t.dtype) for name, t in opened.items()}
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {
+            name: (part.get_shape(), str_to_torch_dtype[part.get_dtype()])
+            for name, part in slices.items()
+        }
+
+    def _remote(self) -> dict[str, Any]:
+        return {key: self.hub.get(key) for key in ("revision", "token")}
+
+    def _open(self, file: str) -> Any:
+        """An open safetensors file, or the dictionary of a pickled one."""
+        if file in self._opened:
+            return self._opened[file]
+        path = self.file(file)
+        if path is None:
+            raise UserError(f"{self.source}: {file} is missing, which the index names")
+        try:
+            if file.endswith(".safetensors"):
+                opened = safe_open(path, framework="pt")
+            else:
+                opened = _load_pickle(path)
+        except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else "it ends early"
+            raise UserError(f"{self.source}: {file} is damaged or cut off ({reason})") from error
+        if isinstance(opened, dict):
+            for name, value in opened.items():
+                if not isinstance(value, Tensor):
+                    raise UserError(f"{self.source}: {name!r} of {file} is no tensor")
+        self._opened[file] = opened
+        return opened
+
+    def _json(self, path: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.source}: {path.name} is damaged (not valid JSON)") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{self.source}: {path.name} is damaged (no mapping)")
+        return found
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # the format before torch 1.6 cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,102 @@
+"""Models of other libraries as models of ours, in memory."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from memlm.errors import UserError
+from memlm.models.configuration import MemLMConfig
+from memlm.models.interop.checkpoint import Checkpoint
+from memlm.models.interop.conversion import Conversion
+from memlm.models.interop.plan import from_theirs, is_foreign
+
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+_UNSUPPORTED = ("variant", "gguf_file", "key_mapping", "state_dict")
+
+
+def names_foreign(source: Any, options: Mapping[str, Any]) -> bool:
+    """Whether arguments of `from_pretrained` name a model of another library."""
+    if source is None or options.get("config") is not None or options.get("gguf_file"):
+        return False
+    hub = {key: options[key] for key in _HUB if options.get(key) is not None}
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(source, **hub)
+    except OSError:  # transformers says what is wrong
+        return False
+    return is_foreign(values)
+
+
+def load_foreign(load: Callable[..., Any], source: Any, options: Mapping[str, Any]) -> Any:
+    """Load a model of another library as one of ours.
+
+    Args:
+        load: transformers' `from_pretrained` of our class.
+        source: folder or Hub id.
+        options: its keyword arguments; `use_safetensors=False` also reads pickled weights.
+
+    Returns:
+        What `load` returns.
+
+    Raises:
+        UserError: for a model without a map or that cannot be computed here, for files that are
+            missing or damaged, and for options that only files of ours can have.
+    """
+    rest = dict(options)
+    for key in _UNSUPPORTED:
+        if rest.pop(key, None) is not None:
+            raise UserError(
+                f"from_pretrained: {key} is not known for models of other libraries; convert the "
+                f"model first: python -m memlm.models.convert {source} FOLDER"
+            )
+    hub = {key: rest.pop(key) for key in _HUB if key in rest}
+    hub = {key: value for key, value in hub.items() if value is not None}
+    own = {field.name for field in dataclasses.fields(MemLMConfig)} - {
+        field.name for field in dataclasses.fields(PreTrainedConfig)
+    }
+    overrides = {key: rest.pop(key) for key in list(rest) if key in own}
+    checkpoint = Checkpoint(source, rest.get("use_safetensors") is False, **hub)
+    plan = from_theirs(checkpoint, **overrides)
+    plan.conversion.check()
+    rest.setdefault("generation_config", plan.generation)
+    loaded = load(None, config=plan.config, state_dict=dict(_lazy(plan.conversion)), **rest)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.config.name_or_path = model.name_or_path = str(source)
+    return loaded
+
+
+def _lazy(conversion: Conversion) -> Iterator[tuple[str, "LazyTensor"]]:
+    for name, target in conversion.targets.items():
+        yield name, LazyTensor(conversion, name, target)
+
+
+class LazyTensor:
+    """A tensor of a conversion that is made when transformers asks for its numbers.
+
+    It has what transformers uses of the parts of a safetensors file.
+    """
+
+    def __init__(self, conversion: Conversion, name: str, target: Tensor):
+        self.conversion = conversion
+        self.name = name
+        self.target = target
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.conversion.read(self.name)[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.target.shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.target.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.target.dtype
+
+    def is_floating_point(self) -> bool:
+        return self.target.is_floating_point()
