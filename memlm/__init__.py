@@ -10,6 +10,7 @@ from memlm.models import (
     MemLMForCausalLM,
     MemLMModel,
     attach_memory,
+    insert_memory,
     load_attached,
     load_memory,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "MemLMModel",
     "UserError",
     "attach_memory",
+    "insert_memory",
     "load_attached",
     "load_memory",
 ]

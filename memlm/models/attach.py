@@ -10,6 +10,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from memlm.errors import UserError
 from memlm.memory.base import AttendingMemory
 from memlm.memory.output_memory import build_output_memory
+from memlm.models.added_modules import start
 from memlm.models.attach_config import AttachConfig
 from memlm.models.attached import AttachedMemory, AttachedMixin, Attachment
 from memlm.models.attached_call import AttentionHook, CallCheckpoint, keep_last_hidden
@@ -21,8 +22,6 @@ from memlm.models.decoder_layers import (
     position_limit,
 )
 from memlm.models.lora import add_lora, is_lora_name
-from memlm.models.modeling import MemLMPreTrainedModel
-from memlm.models.start_values import init_module
 
 
 def attach_memory(
@@ -145,14 +144,9 @@ def _build_memory(
         build_output_memory(config.output, sizes.hidden_size, "attach.output"),
     )
     std = getattr(text_config, "initializer_range", None) or 0.02
-    memory.apply(lambda module: init_module(module, std))
-    strict = set(MemLMPreTrainedModel._keep_in_fp32_modules_strict)
-    wide = {n: p.data for n, p in memory.named_parameters() if strict.intersection(n.split("."))}
-    memory.to(device=model.device, dtype=model.dtype)
-    for name, data in wide.items():
-        memory.get_parameter(name).data = data.to(model.device)
+    start(memory, std, model.device, model.dtype, model.training)
     for index, branch in branches.items():
         weights = attention_weights(model, layers[int(index)])
         if weights is not None:
             branch.module.init_from_attention(weights)
-    return memory.train(model.training)
+    return memory

@@ -105,17 +105,31 @@ class AttachConfig:
         """
         if self.memory is None:
             return []
-        if self.layers is None:
-            return list(range(count - max(1, count // 4), count))
-        for index in self.layers:
-            if not 0 <= index < count:
-                raise UserError(
-                    f"{where}.layers: there is no layer {index}; the model has 0 to {count - 1}"
-                )
-        if not self.layers or len(set(self.layers)) != len(self.layers):
-            raise UserError(f"{where}.layers: name at least one layer, and each of them once")
-        return sorted(self.layers)
+        return choose_layers(self.layers, count, where)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values that `from_mapping` accepts."""
         return dataclasses.asdict(self)
+
+
+def choose_layers(layers: list[int] | None, count: int, where: str) -> list[int]:
+    """The layers of a model of `count` layers that get a memory, from bottom to top.
+
+    Args:
+        layers: their numbers from 0; None = the upper quarter, at least one.
+        count: layers of the model.
+        where: the section that names them, for errors.
+
+    Raises:
+        UserError: for a layer that does not exist or is named twice, or none at all.
+    """
+    if layers is None:
+        return list(range(count - max(1, count // 4), count))
+    for index in layers:
+        if not 0 <= index < count:
+            raise UserError(
+                f"{where}.layers: there is no layer {index}; the model has 0 to {count - 1}"
+            )
+    if not layers or len(set(layers)) != len(layers):
+        raise UserError(f"{where}.layers: name at least one layer, and each of them once")
+    return sorted(layers)
