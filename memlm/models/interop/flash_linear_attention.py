@@ -49,8 +49,7 @@ _ATTENTION_DEFAULTS = {
 # A key that no config.json has: whether mlp.gate_proj holds the gate and what it gates, one behind
 # the other, as in files from before February 2025.
 GATE_HOLDS_BOTH = "gate_proj holds both"
-_FIRST_GATE = "model.layers.0.mlp.gate_proj.weight"
-_FIRST_DOWN = "model.layers.0.mlp.down_proj.weight"
+_FIRST = "model.layers.0.mlp"
 
 
 def read_model(config: TheirConfig, mixer: dict[str, Any]) -> dict[str, Any]:
@@ -116,11 +115,9 @@ def attention_layers(config: TheirConfig) -> dict[int, dict[str, Any]]:
 
 
 def observe(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The config.json with what only the shapes of older files tell."""
-    gate, down = tensors.get(_FIRST_GATE), tensors.get(_FIRST_DOWN)
-    if gate is None or down is None or down.ndim != 2:
-        return config
-    return {**config, GATE_HOLDS_BOTH: gate.shape[0] == 2 * down.shape[1]}
+    """The config.json with what only the tensors of older files tell."""
+    both = f"{_FIRST}.gate_proj.weight" in tensors and f"{_FIRST}.up_proj.weight" not in tensors
+    return {**config, GATE_HOLDS_BOTH: both}
 
 
 def model_rules(
@@ -148,13 +145,13 @@ def model_rules(
         else:
             rules += mixer(theirs, ours)
         rules.append(renamed(f"{block}.mlp_norm.weight", f"{block}.ffn.norm.weight"))
-        gate, up, down = (f"{part}_proj.weight" for part in ("gate", "up", "down"))
         theirs, ours = f"{block}.mlp", f"{block}.ffn.module"
+        gate, up, down = (f"{part}_proj.weight" for part in ("gate", "up", "down"))
+        names = (f"{ours}.{gate}", f"{ours}.{up}")
         if config.values.get(GATE_HOLDS_BOTH):
-            parts = [f"{ours}.{gate}", f"{ours}.{up}"]
-            rules.append(parted(f"{theirs}.{gate}", parts, [width, width]))
+            rules.append(parted(f"{theirs}.{gate}", names, [width, width]))
         else:
-            rules += [renamed(f"{theirs}.{name}", f"{ours}.{name}") for name in (gate, up)]
+            rules += [renamed(f"{theirs}.{gate}", names[0]), renamed(f"{theirs}.{up}", names[1])]
         rules.append(renamed(f"{theirs}.{down}", f"{ours}.{down}"))
     rules.append(renamed(*["model.norm.weight"] * 2))
     if config.values["tie_word_embeddings"]:
