@@ -75,13 +75,34 @@ def replace_file(path: Path, content: str | bytes) -> None:
     Raises:
         UserError: when the disk is full or refuses; the old file stays.
     """
+    data = content.encode() if isinstance(content, str) else content
+    write_file(path, lambda new: new.write_bytes(data), make_folder=False)
+
+
+def write_file(
+    path: Path,
+    write: Callable[[Path], object],
+    make_folder: bool = True,
+    then: str = "go on with --resume",
+) -> None:
+    """Let `write` fill a new file and put it in the place of `path`, as `replace_file` does.
+
+    Args:
+        path: the file.
+        write: is given the name to write under.
+        make_folder: whether a folder that is missing is made.
+        then: what the user can do once the disk is mended.
+
+    Raises:
+        UserError: when the disk is full or refuses; the old file stays.
+    """
     temporary = _beside(path, _PARTIAL)
-    with disk_errors(path):
+    with disk_errors(path, then):
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
+            write(temporary)
+            sync(temporary)
         except Exception:
             temporary.unlink(missing_ok=True)
             raise
@@ -142,7 +163,7 @@ def file_hash(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path, then: str = "go on with --resume") -> Iterator[None]:
     """Turn a disk that is full or refuses into a UserError that names `target`.
 
     Libraries written in Rust (safetensors, tokenizers) have their own exceptions, which end in
@@ -161,7 +182,7 @@ def disk_errors(target: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"{target}: could not be written ({reason}); what was saved before is whole: make "
-            "room or mend the disk, then go on with --resume"
+            f"room or mend the disk, then {then}"
         ) from error
 
 

@@ -25,7 +25,7 @@ from memlm.memory.output_memory import (
     register_output,
 )
 from memlm.retrieval.choice import ENGINES
-from memlm.retrieval.corpus_store import CorpusStore
+from memlm.retrieval.corpus_store import CorpusStore, store_fingerprint
 
 NEXT_TOKEN = "next_token"  # the value that an entry of the store must have
 
@@ -110,6 +110,17 @@ class KnnLM(OutputMemory):
             logger.info("knn_lm: %s, %d entries, searched %s", config.store, len(store), found)
             _STORES[self] = store
         return _STORES[self]
+
+    def store_fingerprint(self) -> str:
+        """The fingerprint of what is in the store.
+
+        Raises:
+            UserError: when there is none.
+        """
+        try:
+            return store_fingerprint(self.config.store)
+        except UserError as error:
+            raise UserError(f"knn_lm: {error}") from error
 
     def read(
         self, hidden: Tensor, state: None, context: CallContext, columns: Tensor

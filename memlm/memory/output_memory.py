@@ -134,6 +134,10 @@ class OutputMemory(nn.Module, ABC):
     def flops(self, tokens: int) -> int:
         """Floating point operations of the search for `tokens` tokens of one row."""
 
+    def store_fingerprint(self) -> str | None:
+        """What tells the store on disk that it reads from others; None without one."""
+        return None
+
     def forward(
         self,
         hidden: Tensor,

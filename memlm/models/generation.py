@@ -4,6 +4,7 @@ Everything is transformers' own but for this: a state never takes a token back, 
 never be read, and every way to generate that tries tokens and drops them cannot work.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from transformers.generation import GenerationMode, StoppingCriteriaList
 
 from memlm.errors import UserError
+from memlm.layers.state import MemoryState
 from memlm.models.cache import MemLMCache
+from memlm.models.memory_state_files import load_memory_state, save_memory_state
 
 MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -156,6 +159,16 @@ class MemoryGeneration:
                 "search, sampling, and beam search with or without sampling"
             )
         return super()._get_deprecated_gen_repo(generation_mode, trust_remote_code, custom_generate)
+
+    def save_memory_state(
+        self, path: str | os.PathLike, states: MemLMCache | dict[str, MemoryState]
+    ) -> None:
+        """Write what a conversation has left in the states; see `memory_state_files`."""
+        save_memory_state(self, path, states)
+
+    def load_memory_state(self, path: str | os.PathLike) -> MemLMCache:
+        """A saved conversation for generate() to go on from; see `memory_state_files`."""
+        return load_memory_state(self, path)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused.

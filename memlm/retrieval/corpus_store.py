@@ -1,5 +1,7 @@
 """A large store on disk that many processes search: memory-mapped shards and a tail in memory."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Self
@@ -30,6 +32,21 @@ from memlm.retrieval.store_files import check_owner
 from memlm.retrieval.vector_store import ValueSpec
 
 _KIND = "CorpusStore"
+
+
+def store_fingerprint(folder: str | Path) -> str:
+    """SHA-256 of what a committed store holds, wherever it lies and whatever index it has.
+
+    Raises:
+        UserError: when this is no such store.
+    """
+    content = read_manifest(Path(folder), _KIND)
+    parts = [
+        (shard.entries, shard.sha256)
+        for shard in shards_of(content)
+        if shard.file != content["progress_tensors"]
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class CorpusStore:
