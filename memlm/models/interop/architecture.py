@@ -29,9 +29,6 @@ class Rule:
         to_ours: their tensors, in the order of their names, to ours; shapes only, no arithmetic.
         to_theirs: the inverse.
         repeats: a tensor of theirs whose numbers this one must have, where it is there.
-        instead: other rules for the same tensors of ours, for checkpoints that name or cut them
-            otherwise. The first one whose tensors are all there in these shapes is followed; this
-            one comes first, and is the one that is written.
         dropped: their tensors that nothing reads (`ours` is empty); missing ones are no error, and
             names may have * in them.
     """
@@ -41,7 +38,6 @@ class Rule:
     to_ours: Callable[..., Tensors] = _unchanged
     to_theirs: Callable[..., Tensors] = _unchanged
     repeats: str | None = None
-    instead: tuple["Rule", ...] = ()
 
     @property
     def dropped(self) -> bool:
@@ -110,15 +106,12 @@ def interleaved(theirs: str, ours: Sequence[str], groups: int, sizes: Sequence[i
     return Rule((theirs,), tuple(ours), to_ours, to_theirs)
 
 
-def stacked(
-    theirs: Sequence[Sequence[str]], ours: str, instead: tuple[Rule, ...] = ()
-) -> Rule:
+def stacked(theirs: Sequence[Sequence[str]], ours: str) -> Rule:
     """Matrices of experts in one tensor of ours.
 
     Args:
         theirs: for each expert the names of its matrices, which stand behind one another.
         ours: name of the tensor [experts, rows of all matrices of an expert, columns].
-        instead: see `Rule`.
     """
     each = len(theirs[0])
 
@@ -130,7 +123,7 @@ def stacked(
         return tuple(matrix for expert in whole for matrix in expert.chunk(each))
 
     names = tuple(name for expert in theirs for name in expert)
-    return Rule(names, (ours,), to_ours, to_theirs, instead=instead)
+    return Rule(names, (ours,), to_ours, to_theirs)
 
 
 @dataclasses.dataclass(frozen=True)
