@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from memlm.layers.attention_config import AttentionConfig
 from memlm.layers.context import CallContext, SequenceLayout
 from memlm.layers.convolution import ConvolutionState, ShortConvolution
+from memlm.layers.key_values import KeyValueRoom
 from memlm.layers.norm import RMSNorm
 from memlm.layers.rotary import Rotary, rotate
 from memlm.layers.short_attention import short_causal_attention, suits
@@ -37,6 +38,46 @@ class AttentionState(MemoryState):
     values: Tensor
     positions: Tensor
     tail: Tensor
+    # Not fields, since they say nothing that the tensors do not. In decoding: where these lie with
+    # spare room behind them, and up to which token there; whether the positions have no gaps.
+    room, end, gapless = None, 0, None
+
+    @classmethod
+    def in_room(
+        cls, room: KeyValueRoom, window: int | None, tail: Tensor, gapless: bool
+    ) -> "AttentionState":
+        """What later tokens may still see of a room: its last `window` - 1 tokens (None = all)."""
+        keys, values, positions = room.last(None if window is None else window - 1)
+        state = cls(keys, values, positions, tail)
+        state.room, state.end, state.gapless = room, room.filled, gapless
+        return state
+
+    def roomy(self, dtype: torch.dtype) -> KeyValueRoom:
+        """A room that ends with these keys and values, and takes one more token of `dtype`."""
+        room = self.room
+        if room is not None and room.filled == self.end and room.has_room(dtype):
+            return room
+        return KeyValueRoom.around(self.keys, self.values, self.positions, dtype)
+
+    def has_no_gaps(self) -> bool:
+        """Whether every slot of every row holds a token, one position after the other."""
+        if self.gapless is None:
+            positions = self.positions
+            steps = torch.arange(positions.shape[1], device=positions.device)
+            expected = positions[:, :1] + steps
+            self.gapless = bool(((positions >= 0) & (positions == expected)).all())
+        return self.gapless
+
+    def with_tail(self, tail: Tensor) -> "AttentionState":
+        """The same keys and values, another tail."""
+        state = dataclasses.replace(self, tail=tail)
+        state.room, state.end, state.gapless = self.room, self.end, self.gapless
+        return state
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, spare room included."""
+        return super().nbytes if self.room is None else self.room.nbytes + self.tail.nbytes
 
     def reset(self, rows: Tensor | None = None) -> "AttentionState":
         if rows is None:
@@ -132,7 +173,7 @@ class Attention(nn.Module):
         """
         if self.convolution is not None:
             hidden, tail = self.convolve(hidden, state, context.layout)
-            state = dataclasses.replace(state, tail=tail)
+            state = state.with_tail(tail)
         angles = None
         if self.rotary is not None:
             angles = context.rotary_angles(self.rotary, hidden.dtype)
@@ -154,6 +195,10 @@ class Attention(nn.Module):
             The heads side by side, [B, T, num_heads * head_dim], and the new state.
         """
         layout = context.layout
+        flash = "flash" in (self.config._attn_implementation or "")
+        untraced = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if layout.is_step and untraced and not flash:
+            return self._step(query, key, value, state, context)
         keys, values, positions, documents = key, value, context.position_ids, layout.document
         if state.positions.shape[1]:
             keys = torch.cat([state.keys.to(key.dtype), key], dim=1)
@@ -163,7 +208,7 @@ class Attention(nn.Module):
             carried = torch.where((state.positions >= 0) & continued, 0, -1)
             documents = torch.cat([carried, documents], dim=1)
 
-        if "flash" in (self.config._attn_implementation or ""):
+        if flash:
             output = self._packed(query, keys, values, documents, layout)
         elif self.window is not None and query.shape[1] > self.window and bool(layout.valid.all()):
             output = self._banded(query, keys, values, positions, documents)
@@ -171,6 +216,25 @@ class Attention(nn.Module):
             output = self._masked(query, keys, values, positions, documents, layout)
         state = self._next_state(state, keys, values, positions, documents, layout)
         return output.flatten(2), state
+
+    def _step(
+        self, query: Tensor, key: Tensor, value: Tensor, state: AttentionState, context: CallContext
+    ) -> tuple[Tensor, AttentionState]:
+        """As `over_documents`, for one token per row that continues the carried document.
+
+        Nothing of the carried keys is copied, and they need no mask unless they have gaps.
+        """
+        room = state.roomy(key.dtype)
+        room.append(key, value, context.position_ids)
+        keys, values, positions = room.last(self.window)
+        gapless, mask = state.has_no_gaps(), None
+        if not gapless:
+            documents = torch.where(positions >= 0, 0, -1)
+            mask = self._visible(
+                context.position_ids, context.layout.document, positions, documents
+            ).unsqueeze(1)
+        output = self._attend(query, keys, values, mask)
+        return output.flatten(2), AttentionState.in_room(room, self.window, state.tail, gapless)
 
     def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value [..., heads, head_dim] of [..., hidden_size], without positions."""
@@ -225,8 +289,11 @@ class Attention(nn.Module):
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """[B, Q, H, D] x [B, K, Hkv, D] -> [B, Q, H, D] through the AttentionInterface."""
         name = self.config._attn_implementation
-        if mask is None and name == "sdpa" and suits(query):  # without a mask it is causal
-            return short_causal_attention(query, keys, values, self.scaling)
+        if mask is None and name == "sdpa":  # without a mask it is causal
+            if query.shape[1] == 1:
+                return self._attend_once(query, keys, values)
+            if suits(query):
+                return short_causal_attention(query, keys, values, self.scaling)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         if mask is not None and name != "sdpa":
             lowest = torch.finfo(query.dtype).min
@@ -240,6 +307,15 @@ class Attention(nn.Module):
             scaling=self.scaling,
         )
         return output
+
+    def _attend_once(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """As `_attend`, of one query per row that sees all keys."""
+        # The queries that share a key are as many queries of one head.
+        query = query.view(len(query), keys.shape[2], -1, query.shape[-1])
+        output = F.scaled_dot_product_attention(
+            query, keys.transpose(1, 2), values.transpose(1, 2), scale=self.scaling
+        )
+        return output.reshape(len(query), 1, -1, output.shape[-1])
 
     def _masked(
         self,

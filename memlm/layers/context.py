@@ -30,6 +30,7 @@ class SequenceLayout:
         document: int64 [B, T]; 0 = the carried document, 1.. = later documents of the row,
             -1 = padding.
         uniform: whether packing is the identity.
+        all_continue: whether every piece continues the carried state of its row.
         continues: bool [N], whether the piece continues the carried state of its row.
         first_position: int64 [N], position within its document of the piece's first token.
         piece_row: int64 [N], the row of each piece.
@@ -41,6 +42,7 @@ class SequenceLayout:
     valid: Tensor
     document: Tensor
     uniform: bool
+    all_continue: bool
     continues: Tensor
     first_position: Tensor
     piece_row: Tensor
@@ -65,9 +67,11 @@ class SequenceLayout:
         if length == 0:
             continues = torch.ones(batch_size, dtype=torch.bool, device=device)
             zeros = torch.zeros(batch_size, dtype=torch.int64, device=device)
-            return cls(valid, document, True, continues, zeros, rows, rows)
+            return cls(valid, document, True, True, continues, zeros, rows, rows)
         if bool(valid.all()) and not bool(starts[:, 1:].any()):
-            return cls(valid, document, True, ~starts[:, 0], position_ids[:, 0], rows, rows)
+            continues = ~starts[:, 0]
+            every = bool(continues.all())
+            return cls(valid, document, True, every, continues, position_ids[:, 0], rows, rows)
 
         token_index = valid.flatten().nonzero().squeeze(1)
         token_row = token_index // length
@@ -79,17 +83,34 @@ class SequenceLayout:
         last_piece = torch.full((batch_size,), -1, dtype=torch.int64, device=device)
         last_piece.scatter_reduce_(0, piece_row, torch.arange(count, device=device), "amax")
         end = torch.tensor([token_index.shape[0]], device=device)
+        continues = document.flatten()[token_index[first]] == 0
         return cls(
             valid,
             document,
             False,
-            document.flatten()[token_index[first]] == 0,
+            bool(continues.all()),
+            continues,
             position_ids.flatten()[token_index[first]],
             piece_row,
             last_piece,
             token_index,
             torch.cat([first, end]),
         )
+
+    @classmethod
+    def step(cls, position_ids: Tensor) -> "SequenceLayout":
+        """That of one token per row, int64 [B, 1], each of which continues its row's document."""
+        valid = torch.ones_like(position_ids, dtype=torch.bool)
+        document = torch.zeros_like(position_ids)
+        rows = torch.arange(len(position_ids), device=position_ids.device)
+        return cls(
+            valid, document, True, True, valid.squeeze(1), position_ids.squeeze(1), rows, rows
+        )
+
+    @property
+    def is_step(self) -> bool:
+        """Whether the call has one token per row, each of which continues its row's document."""
+        return self.uniform and self.all_continue and self.valid.shape[1] == 1
 
     @property
     def batch_size(self) -> int:
@@ -130,9 +151,7 @@ class SequenceLayout:
         """The carried state of B rows as the initial state of N pieces."""
         if not self.uniform:
             state = state.select(self.piece_row)
-        if bool(self.continues.all()):
-            return state
-        return state.reset(~self.continues)
+        return state if self.all_continue else state.reset(~self.continues)
 
     def outgoing(self, final: State, carried: State) -> State:
         """The final states of N pieces as the new carried state of B rows."""

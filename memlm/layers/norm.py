@@ -36,7 +36,7 @@ class RMSNorm(nn.RMSNorm):
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     plain = x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64)
-    if x.device.type != "cpu" or not plain:
+    if x.device.type != "cpu" or not plain or not torch.is_grad_enabled():
         return F.rms_norm(x, weight.shape, weight, eps)
     return _Normed.apply(x, weight, eps)
 

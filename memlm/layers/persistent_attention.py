@@ -60,7 +60,7 @@ class PersistentAttention(Attention):
             return super()._attend(query, keys, values, mask)
         if mask is None:
             columns = torch.arange(keys.shape[1], device=query.device)
-            mask = (columns[:, None] >= columns)[None, None]
+            mask = (columns[-query.shape[1] :, None] >= columns)[None, None]
         first_keys, first_values = self._persistent_pairs(len(query), query.dtype)
         if self.rotary is not None:
             keys = F.pad(keys, (0, self.head_dim))

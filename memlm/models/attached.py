@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from memlm.errors import UserError
-from memlm.layers.context import CallContext, SequenceLayout
+from memlm.layers.context import CallContext
 from memlm.layers.state import MemoryState
 from memlm.memory import MemoryModule
 from memlm.memory.output_memory import (
@@ -26,7 +26,8 @@ from memlm.models.attached_call import AttachedCall, CallCheckpoint, state_name
 from memlm.models.attached_files import save_attached
 from memlm.models.cache import MemLMCache, carried
 from memlm.models.decoder_layers import DecoderLayer, attention_sizes
-from memlm.models.documents import PositionState, advance, find_documents, valid_tokens
+from memlm.models.documents import PositionState, advance, call_layout, longest_context
+from memlm.models.generation import MemoryGeneration
 from memlm.models.key_values import KeyValues, KeyValueState
 from memlm.models.lora import remove_lora
 from memlm.models.modeling import MemLMForCausalLM, MemLMOutput
@@ -73,10 +74,9 @@ class Attachment:
     requires_grad: dict[str, bool]
 
 
-class AttachedMixin:
+class AttachedMixin(MemoryGeneration):
     """Comes before the model's own class; see `attach_memory`."""
 
-    _is_stateful = True
     memory: AttachedMemory
     attachment: Attachment
 
@@ -164,7 +164,7 @@ class AttachedMixin:
                 loss = self.loss_function(logits, labels, vocab_size, **kwargs)
         if carries:
             new_states["base"] = key_values.finish()
-            new_states["position"] = advance(states["position"], context.position_ids, layout.valid)
+            new_states["position"] = advance(states["position"], context.position_ids, layout)
         if going.cache is not None:
             going.cache.store(new_states, tokens.shape[1])
         output = MemLMOutput(
@@ -187,25 +187,19 @@ class AttachedMixin:
         input_ids: Tensor | None,
         write_memory: bool,
     ) -> CallContext:
-        batch_size, length = tokens.shape[:2]
-        if given is None:
-            next_position = torch.zeros(batch_size, dtype=torch.int64, device=tokens.device)
-        else:
-            next_position = given["position"].next_position
-        valid = valid_tokens(attention_mask, segment_ids, batch_size, length, tokens.device)
-        starts, position_ids = find_documents(
-            valid, segment_ids, position_ids, next_position, given is None
-        )
+        carried = None if given is None else given["position"]
+        masks = (attention_mask, segment_ids, position_ids)
+        layout, position_ids = call_layout(*masks, carried, tokens)
         limit = self.max_context
-        if limit is not None and valid.numel():
-            longest = int((position_ids * valid).max()) + 1
+        if limit is not None:
+            longest = longest_context(position_ids, layout)
             if longest > limit:
                 raise UserError(
                     f"the context has {longest} tokens, but {type(self).__name__} allows {limit}"
                     + self._longer_context()
                 )
         return CallContext(
-            SequenceLayout.build(position_ids, valid, starts),
+            layout,
             position_ids,
             write=write_memory,
             shared=dict(self.memory.shared.items()),
@@ -345,8 +339,6 @@ class AttachedMixin:
         return flops + sum(memory.flops(tokens) for memory in self.memories().values())
 
     weights_fingerprint = MemLMForCausalLM.weights_fingerprint
-    _prepare_cache_for_generation = MemLMForCausalLM._prepare_cache_for_generation
-    _prepare_position_ids_for_generation = MemLMForCausalLM._prepare_position_ids_for_generation
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs: Any

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlm.errors import UserError
+from memlm.layers.context import SequenceLayout
 from memlm.layers.state import MemoryState
 
 
@@ -43,6 +44,15 @@ def valid_tokens(
     return valid
 
 
+def check_rows(states: int, rows: int) -> None:
+    """Raise UserError for states of another number of rows than a call has."""
+    if states != rows:
+        raise UserError(
+            f"the states are those of {states} rows, but the call has {rows}; choose rows of "
+            "states with their select()"
+        )
+
+
 def find_documents(
     valid: Tensor,
     segment_ids: Tensor | None,
@@ -58,11 +68,7 @@ def find_documents(
     Raises:
         UserError: for states of another number of rows.
     """
-    if len(next_position) != len(valid):
-        raise UserError(
-            f"the states are those of {len(next_position)} rows, but the call has {len(valid)}; "
-            "choose rows of states with their select()"
-        )
+    check_rows(len(next_position), len(valid))
     starts = torch.zeros_like(valid)
     if segment_ids is not None:
         # Compare with the last token that was not padding.
@@ -87,11 +93,70 @@ def find_documents(
     return starts, position_ids
 
 
-def advance(state: PositionState, position_ids: Tensor, valid: Tensor) -> PositionState:
+def call_layout(
+    attention_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    position_ids: Tensor | None,
+    carried: PositionState | None,
+    rows: Tensor,
+) -> tuple[SequenceLayout, Tensor]:
+    """The pieces of documents in a call, and the position of each token within its document.
+
+    Args:
+        attention_mask, segment_ids, position_ids: as in `MemLMForCausalLM.forward`.
+        carried: how far the rows have come; None = before their first token.
+        rows: [B, T, ...], gives shape and device.
+
+    Raises:
+        UserError: for states of another number of rows.
+    """
+    batch_size, length = rows.shape[:2]
+    if carried is None:
+        next_position = torch.zeros(batch_size, dtype=torch.int64, device=rows.device)
+    else:
+        next_position = carried.next_position
+        check_rows(len(next_position), batch_size)
+        if length == 1 and segment_ids is None and batch_size:
+            step = _step_positions(attention_mask, position_ids, next_position)
+            if step is not None:
+                return SequenceLayout.step(step), step
+    valid = valid_tokens(attention_mask, segment_ids, batch_size, length, rows.device)
+    starts, position_ids = find_documents(
+        valid, segment_ids, position_ids, next_position, carried is None
+    )
+    return SequenceLayout.build(position_ids, valid, starts), position_ids
+
+
+def _step_positions(
+    attention_mask: Tensor | None, position_ids: Tensor | None, next_position: Tensor
+) -> Tensor | None:
+    """int64 [B, 1] of a call with one token per row; None unless each continues its document."""
+    if attention_mask is not None and not (
+        attention_mask.ndim == 2 and attention_mask.shape[1] and bool(attention_mask[:, -1].all())
+    ):
+        return None
+    if position_ids is None:
+        return next_position[:, None]
+    if bool((position_ids == 0).any()):
+        return None
+    return position_ids.expand(len(next_position), 1)
+
+
+def advance(state: PositionState, position_ids: Tensor, layout: SequenceLayout) -> PositionState:
     """The state after a call: rows without a token stay where they are."""
+    if layout.is_step:
+        return PositionState(position_ids[:, 0] + 1)
+    valid = layout.valid
     if valid.shape[1] == 0:
         return state
     columns = torch.arange(valid.shape[1], device=valid.device)
     last = torch.where(valid, columns, -1).amax(1)
     following = position_ids.gather(1, last.clamp(min=0)[:, None]).squeeze(1) + 1
     return PositionState(torch.where(last >= 0, following, state.next_position))
+
+
+def longest_context(position_ids: Tensor, layout: SequenceLayout) -> int:
+    """The last position of a call, plus 1; 0 where it has no token."""
+    if not position_ids.numel():
+        return 0
+    return int((position_ids if layout.is_step else position_ids * layout.valid).max()) + 1

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from memlm.errors import UserError
 from memlm.fingerprint import fingerprint
 from memlm.layers.attention import Attention
-from memlm.layers.context import CallContext, SequenceLayout
+from memlm.layers.context import CallContext
 from memlm.layers.norm import RMSNorm
 from memlm.layers.state import MemoryState
 from memlm.memory import MemoryModule
@@ -29,7 +29,8 @@ from memlm.memory.titans_memory import TitansMemory
 from memlm.models.block import Block, build_shared
 from memlm.models.cache import MemLMCache, carried
 from memlm.models.configuration import MemLMConfig
-from memlm.models.documents import PositionState, advance, find_documents, valid_tokens
+from memlm.models.documents import PositionState, advance, call_layout, longest_context
+from memlm.models.generation import MemoryGeneration
 from memlm.models.start_values import init_module
 
 States = dict[str, MemoryState]
@@ -194,9 +195,9 @@ class MemLMModel(MemLMPreTrainedModel):
         states = self.init_states(batch_size) if memory_states is None else memory_states
         masks = (attention_mask, segment_ids, position_ids)
         context = self.call_context(hidden, *masks, memory_states, input_ids, write_memory)
-        valid, position_ids = context.layout.valid, context.position_ids
-        self._check_length(position_ids, valid)
-        new_states: States = {"position": advance(states["position"], position_ids, valid)}
+        self._check_length(context)
+        following = advance(states["position"], context.position_ids, context.layout)
+        new_states: States = {"position": following}
         for block in self.layers:
             own = {name: states[name] for name in block.state_names() if name in states}
             hidden, block_states = block(hidden, own, context, use_memory)
@@ -217,34 +218,31 @@ class MemLMModel(MemLMPreTrainedModel):
 
         Other arguments as in `MemLMForCausalLM.forward`.
         """
-        batch_size, length = hidden.shape[:2]
-        fresh = memory_states is None
-        if fresh:
-            next_position = torch.zeros(batch_size, dtype=torch.int64, device=hidden.device)
-        else:
-            next_position = memory_states["position"].next_position
-        valid = valid_tokens(attention_mask, segment_ids, batch_size, length, hidden.device)
-        starts, position_ids = find_documents(
-            valid, segment_ids, position_ids, next_position, fresh
-        )
+        carried = None if memory_states is None else memory_states["position"]
+        masks = (attention_mask, segment_ids, position_ids)
+        layout, position_ids = call_layout(*masks, carried, hidden)
         return CallContext(
-            SequenceLayout.build(position_ids, valid, starts),
+            layout,
             position_ids,
             write=write_memory,
             shared=dict(self.shared.items()),
             input_ids=input_ids,
         )
 
-    def _check_length(self, position_ids: Tensor, valid: Tensor) -> None:
-        limit = self.max_context
-        if limit is not None and valid.numel() and int((position_ids * valid).max()) >= limit:
+    def _check_length(self, context: CallContext) -> None:
+        limit = self.config.max_position_embeddings
+        if limit is None:
+            return
+        longest = longest_context(context.position_ids, context.layout)
+        # Last, because all modules are looked at: whether there is a limit.
+        if longest > limit and self.max_context is not None:
             raise UserError(
-                f"the context has {int((position_ids * valid).max()) + 1} tokens, but this model's "
-                f"full attention allows {limit} (max_position_embeddings)"
+                f"the context has {longest} tokens, but this model's full attention allows "
+                f"{limit} (max_position_embeddings)"
             )
 
 
-class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
+class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -328,33 +326,6 @@ class MemLMForCausalLM(MemLMPreTrainedModel, GenerationMixin):
             past_key_values=going.cache if going.returns_cache else None,
             memory_states=states if going.returns_states else None,
         )
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config,
-        model_kwargs: dict,
-        generation_mode,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        given = model_kwargs.get("past_key_values")
-        if given is not None or generation_config.use_cache is False:
-            return
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise UserError(
-                f"cache_implementation {generation_config.cache_implementation!r} cannot hold "
-                "memories; leave it unset"
-            )
-        model_kwargs["past_key_values"] = MemLMCache()
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict):
-        position_ids = GenerationMixin._prepare_position_ids_for_generation(
-            self, inputs_tensor, model_kwargs
-        )
-        cache = model_kwargs.get("past_key_values")
-        if not isinstance(cache, MemLMCache):  # refused by the call
-            return position_ids
-        return cache.continued_positions(position_ids, model_kwargs.get("attention_mask"))
 
     def set_output_memory(self, output: str | dict[str, Any] | None) -> None:
         """Put another output memory behind the head, or none; `config.output` says so then.
