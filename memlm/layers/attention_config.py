@@ -91,9 +91,7 @@ class AttentionConfig:
 
     def _check_rotary(self, head_dim: int) -> None:
         if not 0 < self.rope_fraction <= 1:
-            raise UserError(
-                f"rope_fraction must be above 0 and at most 1, got {self.rope_fraction}"
-            )
+            raise UserError(f"rope_fraction must be in (0, 1], got {self.rope_fraction}")
         turned = self.rotary_channels(head_dim)
         if turned == head_dim and head_dim % 2:
             raise UserError(f"rotary positions need an even head_dim, got {head_dim}")

@@ -59,12 +59,12 @@ def assert_close(actual, expected, implementation="sdpa"):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def rotate(x, positions, theta):
-    """Rotary positions, pair by pair: channel i with channel i + D/2."""
-    half = x.shape[-1] // 2
+def rotate(x, positions, rotary):
+    """Rotary positions, pair by pair: channel i of the D that are turned with channel i + D/2."""
+    half, stretch = rotary.channels // 2, dict(rotary.scaling).get("factor", 1.0)
     out = x.clone()
     for i in range(half):
-        angle = positions * theta ** (-2 * i / (2 * half))
+        angle = positions / stretch * rotary.theta ** (-2 * i / (2 * half))
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]
         out[..., i] = x[..., i] * cos - x[..., i + half] * sin
         out[..., i + half] = x[..., i + half] * cos + x[..., i] * sin
@@ -79,12 +79,15 @@ def formula(layer, hidden):
         padded = torch.cat([hidden.new_zeros(reach, HIDDEN), hidden])
         taps = [padded[j : j + length] * weight[:, j] for j in range(reach + 1)]
         hidden = hidden + sum(taps)
-    q = layer.q_norm(layer.q_proj(hidden).view(length, -1, layer.head_dim))
-    k = layer.k_norm(layer.k_proj(hidden).view(length, -1, layer.head_dim))
-    v = layer.v_proj(hidden).view(length, -1, layer.head_dim)
+    q, k, v = layer.q_proj(hidden), layer.k_proj(hidden), layer.v_proj(hidden)
+    if layer.norm_all_heads:
+        q, k = layer.q_norm(q), layer.k_norm(k)
+    q, k, v = (x.view(length, -1, layer.head_dim) for x in (q, k, v))
+    if not layer.norm_all_heads:
+        q, k = layer.q_norm(q), layer.k_norm(k)
     if layer.rotary is not None:
         positions = torch.arange(length, dtype=hidden.dtype)
-        q, k = (rotate(x, positions, layer.rotary.theta) for x in (q, k))
+        q, k = (rotate(x, positions, layer.rotary) for x in (q, k))
     rows = []
     for t in range(length):
         first = 0 if layer.window is None else max(0, t + 1 - layer.window)
@@ -94,7 +97,10 @@ def formula(layer, hidden):
             scores = k[first : t + 1, shared] @ q[t, head] / layer.head_dim**0.5
             heads.append(scores.softmax(0) @ v[first : t + 1, shared])
         rows.append(torch.cat(heads))
-    return layer.o_proj(torch.stack(rows))
+    rows = torch.stack(rows)
+    if layer.g_proj is not None:
+        rows = rows * layer.g_proj(hidden).sigmoid()
+    return layer.o_proj(rows)
 
 
 def context(valid, starts):
@@ -109,12 +115,19 @@ def context(valid, starts):
     return CallContext(SequenceLayout.build(positions, valid, starts), positions)
 
 
+# Powers of two, which the float32 frequencies of transformers hold exactly.
+STRETCHED = {"rope_theta": 16.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
 OPTIONS = {
     "full": {},
     "window": {"window": 3},
     "grouped": {"num_key_value_heads": 1},
     "no positions": {"rope": False},
     "query and key norm": {"qk_norm": True},
+    "norm of all heads": {"qk_norm": "all_heads", "num_key_value_heads": 1},
+    "some channels turned": {"rope_fraction": 0.5},
+    "positions stretched": STRETCHED,
+    "biases": {"qkv_bias": True, "output_bias": True},
+    "gate": {"output_gate": True},
     "convolution": {"conv_size": 3},
     "head size": {"head_dim": 6},
     "everything": {
@@ -122,7 +135,18 @@ OPTIONS = {
         "num_key_value_heads": 1,
         "qk_norm": True,
         "conv_size": 4,
-        "rope_theta": 50.0,
+        "rope_fraction": 0.5,
+        **STRETCHED,
+        "qkv_bias": True,
+        "output_bias": True,
+        "output_gate": True,
+    },
+    "everything, norm of all heads": {
+        "num_key_value_heads": 1,
+        "qk_norm": "all_heads",
+        **STRETCHED,
+        "qkv_bias": True,
+        "output_gate": True,
     },
 }
 
@@ -216,6 +240,10 @@ def test_flops_counts_projections_and_visible_pairs():
     pairs = 1 + 2 + 2
     assert layer.flops(3) == 2 * 3 * projections + 4 * pairs * HIDDEN
     assert build().flops(3) == 2 * 3 * projections + 4 * 6 * HIDDEN
+    # One more matrix and a product for the gate, and four additions for each token and channel.
+    gated = build(window=2, output_gate=True, qkv_bias=True)
+    extra = 2 * HIDDEN * HIDDEN + HIDDEN + 4 * HIDDEN
+    assert gated.flops(3) - layer.flops(3) == 3 * extra
 
 
 @pytest.mark.parametrize("length", [2, 9])
