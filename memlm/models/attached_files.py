@@ -125,10 +125,8 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     temporary.replace(path)
 
 
-def read_attached(
-    source: str | os.PathLike, revision: str | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the weights of a saved memory.
+def read_attached_config(source: str | os.PathLike, revision: str | None = None) -> dict[str, Any]:
+    """The config of a saved memory.
 
     Raises:
         UserError: when nothing is there, or something damaged or of another version.
@@ -153,6 +151,18 @@ def read_attached(
     missing = missing or _BASE_FIELDS - config["base_model"].keys()
     if missing:
         raise UserError(f"{source}: {CONFIG_FILE} has no {sorted(missing)[0]!r}")
+    return config
+
+
+def read_attached(
+    source: str | os.PathLike, revision: str | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the weights of a saved memory.
+
+    Raises:
+        UserError: when nothing is there, or something damaged or of another version.
+    """
+    config = read_attached_config(source, revision)
     weights = _find(source, WEIGHTS_FILE, revision)
     if weights is None:
         raise UserError(f"{source}: the weights of the memory are missing ({WEIGHTS_FILE})")

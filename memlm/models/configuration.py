@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -14,6 +16,7 @@ from memlm.layers.attention_config import AttentionConfig, SlidingAttentionConfi
 from memlm.layers.moe import MixtureOfExpertsConfig
 from memlm.memory import memory_config, memory_names
 from memlm.memory.output_memory import OUTPUT, OutputMemoryConfig, output_memory_config
+from memlm.models.stub import AUTO_MAP, write_stub
 from memlm.specification import build_config
 
 MIXERS = {
@@ -114,6 +117,16 @@ class MemLMConfig(PreTrainedConfig):
         self.output_plan()
         super().__post_init__(**kwargs)
 
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As in transformers, with the module that loads it where memlm is not imported."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+        write_stub(Path(save_directory))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: `save_pretrained` writes what AutoConfig needs, and copies no source files."""
+
     @property
     def num_hidden_layers(self) -> int:
         """The number of blocks."""
@@ -206,6 +219,7 @@ def _refuse_unknown(cls: type, extra: dict[str, Any]) -> None:
         "_attn_implementation",
         "_commit_hash",
         "model_type",
+        "quantization_config",
         "num_hidden_layers",
         "name_or_path",
     }

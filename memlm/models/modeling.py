@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlm.errors import UserError
@@ -31,6 +31,7 @@ from memlm.models.cache import MemLMCache, carried
 from memlm.models.configuration import MemLMConfig
 from memlm.models.documents import PositionState, advance, call_layout, longest_context
 from memlm.models.generation import MemoryGeneration
+from memlm.models.hub_model import HubModel
 from memlm.models.start_values import init_module
 
 States = dict[str, MemoryState]
@@ -44,7 +45,7 @@ class MemLMOutput(CausalLMOutputWithPast):
     memory_states: States | None = None
 
 
-class MemLMPreTrainedModel(PreTrainedModel):
+class MemLMPreTrainedModel(HubModel):
     """Weight initialisation and what transformers has to know."""
 
     config_class = MemLMConfig

@@ -1,0 +1,114 @@
+"""What a model of this library is on the Hub, beyond what transformers does for every model."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from memlm.errors import UserError
+from memlm.models.card import card_config, write_card
+from memlm.models.downloads import check_downloads
+from memlm.models.quantization import refuse_quantized_memories
+from memlm.models.run_facts import find_run
+from memlm.models.upload import push_folder
+
+
+class PushWithCard:
+    """Goes to the Hub with a model card: a model, or a memory for a pretrained one."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+        license: str | None = None,
+    ) -> str:
+        """Upload weights, config and a model card in one commit.
+
+        A card that a user wrote on the Hub stays as it is.
+
+        Args:
+            repo_id: owner/name; the repository is made where there is none.
+            license: of the weights, as the Hub spells it (apache-2.0, ...).
+            commit_message: and the other arguments as in transformers.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: when the Hub cannot be reached, knows no token, or refuses.
+        """
+
+        def write(folder: Path) -> None:
+            self.save_pretrained(folder, max_shard_size=max_shard_size)
+            run = find_run(self.name_or_path)
+            write_card(folder, card_config(folder), run, repo_id, license, tags)
+
+        return push_folder(
+            repo_id,
+            write,
+            message=commit_message or "Upload model",
+            description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+class HubModel(PushWithCard, PreTrainedModel):
+    """Checks what it loads, and has a model card."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers.
+
+        Raises:
+            UserError: for damaged files, or when memories would be quantized.
+            OSError: of transformers, where there is no such model.
+        """
+        source = str(pretrained_model_name_or_path)
+        if kwargs.get("quantization_config") is not None:
+            config = kwargs.get("config")
+            if not isinstance(config, cls.config_class):
+                names = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+                options = {name: kwargs[name] for name in names if name in kwargs}
+                config = cls.config_class.from_pretrained(config or source, **options)
+            refuse_quantized_memories(cls, config, kwargs["quantization_config"])
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            check_downloads(source, kwargs)  # what was fetched explains what went wrong
+            if isinstance(error, SafetensorError):
+                raise UserError(
+                    f"{source}: the weights are damaged (no safetensors file: {error})"
+                ) from error
+            raise
+        check_downloads(source, kwargs)
+        return loaded
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Nothing: save_pretrained writes what AutoModel needs, and copies no source files."""
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """As in transformers; a model of a run folder gets its model card beside it."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        folder, run = Path(save_directory), find_run(self.name_or_path)
+        # Training itself saves inside the run folder.
+        inside = run is not None and folder.resolve().is_relative_to(run.resolve())
+        if run is not None and not inside and is_main_process:
+            write_card(folder, self.config, run)

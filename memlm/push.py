@@ -1,0 +1,87 @@
+"""A finished run goes to the Hub: `python -m memlm.push runs/NAME OWNER/NAME`.
+
+Model, tokenizer, model card and its pictures are one commit. Weights are uploaded from where they
+lie, as they are.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from memlm.cli import run_entry_point
+from memlm.data import load_tokenizer
+from memlm.errors import UserError
+from memlm.models import MemLMConfig
+from memlm.models.attached_files import CONFIG_FILE as MEMORY_CONFIG
+from memlm.models.attached_files import WEIGHTS_FILE as MEMORY_WEIGHTS
+from memlm.models.card import card_config, write_card
+from memlm.models.run_facts import find_run
+from memlm.models.upload import push_folder
+
+_MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", "generation_config.json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Push as the command line says; returns the exit code (2 for a mistake of the user)."""
+    return run_entry_point(lambda: _push(argv))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say it in one line, as all mistakes are said."""
+        raise UserError(f"command line: {message}; see {self.prog} --help")
+
+
+def _push(argv: Sequence[str] | None) -> None:
+    parser = _Parser(
+        prog="python -m memlm.push",
+        description="Upload the model of a run folder or of a checkpoint, with its model card.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder or a checkpoint in it")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="made where there is none")
+    parser.add_argument("--private", action="store_true", help="nobody else sees a new repository")
+    parser.add_argument("--license", help="of the weights, as the Hub spells it: apache-2.0, ...")
+    parser.add_argument("--revision", metavar="BRANCH", help="made where there is none; or main")
+    options = parser.parse_args(argv)
+    files = model_files(options.run)
+
+    def write(folder: Path) -> None:
+        for path in files:
+            (folder / path.name).symlink_to(path.resolve())
+        config = card_config(options.run)
+        if isinstance(config, MemLMConfig):
+            config.save_pretrained(folder)
+        load_tokenizer(str(options.run)).save_pretrained(folder)
+        run = find_run(options.run)
+        write_card(folder, config, run, options.repository, options.license)
+
+    address = push_folder(
+        options.repository,
+        write,
+        private=options.private or None,
+        revision=options.revision,
+    )
+    print(address)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold its model, or the memory for a pretrained one.
+
+    Raises:
+        UserError: when it holds neither.
+    """
+    memory = [folder / MEMORY_CONFIG, folder / MEMORY_WEIGHTS]
+    if all(path.is_file() for path in memory):
+        return memory
+    if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
+        return [path for pattern in _MODEL_FILES for path in sorted(folder.glob(pattern))]
+    inside = [path.parent for path in folder.glob("checkpoints/*/model*.safetensors")]
+    hint = f"; did you mean {max(inside)}?" if inside else ""
+    raise UserError(f"{folder}: no model there (no config.json with model.safetensors){hint}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
