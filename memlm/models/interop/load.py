@@ -15,6 +15,7 @@ from memlm.models.interop.conversion import Conversion
 from memlm.models.interop.plan import from_theirs, is_foreign
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+_NAME = "pretrained_model_name_or_path"
 _UNSUPPORTED = ("variant", "gguf_file", "key_mapping", "state_dict")
 
 
@@ -45,7 +46,7 @@ def load_foreign(load: Callable[..., Any], source: Any, options: Mapping[str, An
         UserError: for a model without a map or that cannot be computed here, for files that are
             missing or damaged, and for options that only files of ours can have.
     """
-    rest = dict(options)
+    rest = {key: value for key, value in options.items() if key != _NAME}
     for key in _UNSUPPORTED:
         if rest.pop(key, None) is not None:
             raise UserError(

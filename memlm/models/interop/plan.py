@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -65,20 +66,18 @@ def to_theirs(checkpoint: Checkpoint, model_type: str) -> Plan:
         UserError: for an architecture that is not written, or one that cannot hold the model.
     """
     architecture = _find(model_type, checkpoint.source, writing=True)
-    values = {key: value for key, value in checkpoint.config.items() if key not in _OF_FILES}
-    config = MemLMConfig.from_mapping(values, checkpoint.source)
     try:
+        config = MemLMConfig.from_dict(dict(checkpoint.config))
         theirs = architecture.write_config(config)
+    except StrictDataclassError as error:
+        reason = str(error.__cause__ or error).splitlines()[-1].strip()
+        raise UserError(f"{checkpoint.source}: config.json is not valid ({reason})") from error
     except UserError as error:
         raise UserError(f"{checkpoint.source}: {error}") from error
     theirs["dtype"] = str(_dtype(checkpoint)).removeprefix("torch.")
     rules = architecture.rules(theirs)
     conversion = Conversion(checkpoint, rules, our_tensors(config), to_ours=False)
     return Plan(theirs, conversion, _generation(checkpoint))
-
-
-# What transformers writes into every config.json, beside the values of the model.
-_OF_FILES = ("architectures", "dtype", "model_type", "torch_dtype", "transformers_version")
 
 
 def our_tensors(config: MemLMConfig) -> dict[str, Tensor]:
