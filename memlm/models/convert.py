@@ -24,6 +24,7 @@ from memlm.cli import run_entry_point
 from memlm.errors import UserError
 from memlm.files import write_folder
 from memlm.models.configuration import MemLMConfig
+from memlm.models.downloads import check_downloads
 from memlm.models.interop import ARCHITECTURES
 from memlm.models.interop.checkpoint import Checkpoint
 from memlm.models.interop.conversion import Report, count
@@ -100,6 +101,7 @@ def _convert(options: argparse.Namespace) -> None:
         print(f"dry run: nothing was written to {folder}")
         return
     plan.conversion.check()
+    check_downloads(options.source, hub)
     with tqdm(total=len(plan.conversion.targets), unit="tensor", disable=None) as bar:
         write_folder(folder, lambda path: _write(path, plan, files, checkpoint, bar))
     print(f"written to {folder}")

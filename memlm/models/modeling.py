@@ -61,12 +61,20 @@ class MemLMPreTrainedModel(HubModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; warns of memories that compute something else than was trained.
+        """As in transformers, and models of other libraries as models of this one.
+
+        Warns of memories that compute something else than was trained.
 
         Raises:
-            UserError: for a checkpoint whose weights are in parts.
+            UserError: for a checkpoint whose weights are in parts, or of an architecture that is
+                not among `memlm.models.interop.ARCHITECTURES`.
         """
-        _refuse_parts(str(args[0] if args else kwargs.get("pretrained_model_name_or_path")))
+        from memlm.models.interop.load import load_foreign, names_foreign
+
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        _refuse_parts(str(source))
+        if names_foreign(source, kwargs):
+            return load_foreign(super().from_pretrained, source, kwargs)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from memlm.errors import UserError
 from memlm.models.configuration import MemLMConfig
+from memlm.models.downloads import check_downloads
 from memlm.models.interop.checkpoint import Checkpoint
 from memlm.models.interop.conversion import Conversion
 from memlm.models.interop.plan import from_theirs, is_foreign
@@ -62,6 +63,7 @@ def load_foreign(load: Callable[..., Any], source: Any, options: Mapping[str, An
     checkpoint = Checkpoint(source, rest.get("use_safetensors") is False, **hub)
     plan = from_theirs(checkpoint, **overrides)
     plan.conversion.check()
+    check_downloads(str(source), hub)
     rest.setdefault("generation_config", plan.generation)
     loaded = load(None, config=plan.config, state_dict=dict(_lazy(plan.conversion)), **rest)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
