@@ -9,17 +9,26 @@ from memlm.layers.convolution import ConvolutionState, ShortConvolution
 from memlm.layers.mlp import SwiGLU
 
 
+def build(channels, kernel_size=4, activation="silu", bias=False):
+    """In float64, with a bias that matters where there is one."""
+    layer = ShortConvolution(channels, kernel_size, activation, bias).double()
+    if bias:
+        torch.nn.init.normal_(layer.bias)
+    return layer
+
+
 def expected(layer, x):
     """One document [T, channels]."""
     padded = F.pad(x.T, (layer.kernel_size - 1, 0))[None]
-    y = F.conv1d(padded, layer.weight, groups=len(layer.weight))[0].T
+    y = F.conv1d(padded, layer.weight, layer.bias, groups=len(layer.weight))[0].T
     return F.silu(y) if layer.activation else y
 
 
 @pytest.mark.parametrize("kernel_size", [1, 2, 4])
 @pytest.mark.parametrize("activation", ["silu", None])
-def test_pieces_shorter_than_the_kernel(kernel_size, activation):
-    layer = ShortConvolution(3, kernel_size, activation).double()
+@pytest.mark.parametrize("bias", [False, True])
+def test_pieces_shorter_than_the_kernel(kernel_size, activation, bias):
+    layer = build(3, kernel_size, activation, bias)
     x = torch.randn(2, 9, 3, dtype=torch.float64)
     tail = layer.init_tail(2, dtype=torch.float64)
     parts = []
@@ -31,8 +40,9 @@ def test_pieces_shorter_than_the_kernel(kernel_size, activation):
     assert tail.untyped_storage().nbytes() == tail.nbytes
 
 
-def test_packed_documents():
-    layer = ShortConvolution(3, 4).double()
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_documents(bias):
+    layer = build(3, bias=bias)
     x = torch.randn(1, 9, 3, dtype=torch.float64)
     starts = torch.zeros(1, 9, dtype=torch.bool)
     starts[0, [2, 7]] = True
@@ -52,8 +62,9 @@ def test_packed_documents():
     assert torch.equal(after[0], torch.cat([torch.zeros(1, 3), x[0, 7:]]))
 
 
-def test_heads_of_unit_length():
-    layer = ShortConvolution(10, 4).double()
+@pytest.mark.parametrize("bias", [False, True])
+def test_heads_of_unit_length(bias):
+    layer = build(10, bias=bias)
     x = torch.randn(2, 5, 10, dtype=torch.float64)
     tail = torch.randn(2, 3, 10, dtype=torch.float64)
     layout = CallContext.plain(2, 5, 3).layout
@@ -64,6 +75,18 @@ def test_heads_of_unit_length():
     torch.testing.assert_close(keys, unit)
     torch.testing.assert_close(values.squeeze(2), whole[..., 6:])
     assert torch.equal(new_tail, expected_tail)
+
+
+def test_a_bias_in_narrow_numbers_is_rounded_once_behind_the_activation():
+    layer = build(8, bias=True).bfloat16()
+    x = torch.randn(1, 6, 8, dtype=torch.bfloat16)
+    tail = layer.init_tail(1, dtype=x.dtype)
+    layout = CallContext.plain(1, 6).layout
+    y, new_tail = layer(x, tail, layout)
+    assert y.dtype == new_tail.dtype == x.dtype
+    torch.testing.assert_close(
+        y[0].float(), expected(layer.float(), x[0].float()), rtol=0.02, atol=0.02
+    )
 
 
 def test_reset_of_rows():

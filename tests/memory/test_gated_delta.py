@@ -35,13 +35,40 @@ def call(module, hidden, state=None, **context):
 @pytest.mark.parametrize("use_gate", [True, False])
 @pytest.mark.parametrize("allow_neg_eigval", [True, False])
 def test_the_layer_is_the_published_formula(use_gate, allow_neg_eigval, conv_size, decay):
+    assert_is_the_formula(
+        use_gate=use_gate, allow_neg_eigval=allow_neg_eigval, conv_size=conv_size, decay=decay
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{"conv_bias": True}, {"gate_activation": "sigmoid"}, {"norm_eps": 0.1}]
+)
+def test_what_other_libraries_choose(options):
+    assert_is_the_formula(**options)
+
+
+def assert_is_the_formula(
+    use_gate=True,
+    allow_neg_eigval=False,
+    conv_size=4,
+    decay=True,
+    conv_bias=False,
+    gate_activation="silu",
+    norm_eps=None,
+):
     module = build(
         use_gate=use_gate,
         allow_neg_eigval=allow_neg_eigval,
         conv_size=conv_size,
         decay=decay,
         beta_bias=-0.5,
+        conv_bias=conv_bias,
+        gate_activation=gate_activation,
+        norm_eps=norm_eps,
     )
+    if conv_bias:
+        assert (module.conv1d.bias == 0).all()
+        torch.nn.init.normal_(module.conv1d.bias)
     x = torch.randn(9, 16, dtype=torch.float64)
     w = dict(module.named_parameters())
     H, HV, K, V = 2, 4, 4, 6
@@ -50,6 +77,7 @@ def test_the_layer_is_the_published_formula(use_gate, allow_neg_eigval, conv_siz
         padded = F.pad(qkv, (0, 0, conv_size - 1, 0))
         kernel = w["conv1d.weight"][:, 0]
         qkv = sum(padded[j : j + 9] * kernel[:, j] for j in range(conv_size))
+        qkv = qkv + w.get("conv1d.bias", 0)
     q, k, v = F.silu(qkv).split((H * K, H * K, HV * V), -1)
     unit = [part.view(9, H, K) for part in (q, k)]
     q, k = (part * (part.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for part in unit)
@@ -65,9 +93,10 @@ def test_the_layer_is_the_published_formula(use_gate, allow_neg_eigval, conv_siz
             S = log_decay[t, head].exp() * S
             S = S + beta[t, head] * torch.outer(key, v.view(9, HV, V)[t, head] - key @ S)
             outputs[t, head] = K**-0.5 * q[t, head // 2] @ S
-    outputs = F.rms_norm(outputs, (V,), eps=1e-6).flatten(1)
+    outputs = F.rms_norm(outputs, (V,), eps=norm_eps or 1e-6).flatten(1)
     if use_gate:
-        outputs = outputs * F.silu(x @ w["g_proj.weight"].t())
+        gate = {"silu": F.silu, "sigmoid": F.sigmoid}[gate_activation]
+        outputs = outputs * gate(x @ w["g_proj.weight"].t())
     expected = outputs @ w["o_proj.weight"].t()
     torch.testing.assert_close(call(module, x[None])[0][0], expected, rtol=1e-9, atol=1e-9)
 
@@ -80,6 +109,8 @@ def test_the_layer_is_the_published_formula(use_gate, allow_neg_eigval, conv_siz
         ({"num_heads": 4}, 1024, (4, 4, 192, 384)),
         ({"num_heads": 2, "head_dim": 32}, 128, (2, 2, 32, 64)),
         ({"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "expand_v": 1}, 64, (2, 4, 8, 8)),
+        ({"num_heads": 1, "head_dim": 49, "expand_v": 1 / 49}, 64, (1, 1, 49, 1)),
+        ({"num_heads": 1, "head_dim": 24, "expand_v": 16 / 24}, 64, (1, 1, 24, 16)),
     ],
 )
 def test_sizes_follow_the_hidden_size(options, hidden_size, sizes):
@@ -96,6 +127,8 @@ def test_sizes_follow_the_hidden_size(options, hidden_size, sizes):
         ({"num_heads": 2, "num_v_heads": 3}, "not a multiple of num_heads 2"),
         ({"head_dim": 5, "expand_v": 1.5}, "not a whole number"),
         ({"conv_size": 0}, "conv_size is 0, it must be at least 1, or null for no convolution"),
+        ({"conv_size": None, "conv_bias": True}, "conv_bias needs a convolution"),
+        ({"norm_eps": -1.0}, "norm_eps is -1.0, it must be at least 0"),
         ({"dt_min": 0.5, "dt_max": 0.1}, "0 < dt_min <= dt_max"),
         ({"A_min": 0.0}, "0 < A_min <= A_max"),
     ],
@@ -171,10 +204,28 @@ def test_decay_has_no_weight_decay():
     assert decays[id(module.a_proj.weight)] == 0.1
 
 
+LIKE_QWEN3_NEXT = {
+    "num_key_value_heads": 1,
+    "qk_norm": True,
+    "rope_fraction": 0.25,
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+    "qkv_bias": True,
+    "output_gate": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("delta", "attending"),
+    [
+        ({}, {}),
+        ({"conv_bias": True, "gate_activation": "sigmoid", "norm_eps": 1e-3}, LIKE_QWEN3_NEXT),
+    ],
+    ids=["plain", "options"],
+)
 @torch.no_grad()
-def test_layers_of_attention_and_gated_delta_mix_in_any_split():
-    recurrent = {"repeat": 2, "mixer": {"type": "gated_delta", **SMALL}, "ffn": "swiglu"}
-    attention = {"mixer": {"type": "attention", "num_heads": 2}, "ffn": "swiglu"}
+def test_layers_of_attention_and_gated_delta_mix_in_any_split(delta, attending):
+    recurrent = {"repeat": 2, "mixer": {"type": "gated_delta", **SMALL, **delta}, "ffn": "swiglu"}
+    attention = {"mixer": {"type": "attention", "num_heads": 2, **attending}, "ffn": "swiglu"}
     model = build_model([recurrent, attention, {**recurrent, "repeat": 1}])
     ids = torch.randint(1, 40, (2, 17))
     whole, states = run(model, ids)
