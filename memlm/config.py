@@ -253,8 +253,10 @@ class RunConfig:
 
     Attributes:
         model: fields of MemLMConfig; vocab_size and special tokens default to the tokenizer's. Or
-            `{pretrained: folder or Hub id, attach: fields of AttachConfig}`: a memory for a model
-            that is already trained; data.tokenizer is then the model's own unless given.
+            `{pretrained: folder or Hub id}`, a model that is already trained and goes on, with
+            `insert: fields of InsertConfig` for new memories in its blocks; or with `attach: fields
+            of AttachConfig`, which trains a memory beside the model as it is. data.tokenizer is
+            then the model's own unless given.
         data: what the rows are made of.
         train: how the model is trained.
         evaluate: what to evaluate after training; None = nothing.
@@ -361,28 +363,37 @@ def _evaluation(values: dict[str, Any], key: str, where) -> "EvaluationConfig":
     return config
 
 
-def _check_model(model: dict[str, Any]) -> None:
-    """Raise UserError for a model section that is neither of the two kinds."""
-    from memlm.models import AttachConfig, MemLMConfig
+_PRETRAINED = ("pretrained", "attach", "insert")  # keys of a model that is there already
 
-    if not {"pretrained", "attach"} & model.keys():
+
+def _check_model(model: dict[str, Any]) -> None:
+    """Raise UserError for a model section that is of none of the kinds."""
+    from memlm.models import AttachConfig, InsertConfig, MemLMConfig
+
+    if not set(_PRETRAINED) & model.keys():
         MemLMConfig.from_mapping(model)
         return
     for key in model:
         if key in {field.name for field in dataclasses.fields(MemLMConfig)}:
             raise UserError(
                 f"model.{key}: a pretrained model has its own; beside model.pretrained there is "
-                "only model.attach"
+                "only model.insert or model.attach"
             )
-    require_known(model, ("pretrained", "attach"), "model")
+    require_known(model, _PRETRAINED, "model")
     name = model.get("pretrained")
     if not isinstance(name, str) or not name:
         raise UserError(f"model.pretrained: expected a folder or a Hub id, got {name!r}")
-    if not isinstance(model.get("attach"), dict):
+    if {"attach", "insert"} <= model.keys():
         raise UserError(
-            f"model.attach: expected a mapping with the memory, got {model.get('attach')!r}"
+            "model: attach leaves the model as it is, insert makes it one of this library; choose "
+            "one of them"
         )
-    AttachConfig.from_mapping(model["attach"], "model.attach")
+    for key, config in (("attach", AttachConfig), ("insert", InsertConfig)):
+        if key not in model:
+            continue
+        if not isinstance(model[key], dict):
+            raise UserError(f"model.{key}: expected a mapping with the memory, got {model[key]!r}")
+        config.from_mapping(model[key], f"model.{key}")
 
 
 def _refuse_unknown(values: Mapping, known: list[str], prefix: str, where) -> None:

@@ -17,7 +17,9 @@ from memlm.layers.attention import Attention
 from memlm.layers.moe import MixtureOfExperts
 from memlm.memory.value_table import ValueTable
 from memlm.models.configuration import MemLMConfig
+from memlm.models.insert_config import InsertConfig
 from memlm.models.modeling import MemLMForCausalLM
+from memlm.models.retrofit import INSERT, retrofit_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +115,19 @@ def _print_count(argv: Sequence[str] | None) -> None:
     options, overrides = parser.parse_known_args(argv)
     run = load_config(options.config, overrides, options.preset)
     sizes = run.model
-    if "pretrained" in sizes:
+    if "attach" in sizes:
         raise UserError(
             f"{options.config}: only whole models are counted, not a memory for a pretrained one"
         )
-    if "vocab_size" not in sizes:
-        sizes = {"vocab_size": len(load_tokenizer(run.data.tokenizer))} | sizes
-    result = count(MemLMConfig.from_mapping(sizes), run.train.stages()[-1].length)
+    if "pretrained" in sizes:
+        inserted = sizes.get("insert")
+        memories = None if inserted is None else InsertConfig.from_mapping(inserted, INSERT)
+        config = retrofit_config(sizes["pretrained"], memories)
+    else:
+        if "vocab_size" not in sizes:
+            sizes = {"vocab_size": len(load_tokenizer(run.data.tokenizer))} | sizes
+        config = MemLMConfig.from_mapping(sizes)
+    result = count(config, run.train.stages()[-1].length)
     for label, value in _lines(result):
         print(f"{label:<42}{value:>18,}")
 

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 import memlm
 from memlm.errors import UserError
 from memlm.files import replace_file
+from memlm.models.retrofit import describe_base
 from memlm.training.together import on_main
 
 STARTS_FILE = "run.json"
@@ -31,13 +32,16 @@ _ENVIRONMENT = (
 _SECRET = ("KEY", "PASSWORD", "SECRET", "TOKEN")
 
 
-def record_start(accelerator: Accelerator, folder: Path, source: Path | None) -> None:
+def record_start(
+    accelerator: Accelerator, folder: Path, source: Path | None, pretrained: str | None = None
+) -> None:
     """Add this start of a run to those in its folder's run.json; collective.
 
     Args:
         accelerator: the processes of the run.
         folder: the run folder.
         source: the checkpoint it goes on from; None = it is new.
+        pretrained: the model that the run started from, a folder or a Hub id; None = none.
 
     Raises:
         UserError: on every process, when the file is damaged or cannot be written.
@@ -49,6 +53,7 @@ def record_start(accelerator: Accelerator, folder: Path, source: Path | None) ->
     def add() -> None:
         start = describe_start() | {"processes": processes}
         start["from"] = None if source is None else str(source)
+        start["base"] = None if pretrained is None else describe_base(pretrained)
         starts = [*read_starts(folder), start]
         replace_file(folder / STARTS_FILE, json.dumps(starts, indent=1) + "\n")
 

@@ -88,7 +88,7 @@ def create_folder(config: RunConfig, accelerator: Accelerator, source: Path | No
             config.output_dir.mkdir(parents=True, exist_ok=True)
 
     on_main(accelerator, create)
-    record_start(accelerator, config.output_dir, source)
+    record_start(accelerator, config.output_dir, source, config.model.get("pretrained"))
     on_main(accelerator, lambda: save_config(config, config.output_dir / CONFIG_FILE))
 
 

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
-from safetensors import SafetensorError
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from memlm.config import RunConfig, TrainConfig
@@ -29,12 +28,22 @@ from memlm.memory.exchange import all_gather_reads
 from memlm.memory.sharding import MEMORY, shard_values, tables_apart
 from memlm.models import (
     AttachConfig,
+    InsertConfig,
     MemLMConfig,
     MemLMForCausalLM,
     attach_memory,
     load_memory,
 )
 from memlm.models.attached import AttachedMixin
+from memlm.models.insert import freeze_base, insert
+from memlm.models.retrofit import INSERT, retrofit_config
+from memlm.training.base_model import (
+    check_tokenizer,
+    check_vocabulary,
+    load_base,
+    load_own,
+    refuse_other_weights,
+)
 from memlm.training.checkpoint import check_architecture
 from memlm.training.logs import check_trackers
 from memlm.training.loss import RowLoss
@@ -189,17 +198,24 @@ def build_inputs(
 def check_model(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Path | None
 ) -> MemLMConfig | AttachConfig:
-    """The model section, or its `attach`, made whole.
+    """The config of the model that is trained, or of the memory that is attached to one.
 
-    Sizes of the vocabulary and special tokens are the tokenizer's where the config has none.
+    Sizes of the vocabulary and special tokens are the tokenizer's where the config has none, or the
+    pretrained model's.
 
     Raises:
-        UserError: for a wrong model section, or a checkpoint of another architecture.
+        UserError: for a wrong model section, a tokenizer that is not the pretrained model's, or a
+            checkpoint of another architecture.
     """
-    if "pretrained" in config.model:
-        wanted = AttachConfig.from_mapping(config.model["attach"], "model.attach")
+    section = config.model
+    if "attach" in section:
+        wanted = AttachConfig.from_mapping(section["attach"], "model.attach")
+    elif "pretrained" in section:
+        wanted = retrofit_config(section["pretrained"], _insert_config(config))
+        given = config.data.tokenizer
+        check_tokenizer(section["pretrained"], wanted.vocab_size, tokenizer, given)
     else:
-        given = MemLMConfig.from_mapping({"vocab_size": len(tokenizer)} | config.model)
+        given = MemLMConfig.from_mapping({"vocab_size": len(tokenizer)} | section)
         if given.vocab_size < len(tokenizer):
             raise UserError(
                 f"model.vocab_size: {given.vocab_size} is smaller than the tokenizer's "
@@ -208,18 +224,24 @@ def check_model(
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         defaults = {name: getattr(tokenizer, name) for name in names}
         defaults["vocab_size"] = given.vocab_size
-        wanted = MemLMConfig.from_mapping(defaults | config.model)
+        wanted = MemLMConfig.from_mapping(defaults | section)
     if source is not None:
         check_architecture(source, wanted)
     return wanted
 
 
+def _insert_config(config: RunConfig) -> InsertConfig | None:
+    if "insert" not in config.model:
+        return None
+    return InsertConfig.from_mapping(config.model["insert"], INSERT)
+
+
 def build_model(
     config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Path | None
 ) -> PreTrainedModel:
-    """The model with new weights, or with those of the checkpoint `source`.
+    """The model with new weights, those of a pretrained model, or those of a checkpoint.
 
-    A memory of a pretrained model is built in float32, as its model is loaded.
+    What is added to a pretrained model is in float32, as the model is loaded.
 
     Args:
         config: the run.
@@ -231,13 +253,21 @@ def build_model(
             tokens; and for a checkpoint without all the weights.
     """
     model_config = check_model(config, tokenizer, source)
+    inserted = _insert_config(config)
     if isinstance(model_config, AttachConfig):
         model = _build_attached(config, model_config, tokenizer, source)
-    elif source is None or has_parts(source):  # parts are read once the model is sharded
+    elif source is not None and not has_parts(source):
+        model = _load_whole(source)
+    elif source is None and "pretrained" in config.model:
+        model = load_own(config.model["pretrained"])
+        torch.manual_seed(config.train.seed)
+        if inserted is not None:
+            insert(model, inserted, INSERT)
+    else:  # parts are read once the model is sharded
         torch.manual_seed(config.train.seed)
         model = MemLMForCausalLM(model_config)
-    else:
-        model = _load_whole(source)
+    if inserted is not None and inserted.freeze_base:
+        freeze_base(model, inserted)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -249,13 +279,7 @@ def _load_whole(source: Path) -> MemLMForCausalLM:
         model, found = MemLMForCausalLM.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True
         )
-    for kind in ("missing", "unexpected"):
-        if found[f"{kind}_keys"]:
-            name = min(found[f"{kind}_keys"])
-            raise UserError(
-                f"{source}: its weights are not those of its config ({name!r} is {kind}); resume "
-                "another checkpoint"
-            )
+    refuse_other_weights(found, f"{source}: ", "; resume another checkpoint")
     return model
 
 
@@ -267,38 +291,11 @@ def _build_attached(
 ) -> PreTrainedModel:
     model = load_base(config.model["pretrained"])
     rows = model.get_input_embeddings().weight.shape[0]
-    if rows < len(tokenizer):
-        raise UserError(
-            f"data.tokenizer: {config.data.tokenizer!r} has {len(tokenizer)} tokens, but "
-            f"{config.model['pretrained']!r} knows {rows}; leave it out for the model's own"
-        )
+    check_vocabulary(config.model["pretrained"], rows, tokenizer, config.data.tokenizer)
     if source is not None:
         return load_memory(model, source)
     torch.manual_seed(config.train.seed)
     return attach_memory(model, attach_config)
-
-
-def load_base(name: str) -> PreTrainedModel:
-    """The causal language model of a folder or a Hub id, in float32.
-
-    A folder is remembered by its whole path, so that what is saved finds it from anywhere. Code
-    that comes with a model is never run.
-
-    Raises:
-        UserError: when there is none, or it cannot be loaded.
-    """
-    place = Path(name)
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(place.resolve()) if place.is_dir() else name,
-            dtype=torch.float32,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.pretrained: {name!r} cannot be loaded as a causal language model ({reason})"
-        ) from error
 
 
 def share_tables(accelerator: Accelerator, model: PreTrainedModel, options: TrainConfig) -> None:
