@@ -66,11 +66,11 @@ def check_rope_scaling(scaling: dict[str, Any], theta: float) -> None:
             raise UserError("rope_scaling: beta_fast must be at least beta_slow")
 
 
-@functools.lru_cache(maxsize=64)
+@torch.compiler.assume_constant_result
 def scaled_frequencies(
     channels: int, theta: float, scaling: tuple[tuple[str, Any], ...], device: torch.device
 ) -> tuple[Tensor, float]:
-    """Frequencies as transformers makes them.
+    """Frequencies as transformers makes them, once; torch.compile takes them for constants.
 
     Args:
         channels: turned ones.
@@ -81,6 +81,13 @@ def scaled_frequencies(
     Returns:
         float64 [channels / 2], radians per position, and the factor on cosine and sine.
     """
+    return _scaled_frequencies(channels, theta, scaling, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _scaled_frequencies(
+    channels: int, theta: float, scaling: tuple[tuple[str, Any], ...], device: torch.device
+) -> tuple[Tensor, float]:
     parameters = {**dict(scaling), "rope_theta": theta}
     config = types.SimpleNamespace(
         rope_parameters=parameters,

@@ -123,3 +123,14 @@ def test_what_cannot_be_turned_is_refused_in_one_line(options, message):
 def test_nothing_is_turned_without_rotary_positions():
     mixer = {"type": "attention", "num_heads": 2, "rope": False, "rope_fraction": 0.3}
     MemLMConfig(hidden_size=32, layers=[{"mixer": mixer}])
+
+
+def test_stretched_frequencies_are_constants_of_a_compiled_graph():
+    rotary = Rotary.scaled(CHANNELS, THETA, {**YARN, "factor": 5.0})
+    compiled = torch.compile(
+        lambda positions: rotary.angles(positions, torch.float32), backend="eager", fullgraph=True
+    )
+    for found, expected in zip(
+        compiled(torch.arange(5)), rotary.angles(torch.arange(5), torch.float32), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
