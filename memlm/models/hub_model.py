@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from memlm.errors import UserError
 from memlm.models.card import card_config, write_card
 from memlm.models.downloads import check_downloads
+from memlm.models.offloading import place_memories
 from memlm.models.quantization import refuse_quantized_memories
 from memlm.models.run_facts import find_run
 from memlm.models.upload import push_folder
@@ -75,7 +76,8 @@ class HubModel(PushWithCard, PreTrainedModel):
         """As in transformers.
 
         Raises:
-            UserError: for damaged files, or when memories would be quantized.
+            UserError: for damaged files, or when memories would be quantized, or what they share
+                would be offloaded.
             OSError: of transformers, where there is no such model.
         """
         source = str(pretrained_model_name_or_path)
@@ -96,6 +98,7 @@ class HubModel(PushWithCard, PreTrainedModel):
                 ) from error
             raise
         check_downloads(source, kwargs)
+        place_memories(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     @classmethod
