@@ -134,7 +134,8 @@ def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:
         "pad_token": processor.pad_id(),
     }
     named = {name: processor.IdToPiece(index) for name, index in ids.items() if index >= 0}
-    return SentencePieceTokenizer(vocab_file=str(path), **named)
+    # A text that holds the name of a special token is text, as for SentencePiece itself.
+    return SentencePieceTokenizer(vocab_file=str(path), split_special_tokens=True, **named)
 
 
 def byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
