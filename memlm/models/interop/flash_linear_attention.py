@@ -54,7 +54,7 @@ _FIRST = "model.layers.0.mlp"
 
 def read_model(config: TheirConfig, mixer: dict[str, Any]) -> dict[str, Any]:
     """The values of a `MemLMConfig` whose blocks hold `mixer`, but for those of `attn`."""
-    config.ignore(*_KERNELS, "hidden_ratio", GATE_HOLDS_BOTH)
+    config.ignore(*_KERNELS, "hidden_ratio", "num_hidden_layers", GATE_HOLDS_BOTH)
     config.fixed("hidden_act", "swish", "silu")
     config.fixed("attnres_block_size", None)
     values = config.take_all(
@@ -70,7 +70,7 @@ def read_model(config: TheirConfig, mixer: dict[str, Any]) -> dict[str, Any]:
     config.finish()
     layers = [
         {"mixer": attending.get(index, mixer), "ffn": "swiglu"}
-        for index in range(config.take("num_hidden_layers"))
+        for index in range(config.values["num_hidden_layers"])
     ]
     return (
         values

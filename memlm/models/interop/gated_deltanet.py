@@ -34,14 +34,14 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
     theirs = TheirConfig(config, DEFAULTS)
     activation = theirs.take("output_gate_activation")
     theirs.fixed("output_gate_activation", *_ACTIVATIONS)
-    convolves = theirs.take("use_short_conv")
+    convolves, conv_size = theirs.take("use_short_conv"), theirs.take("conv_size")
     mixer = {
         "type": "gated_delta",
         "num_heads": theirs.take("num_heads"),
         "num_v_heads": theirs.take("num_v_heads") or theirs.take("num_heads"),
         "head_dim": theirs.take("head_dim"),
         "expand_v": float(theirs.take("expand_v")),
-        "conv_size": theirs.take("conv_size") if convolves else None,
+        "conv_size": conv_size if convolves else None,
         "use_gate": theirs.take("use_gate"),
         "allow_neg_eigval": theirs.take("allow_neg_eigval"),
     }
