@@ -30,6 +30,17 @@ def read_model(theirs: TheirConfig) -> dict[str, Any]:
     )
 
 
+def fixed_where_given(theirs: TheirConfig, **valid: Any) -> None:
+    """Understand values that some files have, and of which this library has one alone.
+
+    Raises:
+        UserError: for another one.
+    """
+    for key, value in valid.items():
+        if key in theirs.values:
+            theirs.fixed(key, value, None)
+
+
 def read_kinds(theirs: TheirConfig) -> list[str]:
     """Which mixer each layer has, bottom to top.
 

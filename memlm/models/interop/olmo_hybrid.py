@@ -14,6 +14,7 @@ from memlm.models.interop.delta_hybrids import (
     BIASES,
     KINDS,
     check_layers,
+    fixed_where_given,
     outer_rules,
     read_delta,
     read_kinds,
@@ -56,6 +57,8 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
     )
     mixers = {"attention": heads, "gated_delta": delta}
     kinds = read_kinds(theirs)
+    fixed_where_given(theirs, linear_use_gate=True)
+    theirs.ignore("fla_hybrid_attention_indices", "sliding_window")  # layer_types says as much
     theirs.ignore(_RENAMED, _CUT, *(f"linear_{name}" for name in _START_VALUES))
     theirs.finish()
     layers = [{"mixer": mixers[kind], "ffn": "swiglu", "norm": NORMS[kind]} for kind in kinds]
@@ -152,9 +155,7 @@ def _write_config(config: MemLMConfig) -> dict[str, Any]:
     where = f"layer {ours.mixers('attention')[0][0]}.mixer"
     heads, _, head_dim = spec.heads(config.hidden_size)
     if heads * head_dim != config.hidden_size:
-        ours.refuse(
-            where, f"head_dim {head_dim}, as {heads} heads have {config.hidden_size} channels,"
-        )
+        ours.refuse(where, f"head_dim {head_dim} of {heads} heads")
     negative = delta_layers[0][1].allow_neg_eigval
     if spec.rope:
         rope = ours.rope_parameters(where, spec)

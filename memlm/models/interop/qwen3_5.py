@@ -10,6 +10,7 @@ from memlm.models.configuration import MemLMConfig
 from memlm.models.interop.architecture import Architecture, Rule, dropped, parted, renamed
 from memlm.models.interop.delta_hybrids import (
     check_layers,
+    fixed_where_given,
     outer_rules,
     read_model,
     swiglu_rules,
@@ -49,8 +50,8 @@ def _read_text_config(config: dict[str, Any]) -> dict[str, Any]:
     for mixer in mixers:
         for name in _PICTURE_POSITIONS:
             mixer.get("rope_scaling", {}).pop(name, None)
-    if "attn_output_gate" in theirs.values:
-        theirs.fixed("attn_output_gate", True)
+    # The gates behind attention and (by their function) behind Gated DeltaNet.
+    fixed_where_given(theirs, attn_output_gate=True, output_gate_type="swish", mlp_only_layers=[])
     # Layers that predict further tokens, and the precision of states, which is ours here.
     theirs.ignore("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype")
     if theirs.model_type == "qwen3_5_moe_text":
