@@ -106,7 +106,11 @@ def test_every_memory_says_what_it_can(case):
 
 ATTENTION = {"type": "sliding_attention", "window": 8, "num_heads": 2}
 GATE_SIZES = {
-    "gated_delta": ("g_proj", F.silu, {"num_heads": 2, "head_dim": 8}),
+    "gated_delta": (
+        "g_proj",
+        F.sigmoid,
+        {"num_heads": 2, "head_dim": 8, "gate_activation": "sigmoid"},
+    ),
     "retention": ("g_proj", F.silu, {"num_heads": 2, "head_dim": 8}),
     "titans": ("g_proj", F.silu, {"num_heads": 2, "head_dim": 8, "chunk_size": 4}),
     "product_key": ("gate_proj", F.silu, {"num_keys": 6, "num_heads": 2, "top_k": 3}),
