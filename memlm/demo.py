@@ -20,6 +20,7 @@ from memlm.config import RunConfig, load_config
 from memlm.errors import UserError
 from memlm.evaluation import evaluate
 from memlm.evaluation.report.shape import PROMPT_CONDITIONS
+from memlm.models.card import write_run_card
 from memlm.training import Trainer
 
 RESULTS = "results.json"
@@ -106,6 +107,7 @@ def run_demo(config: RunConfig, command: str | None = None) -> dict[str, Any]:
     unfinished = path.with_suffix(".json.new")
     unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
+    write_run_card(folder)
     return results
 
 

@@ -47,11 +47,16 @@ def _push(argv: Sequence[str] | None) -> None:
     parser.add_argument("--revision", metavar="BRANCH", help="made where there is none; or main")
     options = parser.parse_args(argv)
     files = model_files(options.run)
+    config = card_config(options.run)
+    if config is None:
+        raise UserError(
+            f"{options.run}: no model of memlm and no memory for one; transformers pushes others: "
+            "AutoModelForCausalLM.from_pretrained(...).push_to_hub(...)"
+        )
 
     def write(folder: Path) -> None:
         for path in files:
             (folder / path.name).symlink_to(path.resolve())
-        config = card_config(options.run)
         if isinstance(config, MemLMConfig):
             config.save_pretrained(folder)
         load_tokenizer(str(options.run)).save_pretrained(folder)

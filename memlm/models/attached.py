@@ -28,6 +28,7 @@ from memlm.models.cache import MemLMCache, carried
 from memlm.models.decoder_layers import DecoderLayer, attention_sizes
 from memlm.models.documents import PositionState, advance, call_layout, longest_context
 from memlm.models.generation import MemoryGeneration
+from memlm.models.hub_model import PushWithCard
 from memlm.models.key_values import KeyValues, KeyValueState
 from memlm.models.lora import remove_lora
 from memlm.models.modeling import MemLMForCausalLM, MemLMOutput
@@ -74,7 +75,7 @@ class Attachment:
     requires_grad: dict[str, bool]
 
 
-class AttachedMixin(MemoryGeneration):
+class AttachedMixin(MemoryGeneration, PushWithCard):
     """Comes before the model's own class; see `attach_memory`."""
 
     memory: AttachedMemory

@@ -69,7 +69,7 @@ def write_card(
         f"# {title}",
         _attached_text(config) if attached else _model_text(config, names),
         "## Use",
-        _use(repo_id or ".", config if attached else None),
+        _use(repo_id or str(folder), config if attached else None),
         *(_training(facts, pictures) if facts else []),
         *(_recall(facts.tasks, pictures) if facts else []),
         *(_origin(facts) if facts else []),
@@ -81,16 +81,24 @@ def write_card(
     return True
 
 
+def write_run_card(run: Path) -> bool:
+    """Write the card of a finished run into its folder; see `write_card`."""
+    config = card_config(run)
+    return config is not None and write_card(run, config, run)
+
+
 def is_own_card(text: str) -> bool:
     """Whether a card is one that `write_card` may write anew."""
     return MARK in text
 
 
-def card_config(folder: Path) -> MemLMConfig | dict[str, Any]:
+def card_config(folder: Path) -> MemLMConfig | dict[str, Any] | None:
     """What a card says of the model in a folder: the config, or an attached memory's.
 
+    None for a model of another library, which a card would not describe.
+
     Raises:
-        UserError: for a model of another kind, or a file that is damaged.
+        UserError: for a file that is missing or damaged.
     """
     if (folder / CONFIG_FILE).is_file():
         return read_attached_config(folder)
@@ -99,10 +107,7 @@ def card_config(folder: Path) -> MemLMConfig | dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: config.json is missing or damaged") from error
     if values.get("model_type") != MemLMConfig.model_type:
-        raise UserError(
-            f"{folder}: a model of type {values.get('model_type')!r}, not one of memlm; "
-            "transformers pushes it: model.push_to_hub(...)"
-        )
+        return None
     return MemLMConfig.from_pretrained(folder)
 
 
@@ -250,7 +255,7 @@ def _training(facts: RunFacts, pictures: dict[str, Path]) -> list[str]:
         )
         parts.append("\n".join(f"- {_specification(s)}" for s in data.get("sources") or ()))
     if facts.losses:
-        rows = [(label, facts.losses[name]) for name, label in _LOSSES.items()]
+        rows = [(label, facts.losses.get(name)) for name, label in _LOSSES.items()]
         rows = [(label, value) for label, value in rows if value is not None]
         lines = [f"| {label} | {value:.4f} |" for label, value in rows]
         head = f"| held-out rows, after step {facts.losses['step']:,} | |"

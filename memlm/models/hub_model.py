@@ -51,8 +51,11 @@ class PushWithCard:
 
         def write(folder: Path) -> None:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            run = find_run(self.name_or_path)
-            write_card(folder, card_config(folder), run, repo_id, license, tags)
+            config = card_config(folder)
+            # A memory's run is not the place that its model was loaded from.
+            run = None if isinstance(config, dict) else find_run(self.name_or_path)
+            if config is not None:
+                write_card(folder, config, run, repo_id, license, tags)
 
         return push_folder(
             repo_id,

@@ -10,6 +10,7 @@ from typing import NoReturn
 from memlm.cli import run_entry_point
 from memlm.config import RunConfig, load_config
 from memlm.errors import UserError
+from memlm.models.card import write_run_card
 from memlm.training.interrupt import Interruption
 from memlm.training.run_lock import RunLock
 from memlm.training.setup import build_accelerator
@@ -37,6 +38,8 @@ def _train(argv: Sequence[str] | None) -> None:
             return
         if config.evaluate is not None and accelerator.is_main_process:
             _evaluate(trainer)
+        if accelerator.is_main_process:
+            write_run_card(config.output_dir)
 
 
 @contextlib.contextmanager
