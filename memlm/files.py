@@ -15,17 +15,24 @@ from memlm.errors import UserError
 _PARTIAL, _OLD, _REMOVED = ".partial", ".old", ".removed"
 
 
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+def write_folder(
+    target: Path, write: Callable[[Path], None], then: str = "go on with --resume"
+) -> None:
     """Fill a new folder with `write` and put it in the place of `target`.
 
     A kill at any moment leaves the old folder, the new one, or (where the old one had just been
     put aside) what `recover` makes the old one from.
 
+    Args:
+        target: the folder.
+        write: writes the files into the folder that it is given.
+        then: what the user can do once the disk is mended.
+
     Raises:
         UserError: when the disk is full or refuses; the old folder stays, nothing else is left.
     """
     temporary, old = _beside(target, _PARTIAL), _beside(target, _OLD)
-    with disk_errors(target):
+    with disk_errors(target, then):
         target.parent.mkdir(parents=True, exist_ok=True)
         recover(target.parent, target.name)
         try:

@@ -103,7 +103,9 @@ def _convert(options: argparse.Namespace) -> None:
     plan.conversion.check()
     check_downloads(options.source, hub)
     with tqdm(total=len(plan.conversion.targets), unit="tensor", disable=None) as bar:
-        write_folder(folder, lambda path: _write(path, plan, files, checkpoint, bar))
+        write_folder(
+            folder, lambda path: _write(path, plan, files, checkpoint, bar), "convert again"
+        )
     print(f"written to {folder}")
 
 

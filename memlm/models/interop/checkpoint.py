@@ -66,9 +66,9 @@ class Checkpoint:
         self.allow_pickle = allow_pickle
         self.hub = hub
         self.is_folder = Path(source).is_dir()
-        path = self.file(CONFIG_NAME)
-        if path is None:
-            raise UserError(f"{source}: no model there (it has no {CONFIG_NAME})")
+        path = self.file(CONFIG_NAME, needed=True)
+        if path is None:  # the Hub has such a repository, without one
+            raise UserError(f"{source}: {CONFIG_NAME} is missing")
         if not self.is_folder:  # all files of one commit
             commit = extract_commit_hash(str(path), None)
             self.hub = {**hub, "revision": commit or hub.get("revision")}
@@ -91,21 +91,28 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.source}: {name} of {file} cannot be read ({error})") from error
 
-    def file(self, name: str) -> Path | None:
+    def file(self, name: str, needed: bool = False) -> Path | None:
         """A file of the model; None where it has none of that name.
+
+        Args:
+            name: of the file.
+            needed: raise instead of returning None, also where the Hub cannot be reached.
 
         Raises:
             UserError: when there is no such folder or repository, or no way to it.
         """
+        if self.is_folder:
+            path = Path(self.source, self.hub.get("subfolder") or "", name)
+            if needed and not path.is_file():
+                raise UserError(f"{self.source}: {name} is missing")
+            return path if path.is_file() else None
         try:
             found = cached_file(
-                self.source, name, _raise_exceptions_for_missing_entries=False, **self.hub
+                self.source, name, _raise_exceptions_for_missing_entries=needed, **self.hub
             )
         except (OSError, HFValidationError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(
-                f"there is no folder {self.source!r} with a model, nor one on the Hub ({reason})"
-            ) from error
+            raise UserError(f"{self.source}: no folder, and not on the Hub ({reason})") from error
         return None if found is None else Path(found)
 
     def tokenizer_files(self) -> list[Path]:
@@ -215,9 +222,7 @@ class Checkpoint:
         """An open safetensors file, or the dictionary of a pickled one."""
         if file in self._opened:
             return self._opened[file]
-        path = self.file(file)
-        if path is None:
-            raise UserError(f"{self.source}: {file} is missing, which the index names")
+        path = self.file(file, needed=True)
         try:
             if file.endswith(".safetensors"):
                 opened = safe_open(path, framework="pt")
