@@ -20,10 +20,17 @@ class RMSNorm(nn.RMSNorm):
             least, as in transformers.
     """
 
+    zero_centered = False
+
     def __init__(self, channels: int, eps: float, zero_centered: bool = False):
         super().__init__(channels, eps)
         self.zero_centered = zero_centered
-        if zero_centered:
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A gain of 1."""
+        super().reset_parameters()
+        if self.zero_centered:
             nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,6 +39,9 @@ class RMSNorm(nn.RMSNorm):
             wide = torch.promote_types(x.dtype, torch.float32)
             return _norm(x.to(wide), 1 + self.weight.to(wide), self.eps).to(x.dtype)
         return _norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", zero_centered=True" if self.zero_centered else "")
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
