@@ -14,7 +14,7 @@ from memlm.models.card import MARK
 from tests.hub.conftest import Client
 from tests.hub.server import HubServer
 from tests.hub.test_pull import same, tiny
-from tests.models.attach_tools import base_model, trained
+from tests.models.attach_tools import MEMORIES, base_model, trained
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_the_card_of_a_user_stays(client: Client, hub: HubServer, run: Path) -> 
 def test_an_attached_memory_of_a_run(client: Client, hub: HubServer, tmp_path: Path) -> None:
     base_model("llama").push_to_hub("someone/llama")
     model = AutoModelForCausalLM.from_pretrained("someone/llama")
-    trained(memlm.attach_memory(model, {"memory": "gated_delta"}))
+    trained(memlm.attach_memory(model, {"memory": {"type": "knn_cache", **MEMORIES["knn_cache"]}}))
     model.push_to_hub("someone/direct")
     run = tmp_path / "run"
     model.save_pretrained(run)
