@@ -270,7 +270,7 @@ def test_the_command_line_trains_and_evaluates(retrofit, corpus, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_equal_one(retrofit, tmp_path):
-    insert = {"memory": DELTA, "freeze_base": True}
+    insert = {"memory": DELTA, "window": 16, "freeze_base": True}
     options = {"steps": 6, "carry_state": True, "micro_batch_rows": 1, "evaluation_rows": 4}
     one, two = (retrofit(name, "own", insert, **options) for name in ("one", "two"))
     Trainer(one).run()
