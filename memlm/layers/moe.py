@@ -6,6 +6,7 @@ others get: no expert has a capacity, so nothing of a token depends on its neigh
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ class MixtureOfExpertsConfig:
             own gate; None = no such expert.
         normalize_weights: whether the weights of a token's experts sum to one; False keeps their
             probabilities among all experts.
+        balance_loss: factor of the loss that keeps all experts in use (Fedus et al. 2021, Switch
+            Transformer, arXiv 2101.03961, equations 4 to 6, summed over the choices of a token):
+            num_experts times the sum over the experts of their share of the tokens times their
+            mean probability, of each layer and call. It is `experts_per_token` where all are used
+            alike. Only gradients have it; the loss that is reported does not. 0 = none.
     """
 
     num_experts: int = 8
@@ -39,6 +45,7 @@ class MixtureOfExpertsConfig:
     intermediate_size: int | None = None
     shared_intermediate_size: int | None = None
     normalize_weights: bool = True
+    balance_loss: float = 0.0
 
     def check_sizes(self, hidden_size: int) -> None:
         """Raise UserError for sizes that cannot work."""
@@ -56,6 +63,8 @@ class MixtureOfExpertsConfig:
                 f"experts_per_token {self.experts_per_token} is more than num_experts "
                 f"{self.num_experts}"
             )
+        if not 0 <= self.balance_loss < math.inf:
+            raise UserError(f"balance_loss must be at least 0 and finite, got {self.balance_loss}")
 
 
 class MixtureOfExperts(nn.Module):
@@ -66,6 +75,8 @@ class MixtureOfExperts(nn.Module):
             all rows, in float32 or wider.
         gate_up_proj: [E, 2 I, D], gate above up.
         down_proj: [E, D, I].
+        balance_scale: weight of a token in the loss of balance, see `set_balance_scale`; None =
+            that of a mean over the tokens of the call.
     """
 
     def __init__(
@@ -79,6 +90,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         config.check_sizes(hidden_size)
         self.config, self.std = config, std
+        self.balance_scale: float | None = None
         experts, width = config.num_experts, config.intermediate_size or intermediate_size
         self.router = nn.Parameter(torch.empty(experts, hidden_size))
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden_size))
@@ -92,10 +104,13 @@ class MixtureOfExperts(nn.Module):
         for weight in (self.router, self.gate_up_proj, self.down_proj):
             init.normal_(weight, std=self.std)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., hidden_size] -> [..., hidden_size]."""
+    def forward(self, hidden: Tensor, valid: Tensor | None = None) -> Tensor:
+        """[..., hidden_size] -> [..., hidden_size].
+
+        valid: bool [...], False for padding, which is nothing to balance; None = all are tokens.
+        """
         tokens = hidden.flatten(0, -2)
-        weights, experts = self.route(tokens)
+        weights, experts = self.route(tokens, None if valid is None else valid.flatten())
         per_token = self.config.experts_per_token
         # Pairs of token and expert, those of an expert one behind the other.
         order = experts.flatten().argsort(stable=True)
@@ -112,17 +127,32 @@ class MixtureOfExperts(nn.Module):
             output = output + self.shared_gate(tokens).sigmoid() * self.shared_expert(tokens)
         return output.view_as(hidden)
 
-    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, tokens: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The weights and the numbers of the experts of tokens [N, D], both [N, experts_per_token].
 
-        Weights have float32, or float64 where the tokens have.
+        Weights have float32, or float64 where the tokens have. valid: bool [N], see `forward`.
         """
         logits = F.linear(tokens, self.router)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        weights, experts = logits.softmax(-1, dtype=wide).topk(self.config.experts_per_token)
+        probabilities = logits.softmax(-1, dtype=wide)
+        weights, experts = probabilities.topk(self.config.experts_per_token)
+        if self.config.balance_loss and probabilities.requires_grad:
+            gradient = self._balance_gradient(experts, valid).to(wide)
+            weights = _Balanced.apply(probabilities, gradient).gather(-1, experts)
         if self.config.normalize_weights:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights, experts
+
+    def _balance_gradient(self, experts: Tensor, valid: Tensor | None) -> Tensor:
+        """Of the loss of balance to the probabilities, [N, E]; `experts` [N, experts_per_token]."""
+        count = self.config.num_experts
+        if valid is None:
+            valid = torch.ones(len(experts), dtype=torch.bool, device=experts.device)
+        chosen = valid[:, None].expand_as(experts).flatten().to(torch.float32)
+        uses = torch.zeros(count, device=experts.device).index_add_(0, experts.flatten(), chosen)
+        tokens = valid.sum().clamp(min=1)
+        scale = 1 / tokens if self.balance_scale is None else self.balance_scale
+        return valid[:, None] * (self.config.balance_loss * scale * count * uses / tokens)
 
     @property
     def idle_parameters(self) -> int:
@@ -169,6 +199,28 @@ def one_product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """`grouped_linear` by torch's grouped product, which waits for no count."""
     ends = counts.cumsum(0).to(torch.int32)
     return F.grouped_mm(x.contiguous(), weight.mT, offs=ends)
+
+
+def set_balance_scale(model: nn.Module, scale: float) -> None:
+    """Tell every mixture of experts the weight of a token in a step of several calls, so that its
+    loss of balance is their mean, weighted by their tokens."""
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.balance_scale = scale
+
+
+class _Balanced(torch.autograd.Function):
+    """Probabilities as they are, with a further gradient on the way back: that of a loss that is
+    added to whatever is made of them, without being carried there."""
+
+    @staticmethod
+    def forward(ctx: Any, probabilities: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return probabilities.view_as(probabilities)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient + ctx.saved_tensors[0], None
 
 
 class _Dispatch(torch.autograd.Function):

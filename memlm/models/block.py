@@ -92,7 +92,9 @@ class Branch(nn.Module):
             return None, {} if state is None else {name: state}
         new_states = {}
         hidden = self.norm(hidden)
-        if self.stateless:
+        if isinstance(self.module, MixtureOfExperts):
+            output, state = self.module(hidden, context.layout.valid), None
+        elif self.stateless:
             output, state = self.module(hidden), None
         elif attends:
             output, state, new_states[attention] = self.module(

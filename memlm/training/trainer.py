@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from memlm.config import RunConfig, Stage
+from memlm.layers.moe import set_balance_scale
 from memlm.training.clipping import clip_gradients
 from memlm.training.dead_keys import DeadKeys
 from memlm.training.evaluation import Evaluation, average_statistics
@@ -255,6 +256,7 @@ class Trainer:
         coefficients = group_coefficients(counts, options.loss_weights).to(accelerator.device)
         # Data parallelism averages the gradients; the sum is wanted.
         scale = coefficients * accelerator.num_processes
+        set_balance_scale(self.model, 1 / batch["labels"].numel())
         factor = learning_rate_factor(
             self.step,
             options.steps,

@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import Qwen3NextConfig
-from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMoeBlock
+from transformers.models.qwen3_next.modeling_qwen3_next import (
+    Qwen3NextSparseMoeBlock,
+    load_balancing_loss_func,
+)
 
 from memlm import MemLMConfig, MemLMForCausalLM, UserError
 from memlm.layers.moe import (
@@ -12,6 +15,7 @@ from memlm.layers.moe import (
     MixtureOfExpertsConfig,
     grouped_linear,
     one_product,
+    set_balance_scale,
     takes_one_product,
 )
 from memlm.models.count import count
@@ -173,6 +177,78 @@ def test_tokens_do_not_see_later_tokens_other_rows_or_how_a_text_is_split():
         torch.testing.assert_close(padded, whole, rtol=1e-9, atol=1e-9)
 
 
+def with_loss_of_balance(layer, hidden, valid, direction, factor):
+    """The plain way: some loss of the output, plus the loss of balance of transformers."""
+    logits = hidden.flatten(0, -2) @ layer.router.T
+    config = layer.config
+    balance = load_balancing_loss_func(
+        (logits,), config.num_experts, config.experts_per_token, valid.to(torch.int64)
+    )
+    return (layer(hidden) * direction).sum() + factor * balance
+
+
+@pytest.mark.parametrize("scale", [None, 0.25])
+def test_the_loss_of_balance_is_that_of_transformers(scale):
+    layer, balanced = build_layer(), build_layer(balance_loss=0.3)
+    balanced.load_state_dict(layer.state_dict())
+    balanced.balance_scale = scale
+    hidden = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[1, :4] = False
+    direction = torch.randn_like(hidden)
+    output = balanced(hidden, valid)
+    assert torch.equal(output, layer(hidden))
+    factor = 0.3 if scale is None else 0.3 * scale * 14  # 14 tokens
+    expected = with_loss_of_balance(layer, hidden, valid, direction, factor)
+    found = gradients(output, [hidden, *balanced.parameters()], direction)
+    wanted = torch.autograd.grad(expected, [hidden, *layer.parameters()])
+    # Theirs is summed in float32.
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_of_balance_reaches_a_model_and_leaves_padding_out():
+    losses = [{**SHARED, "balance_loss": factor} for factor in (0.0, 1.0)]
+    plain, balanced = (build_model([{"ffn": ffn}]) for ffn in losses)
+    balanced.load_state_dict(plain.state_dict())
+    ids = torch.randint(1, 40, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    routers = {}
+    for name, model in (("plain", plain), ("balanced", balanced)):
+        model.train()
+        for use_checkpoints in (False, True):
+            if use_checkpoints:
+                model.gradient_checkpointing_enable()
+            model.zero_grad()
+            model(ids, attention_mask=mask, labels=ids).loss.backward()
+            routers[name, use_checkpoints] = model.model.layers[0].ffn.module.router.grad.clone()
+    torch.testing.assert_close(routers["balanced", True], routers["balanced", False])
+    branch = plain.model.layers[0].ffn
+    hidden = branch.norm(plain.model.embed_tokens(ids)).detach()
+    logits = hidden.flatten(0, 1) @ branch.module.router.T
+    balance = load_balancing_loss_func((logits,), 6, 2, mask)
+    (wanted,) = torch.autograd.grad(balance, branch.module.router)
+    found = routers["balanced", False] - routers["plain", False]
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_one_step_in_parts_has_one_loss_of_balance():
+    """Two calls of equal tokens count half each."""
+    layer = build_layer(balance_loss=1.0)
+    hidden = torch.randn(2, 6, 8, dtype=torch.float64)
+    mean = 0
+    for row in hidden:
+        layer.zero_grad()
+        (layer(row) * 0).sum().backward()
+        mean = mean + layer.router.grad / 2
+    set_balance_scale(layer, 1 / 12)
+    layer.zero_grad()
+    for row in hidden:
+        (layer(row) * 0).sum().backward()
+    torch.testing.assert_close(layer.router.grad, mean)
+    assert mean.abs().sum() > 0
+
+
 def test_it_learns():
     torch.manual_seed(1)
     model = MemLMForCausalLM(MemLMConfig(vocab_size=20, hidden_size=16, layers=LAYERS))
@@ -221,6 +297,7 @@ def test_a_token_uses_some_of_the_parameters_and_their_work():
         ({"num_experts": 0}, "num_experts must be at least 1, got 0"),
         ({"experts_per_token": 7}, "experts_per_token 7 is more than num_experts 6"),
         ({"shared_intermediate_size": 0}, "shared_intermediate_size must be at least 1"),
+        ({"balance_loss": -1}, "balance_loss must be at least 0 and finite, got -1"),
         ({"num_expert": 4}, "did you mean 'num_experts'"),
     ],
     ids=str,
