@@ -9,11 +9,10 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from memlm import MemLMCache
-from tests.memory.contract import cases
-from tests.memory.law_tools import assert_close, model_of
+from tests.memory.contract import LACT, cases
+from tests.memory.law_tools import assert_close, build_model, model_of
 from tests.memory.test_knn_lm import CASE as KNN_LM
-from tests.models.attach_tools import attached
+from tests.models.attach_tools import MEMORIES, attached
 
 LENGTH = 17  # longer than every window, segment and chunk, and than most stores
 ATTACHED = {f"attached-{name}": ("llama", name) for name in ("gated_delta", "knn_cache", "titans")}
@@ -24,7 +23,8 @@ def first_cases():
     found = {}
     for case in cases():
         if not case.spec.slow:
-            found.setdefault((case.memory, case.spec.options.get("variant")), case)
+            variant = case.spec.options.get("variant") if case.memory == "titans" else None
+            found.setdefault((case.memory, variant), case)
     return {str(case): case for case in [*found.values(), KNN_LM]}
 
 
@@ -120,18 +120,33 @@ def test_rows_that_have_stopped_read_nothing_more(model):
         assert torch.equal(second.sequences[row, -4:], alone.sequences[0, -4:])
 
 
+def decode(model, cache, ids):
+    """Read a row token by token: the bytes of the states after every token."""
+    for token in ids.split(1, 1):
+        model(token, past_key_values=cache)
+        yield cache.nbytes
+
+
 @torch.no_grad()
 def test_only_full_attention_grows_with_the_tokens(model):
-    """All states, and all tensors that are alive, take the same bytes after every token."""
-    ids, cache = tokens(1, 54), MemLMCache()
-    model(ids[:, :30], past_key_values=cache)
-    sizes = {}
-    for column in range(30, 54):
-        model(ids[:, column : column + 1], past_key_values=cache)
-        if column in (33, 53):
-            sizes[column] = cache.nbytes, alive()
-    grown = 20 * bytes_per_token(cache.states["base"]) if "base" in cache.names else 0
-    assert sizes[53] == tuple(size + grown for size in sizes[33])
+    cache = model(tokens(1, 30)).past_key_values
+    sizes = list(decode(model, cache, tokens(1, 16)))
+    grown = bytes_per_token(cache.states["base"]) if "base" in cache.names else 0
+    assert sizes == [sizes[0] + grown * step for step in range(16)]
+
+
+@torch.no_grad()
+def test_nothing_is_kept_alive_beside_the_states():
+    model = build_model(
+        [
+            {"mixer": {"type": "sliding_attention", "window": 6}, "memory": {"type": name, **spec}}
+            for name, spec in (*MEMORIES.items(), ("lact", LACT))
+        ],
+        output={"type": "neural_cache", "capacity": 8},
+    )
+    cache = model(tokens(1, 30)).past_key_values
+    sizes = [alive() for _ in decode(model, cache, tokens(1, 12))]
+    assert len(set(sizes[2:])) == 1
 
 
 def bytes_per_token(base):

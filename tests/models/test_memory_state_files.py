@@ -15,6 +15,7 @@ from tests.memory.law_tools import build_model, model_of
 from tests.memory.test_knn_lm import add_store
 from tests.models.attach_tools import MEMORIES, attached
 
+KINDS = ("", "lru", "context", "no_conv", "depth1", "mac-depth1", "mag-depth1", "nearest")
 LAYERS = [
     {
         "mixer": {"type": "sliding_attention", "window": 5, "num_heads": 2, "conv_size": 3},
@@ -23,7 +24,8 @@ LAYERS = [
     }
 ]
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-FIRST_SITES = [case for case in cases() if case.site == case.spec.sites[0] and not case.spec.slow]
+# One case of every memory and of every kind of state.
+CASES = [case for case in cases() if case.site == case.spec.sites[0] and case.spec.label in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def assert_goes_on(model, path):
     assert torch.equal(model.generate(ids[:, 11:], past_key_values=loaded, **GREEDY), whole[:, 11:])
 
 
-@pytest.mark.parametrize("case", FIRST_SITES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
 def test_every_memory_goes_on_from_a_file(case, tmp_path):
     assert_goes_on(model_of(case), tmp_path / "state")
