@@ -9,6 +9,7 @@ from memlm.models.interop.product_key import ProductKeyWeights, load_product_key
 from memlm.models.interop.qwen3 import QWEN3
 from memlm.models.interop.qwen3_5 import QWEN3_5, QWEN3_5_MOE, QWEN3_5_MOE_TEXT, QWEN3_5_TEXT
 from memlm.models.interop.qwen3_next import QWEN3_NEXT
+from memlm.models.interop.retnet import RETNET
 
 # By the `model_type` of their config.json.
 ARCHITECTURES: dict[str, Architecture] = {
@@ -24,6 +25,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         QWEN3_5_MOE_TEXT,
         QWEN3_5_TEXT,
         QWEN3_NEXT,
+        RETNET,
     )
 }
 

@@ -1,20 +1,19 @@
 """Gated DeltaNet of flash-linear-attention: its layout, and what it computes, token by token."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm import MemLMConfig, MemLMForCausalLM
+from memlm import MemLMConfig
 from memlm.errors import UserError
 from memlm.models.convert import main
 from memlm.models.interop import ARCHITECTURES
-from tests.models.interop.tools import Tensors, read_tensors, relative_error, same_tensors
+from tests.models.interop.fla_tools import Reference, attention_of, check_logits, save
+from tests.models.interop.tools import Tensors, read_tensors, same_tensors
 
 CONFIG: dict[str, Any] = {
     "architectures": ["GatedDeltaNetForCausalLM"],
@@ -111,46 +110,8 @@ def make_tensors(config: dict[str, Any], conv_bias: bool = False) -> Tensors:
     return {name: 0.4 * torch.randn(shape) + ("norm" in name) for name, shape in shapes.items()}
 
 
-def attention_of(config: dict[str, Any], layer: int) -> dict[str, Any] | None:
-    given = config.get("attn")
-    entries = [given] if isinstance(given, dict) else given or []
-    return next((entry for entry in entries if layer in entry["layers"]), None)
-
-
-class Reference:
-    """The model's definition, one row and one token at a time, in float64."""
-
-    def __init__(self, config: dict[str, Any], tensors: Tensors):
-        self.config = config
-        self.tensors = {name: tensor.double() for name, tensor in tensors.items()}
-        self.at = ""
-
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        name = f"{self.at}{name}"
-        return F.linear(x, self.tensors[f"{name}.weight"], self.tensors.get(f"{name}.bias"))
-
-    def norm(self, name: str, x: Tensor) -> Tensor:
-        scale = (x.square().mean(-1, keepdim=True) + self.config["norm_eps"]).rsqrt()
-        return x * scale * self.tensors[f"{self.at}{name}.weight"]
-
-    def logits(self, ids: Tensor) -> Tensor:
-        """[tokens] -> [tokens, vocab_size]."""
-        hidden = self.tensors["model.embeddings.weight"][ids]
-        for layer in range(self.config["num_hidden_layers"]):
-            self.at = f"model.layers.{layer}."
-            x = self.norm("attn_norm", hidden)
-            attention = attention_of(self.config, layer)
-            mixed = self.delta(x) if attention is None else self.attend(x, attention)
-            hidden = hidden + mixed
-            self.at = f"model.layers.{layer}."
-            x = self.norm("mlp_norm", hidden)
-            gated = F.silu(self.linear("mlp.gate_proj", x)) * self.linear("mlp.up_proj", x)
-            hidden = hidden + self.linear("mlp.down_proj", gated)
-        self.at = ""
-        hidden = self.norm("model.norm", hidden)
-        tied = self.config["tie_word_embeddings"]
-        head = self.tensors["model.embeddings.weight" if tied else "lm_head.weight"]
-        return hidden @ head.T
+class DeltaReference(Reference):
+    """The gated delta rule."""
 
     def convolved(self, part: str, x: Tensor) -> Tensor:
         x = self.linear(f"{part}_proj", x)
@@ -161,7 +122,7 @@ class Reference:
             x = F.conv1d(padded, self.tensors[f"{name}.weight"], bias, groups=len(padded)).T
         return F.silu(x)
 
-    def delta(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor) -> Tensor:
         config = self.config
         self.at += "attn."
         heads, key = config["num_heads"], config["head_dim"]
@@ -192,55 +153,13 @@ class Reference:
             output = output * (gate.sigmoid() if sigmoid else F.silu(gate))
         return self.linear("o_proj", output.flatten(-2))
 
-    def attend(self, x: Tensor, options: dict[str, Any]) -> Tensor:
-        self.at += "attn."
-        heads = options["num_heads"]
-        size = self.config["hidden_size"] // heads
-        q, k, v = (self.linear(f"{part}_proj", x).unflatten(-1, (-1, size)) for part in "qkv")
-        position = torch.arange(len(x), dtype=torch.float64)
-        frequency = options.get("rope_theta", 1e4) ** (-torch.arange(0, size, 2) / size)
-        turn = torch.polar(torch.ones(()).double(), position[:, None] * frequency)[:, None]
-
-        def rotated(part: Tensor) -> Tensor:
-            turned = torch.complex(*part.chunk(2, -1)) * turn
-            return torch.cat([turned.real, turned.imag], -1)
-
-        groups = heads // k.shape[1]
-        k, v = (part.repeat_interleave(groups, 1) for part in (rotated(k), v))
-        scores = torch.einsum("qhd,khd->hqk", rotated(q), k) * size**-0.5
-        distance = position[:, None] - position
-        hidden = (distance < 0) | (distance >= (options.get("window_size") or len(x)))
-        read = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        return self.linear("o_proj", torch.einsum("hqk,khd->qhd", read, v).flatten(-2))
-
-
-def save(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-@torch.no_grad()
-def check_logits(folder: Path, config: dict[str, Any], tensors: Tensors) -> None:
-    """A folder loads, and its logits are those of the definition, also beside padding."""
-    model = MemLMForCausalLM.from_pretrained(folder)
-    ids = torch.randint(50, (2, 20))
-    mask = torch.ones_like(ids)
-    mask[1, :7] = 0
-    found = model(ids, attention_mask=mask).logits[mask == 1]
-    reference = Reference(config, tensors)
-    rows = [row[own == 1] for row, own in zip(ids, mask, strict=True)]
-    expected = torch.cat([reference.logits(row) for row in rows])
-    assert relative_error(found, expected) <= 2e-5
-
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_the_same_logits_and_every_tensor_back_bit_by_bit(options, tmp_path):
     config = CONFIG | options
     tensors = make_tensors(config)
     theirs = save(tmp_path / "theirs", config, tensors)
-    check_logits(theirs, config, tensors)
+    check_logits(theirs, DeltaReference(config, tensors))
 
     ours, back = str(tmp_path / "ours"), tmp_path / "back"
     assert main([str(theirs), ours]) == 0
@@ -253,7 +172,7 @@ def test_the_same_logits_and_every_tensor_back_bit_by_bit(options, tmp_path):
 
 def test_biases_of_the_convolutions_are_found_by_their_tensors(tmp_path):
     tensors = make_tensors(CONFIG, conv_bias=True)
-    check_logits(save(tmp_path / "theirs", CONFIG, tensors), CONFIG, tensors)
+    check_logits(save(tmp_path / "theirs", CONFIG, tensors), DeltaReference(CONFIG, tensors))
 
 
 def test_files_of_older_versions(tmp_path):
@@ -265,7 +184,7 @@ def test_files_of_older_versions(tmp_path):
         older[names[0]] = torch.cat([older.pop(name) for name in names])
         older[f"model.layers.{layer}.attn.D"] = torch.ones(2)
     folder = save(tmp_path / "theirs", CONFIG, older)
-    check_logits(folder, CONFIG, tensors)
+    check_logits(folder, DeltaReference(CONFIG, tensors))
 
     ours, back = str(tmp_path / "ours"), tmp_path / "back"
     assert main([str(folder), ours]) == 0
