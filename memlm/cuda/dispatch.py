@@ -80,7 +80,13 @@ def may_be_chosen(operation: str, implementation: str) -> bool:
 
 def _wanted(operation: str) -> str:
     """What ``MEMLM_KERNELS`` says of this operation, or else of all."""
-    value = os.environ.get(VARIABLE, "auto")
+    found = _entries(os.environ.get(VARIABLE, "auto"))
+    return found.get(operation, found[""])
+
+
+@functools.lru_cache(maxsize=8)
+def _entries(value: str) -> dict[str, str]:
+    """The implementations that a value of ``MEMLM_KERNELS`` names, by operation; "" is all."""
     found = {"": "auto"}
     for entry in value.split(","):
         name, _, wanted = entry.strip().rpartition("=")
@@ -91,7 +97,7 @@ def _wanted(operation: str) -> str:
                 f"{nearest(wanted, options)}"
             )
         found[name] = wanted
-    return found.get(operation, found[""])
+    return found
 
 
 def _fastest(operation: str, refusals: Mapping[str, str | None], device: torch.device) -> str:
@@ -124,6 +130,8 @@ def _unavailable(name: str, device: torch.device) -> str | None:
     """Why implementations of this kind cannot run on `device`; None where they can."""
     if name == "triton":
         return triton_unavailable(device)
+    if name == "eager":
+        return None
     if name == "cuda" and device.type != "cuda":
         return f"the tensors are on {device.type}, it runs on a CUDA GPU"
     if name == "native" and device.type != "cpu":
@@ -138,7 +146,7 @@ def interpreting() -> bool:
 
 def triton_unavailable(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on `device`; None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if interpreting():
         return None
@@ -148,6 +156,11 @@ def triton_unavailable(device: torch.device) -> str | None:
     if found < 80:
         return f"the GPU has compute capability {found / 10}, the kernels need 8.0"
     return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def distrusted(operation: str, device: torch.device) -> str | None:

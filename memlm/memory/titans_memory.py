@@ -248,6 +248,9 @@ class TitansMemory(nn.Module):
 
     def start(self, layers: Layers, fresh: Tensor) -> Layers:
         """The layers [B, H, ...] with the learned initial weights in fresh rows."""
+        decoding = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if decoding and fresh.device.type == "cpu" and not bool(fresh.any()):
+            return layers  # where memory is slow, and waiting for a number is not
         fresh = fresh[:, None, None, None]
         pairs = zip(self.initial_weights, layers, strict=True)
         return tuple(torch.where(fresh, w0.to(w.dtype), w) for w0, w in pairs)

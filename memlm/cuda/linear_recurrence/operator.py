@@ -74,6 +74,8 @@ def run(implementation: str, inputs: Inputs, chunk_states: bool) -> tuple[Tensor
     untraced = type(inputs.q) is Tensor and not torch.compiler.is_compiling()
     if not save and inputs.q.shape[1] == 1 and untraced:
         # A token in decoding takes about as long as torch's way to a custom op and back.
+        if implementation == "native":  # which knows no autocast and no other device
+            return native.forward(inputs, chunk_states, save)[:3]
         with _as_given(inputs.q):
             return _module(implementation).forward(inputs, chunk_states, save)[:3]
     values = (getattr(inputs, field.name) for field in dataclasses.fields(inputs))

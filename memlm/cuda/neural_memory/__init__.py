@@ -99,17 +99,18 @@ def neural_memory(
         lengths = torch.full((B,), T, dtype=torch.int64, device=q.device)
     else:
         lengths = cu_seqlens.diff().to(torch.int64)
+    is_step = T == 1 and cu_seqlens is None and B > 0 and not torch.is_grad_enabled()
     refusals = {
         "reference": None,
         "eager": None,
-        "native": native.refusal(v, rule),
+        "native": native.step_refusal(v, state, rule) if is_step else native.refusal(v, rule),
         "triton": kernel_refusal(v, state, rule, return_statistics),
     }
     name = choose_name("neural_memory", refusals, q.device)
     if name == "reference":
         run = neural_memory_reference
-    elif T == 1 and cu_seqlens is None and B > 0 and not torch.is_grad_enabled():
-        name, run = "eager", step
+    elif is_step:
+        name, run = "eager", native.step if name == "native" else step
     elif name == "triton":
         # On first use: where triton is missing, its kernels cannot even be imported.
         kernels = importlib.import_module("memlm.cuda.neural_memory.triton_implementation")

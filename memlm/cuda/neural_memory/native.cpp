@@ -17,6 +17,7 @@
 #include "native_backward.h"
 #include "native_forward.h"
 #include "native_gelu.h"
+#include "native_step.h"
 
 constexpr int64_t GELU_PART = 1 << 14;  // numbers
 
@@ -29,6 +30,17 @@ int memlm_forward(const Problem* p) {
 
 int memlm_backward(const Problem* p) {
   return parallel(p->rows, p->threads, [p](int64_t row) { Backward(*p, row).run(); });
+}
+
+// 0 where memory ran out, 2 where the anchor of a sequence is to be taken anew, else 1.
+int memlm_step(const Step* p) {
+  bool renewed = false;
+  for (int64_t n = 0; n < p->rows / p->heads; ++n) {
+    p->new_offset[n] = p->cycle ? (p->offset[n] + 1) % p->cycle : p->offset[n];
+    renewed = renewed || p->new_offset[n] == 0;
+  }
+  const auto work = [p](int64_t row) { step::Row(*p, row).run(); };
+  return parallel(p->rows, p->threads, work) ? 1 + renewed : 0;
 }
 
 // gelu::forward and gelu::backward, in parts that threads share.

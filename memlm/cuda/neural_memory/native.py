@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memlm.cuda import native
-from memlm.cuda.neural_memory.inputs import SHORTEST_WHOLE_CHUNK, Rule
+from memlm.cuda.neural_memory.inputs import MAX_DEPTH, SHORTEST_WHOLE_CHUNK, Rule
+from memlm.cuda.neural_memory.state import Layers, NeuralMemoryState
 
 SOURCE = Path(__file__).with_name("native.cpp")
 LONGEST = 2048  # tokens that lie in the workspace at a time
@@ -25,6 +26,17 @@ def refusal(v: Tensor, rule: Rule) -> str | None:
         return "the values are float64, it computes in float32"
     if not rule.whole_chunks:
         return f"it takes read='chunk_gates' and chunks of {SHORTEST_WHOLE_CHUNK} tokens or more"
+    return native.refusal("neural_memory", SOURCE)
+
+
+def step_refusal(v: Tensor, state: NeuralMemoryState, rule: Rule) -> str | None:
+    """As `refusal`, of one token per sequence without gradients."""
+    if v.device.type != "cpu":
+        return f"the tensors are on {v.device.type}, it runs on the CPU"
+    if v.dtype == torch.float64:
+        return "the values are float64, it computes in float32"
+    if rule.read == "chunk_gates" or len(state.weights) > state.depth:
+        return "read='chunk_gates' and a gain are left to eager"
     return native.refusal("neural_memory", SOURCE)
 
 
@@ -139,6 +151,66 @@ def _run(function: str, tensors: dict[str, Tensor | None]) -> None:
     problem = _Problem(*sizes, *(None if t is None else t.data_ptr() for t in pointers))
     if not getattr(_library(), function)(ctypes.byref(problem)):
         raise MemoryError("neural_memory: no memory for the blocks of a layer")
+
+
+_LAYERS = ("anchor", "weights", "momentum", "new_weights", "new_momentum")
+
+
+class _Step(ctypes.Structure):
+    """`Step` in native_step.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("threads", "rows", "heads", "depth")),
+        *((name, ctypes.c_int64) for name in ("clips", "reads_anchor", "cycle")),
+        ("clip", ctypes.c_double),
+        ("widths", ctypes.c_int64 * (MAX_DEPTH + 1)),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "alpha", "eta", "theta", "offset")),
+        *((name, ctypes.c_void_p * MAX_DEPTH) for name in _LAYERS),
+        *((name, ctypes.c_void_p) for name in ("o", "loss", "square", "new_offset")),
+    )
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    eta: Tensor,
+    theta: Tensor,
+    state: NeuralMemoryState,
+    rule: Rule,
+    lengths: Tensor,
+) -> tuple[Tensor, NeuralMemoryState, Tensor, Tensor]:
+    """As `step.step`, in float32 and without gradients."""
+    N, H, D = q.shape
+    tokens = [x.contiguous() for x in (q, k, v, alpha, eta, theta, state.offset)]
+    weights = tuple(w.contiguous() for w in state.weights)
+    momentum = tuple(s.contiguous() for s in state.momentum)
+    anchor = weights if rule.exact else tuple(w.contiguous() for w in state.anchor)
+    new_weights, new_momentum = (tuple(map(torch.empty_like, x)) for x in (weights, momentum))
+    o, offset = torch.empty_like(tokens[0]), torch.empty_like(tokens[-1])
+    loss, square = torch.empty_like(tokens[3]), torch.empty_like(tokens[3])
+    entries = sum(w.numel() for w in weights)
+    problem = _Step(
+        torch.get_num_threads() if entries >= PARALLEL // 4 else 1,
+        *(N * H, H, len(weights), rule.clip is not None, rule.read == "chunk_start"),
+        *(0 if rule.exact else rule.cycle, rule.clip or 0.0),
+        (ctypes.c_int64 * (MAX_DEPTH + 1))(D, *(w.shape[-1] for w in weights)),
+        *(x.data_ptr() for x in tokens),
+        *map(_pointers, (anchor, weights, momentum, new_weights, new_momentum)),
+        *(x.data_ptr() for x in (o, loss, square, offset)),
+    )
+    found = _library().memlm_step(ctypes.byref(problem))
+    if not found:
+        raise MemoryError("neural_memory: no memory for the errors of a token")
+    final = NeuralMemoryState(state.anchor, new_weights, new_momentum, offset)
+    if found == 2 and rule.refresh and not rule.exact:
+        final = final.refreshed(offset == 0)
+    return o, final, loss, square.sqrt_()
+
+
+def _pointers(layers: Layers) -> ctypes.Array:
+    return (ctypes.c_void_p * MAX_DEPTH)(*(w.data_ptr() for w in layers))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memlm.cuda.dispatch import choose_name
-from memlm.cuda.short_convolution import operator
+from memlm.cuda.short_convolution import native, operator
 from memlm.cuda.short_convolution.inputs import Inputs, Part
 from memlm.cuda.short_convolution.reference import short_convolution_reference
 
@@ -63,10 +63,17 @@ def short_convolution(
     parts = tuple(Part(*part) for part in parts)
     inputs = Inputs(x, weight, tail.to(x.dtype), cu_seqlens, activation == "silu", parts)
     inputs.check()
-    refusals = {"reference": None, "eager": None, "triton": _triton_refusal(inputs)}
+    refusals = {
+        "reference": None,
+        "eager": None,
+        "native": native.refusal(inputs),
+        "triton": _triton_refusal(inputs),
+    }
     name = choose_name("short_convolution", refusals, x.device)
     if name == "reference":
         outputs, new_tail = short_convolution_reference(inputs)
+    elif name == "native":
+        outputs, new_tail = native.forward(inputs)
     else:
         outputs, new_tail = operator.run(name, inputs)
     return (outputs[0].squeeze(2) if split is None else tuple(outputs)), new_tail
