@@ -21,7 +21,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
     cached_file,
 )
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils.hub import cached_files, extract_commit_hash
 
 from memlm.errors import UserError
 
@@ -144,6 +144,8 @@ class Checkpoint:
     def _headers(self, headers_only: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Every tensor on the meta device, and the file that it is in."""
         files, listed = self._weight_files(headers_only)
+        if len(files) > 1 and not (self.is_folder or headers_only):
+            self._download(files)
         tensors: dict[str, Tensor] = {}
         file_of: dict[str, str] = {}
         for file in files:
@@ -214,6 +216,16 @@ class Checkpoint:
             name: (part.get_shape(), str_to_torch_dtype[part.get_dtype()])
             for name, part in slices.items()
         }
+
+    def _download(self, files: list[str]) -> None:
+        """Fetch several files at once; those that are missing are told of when they are read."""
+        try:
+            cached_files(
+                self.source, files, _raise_exceptions_for_missing_entries=False, **self.hub
+            )
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.source}: the weights were not downloaded ({reason})") from error
 
     def _remote(self) -> dict[str, Any]:
         return {key: self.hub.get(key) for key in ("revision", "token")}

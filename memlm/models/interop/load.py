@@ -16,6 +16,15 @@ from memlm.models.interop.conversion import Conversion
 from memlm.models.interop.plan import from_theirs, is_foreign
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+# Values of a `MemLMConfig` that change nothing about the tensors.
+_OVERRIDES = (
+    "bos_token_id",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+    "pad_token_id",
+    "use_cache",
+)
 _NAME = "pretrained_model_name_or_path"
 _UNSUPPORTED = ("variant", "gguf_file", "key_mapping", "state_dict")
 
@@ -60,6 +69,9 @@ def load_foreign(load: Callable[..., Any], source: Any, options: Mapping[str, An
         field.name for field in dataclasses.fields(PreTrainedConfig)
     }
     overrides = {key: rest.pop(key) for key in list(rest) if key in own}
+    for key in overrides:
+        if key not in _OVERRIDES:
+            raise UserError(f"from_pretrained: {key} follows from the config.json of {source}")
     checkpoint = Checkpoint(source, rest.get("use_safetensors") is False, **hub)
     plan = from_theirs(checkpoint, **overrides)
     plan.conversion.check()

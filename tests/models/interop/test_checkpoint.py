@@ -176,16 +176,24 @@ def test_a_model_without_a_map_is_pointed_to_attach_memory(tmp_path):
 
 def test_arguments_of_from_pretrained_hold_for_models_of_others(llama, folder):
     model, info = MemLMForCausalLM.from_pretrained(
-        folder, dtype="bfloat16", device_map="cpu", output_loading_info=True, use_cache=False
+        folder,
+        dtype="bfloat16",
+        device_map="cpu",
+        attn_implementation="eager",
+        output_loading_info=True,
+        use_cache=False,
     )
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not any(info.values())
     assert model.config.use_cache is False and model.config.dtype == torch.bfloat16
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config._attn_implementation == "eager"
     assert model.name_or_path == str(folder)
     assert not model.training
     with pytest.raises(UserError, match="variant is not known for models of other libraries"):
         MemLMForCausalLM.from_pretrained(folder, variant="fp16")
+    with pytest.raises(UserError, match="hidden_size follows from the config.json"):
+        MemLMForCausalLM.from_pretrained(folder, hidden_size=32)
 
 
 def test_transformers_own_class_is_what_auto_model_loads(folder):

@@ -129,6 +129,7 @@ def test_keys_without_a_part_in_the_computation_are_passed_over():
         "transformers_version": "4.41.0",
         "pretraining_tp": 2,
         "use_cache": True,
+        "max_sequence_length": 2048,
         "rope_interleaved": False,
         "quantization_config": None,
         "pad_token_id": -1,
