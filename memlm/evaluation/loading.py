@@ -114,11 +114,15 @@ def check_sizes(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def load_model(source: str) -> PreTrainedModel:
-    """The model of a folder or a Hub id, in evaluation mode and in the dtype that it is saved in.
+def load_model(source: str, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The model of a folder or a Hub id, in evaluation mode.
 
     It is a MemLMForCausalLM, a pretrained model with the attached memory that is found there, or
     another causal language model of transformers. No code from the checkpoint is run.
+
+    Args:
+        source: folder or Hub id.
+        dtype: of the weights; "auto" = the one that they are saved in.
 
     Raises:
         UserError: when nothing is there, it is no causal language model, or its weights are
@@ -128,15 +132,16 @@ def load_model(source: str) -> PreTrainedModel:
     folder = Path(source)
     if not (folder / "config.json").is_file() and is_attached(source):
         try:
-            return load_attached(source).eval()
+            options = {} if dtype == "auto" else {"dtype": dtype}
+            return load_attached(source, **options).eval()
         except UserError as error:
             raise UserError(f"model: {error}") from error
     _check_folder(folder, source)
     values = _read_config(source)
     if values.get("model_type") == MemLMConfig.model_type:
-        return _load(MemLMForCausalLM, source)
+        return _load(MemLMForCausalLM, source, dtype)
     _check_architecture(values, source)
-    return _load(AutoModelForCausalLM, source)
+    return _load(AutoModelForCausalLM, source, dtype)
 
 
 def _check_folder(folder: Path, source: str) -> None:
@@ -202,7 +207,7 @@ def _check_architecture(values: dict[str, Any], source: str) -> None:
         raise UserError(f"model: {source!r} holds no causal language model ({what}); {VALID}")
 
 
-def _load(loader: Any, source: str) -> PreTrainedModel:
+def _load(loader: Any, source: str, dtype: torch.dtype | str) -> PreTrainedModel:
     """The model with all of its weights.
 
     Raises:
@@ -213,7 +218,7 @@ def _load(loader: Any, source: str) -> PreTrainedModel:
     try:
         model, report = loader.from_pretrained(
             source,
-            dtype="auto",
+            dtype=dtype,
             output_loading_info=True,
             trust_remote_code=False,
             use_safetensors=True,
