@@ -177,16 +177,20 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Returns:
         [rows, O].
     """
-    if x.device.type == "cuda" and takes_one_product(x, weight):
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # as every product is, but not grouped ones
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if device == "cuda" and takes_one_product(x, weight):
         return one_product(x, weight, counts)
-    # Unbound, not indexed: the gradient of all matrices is put together once.
-    matrices = weight.unbind(0)
-    pieces = [
-        F.linear(rows, matrix)
-        for rows, matrix in zip(x.split(counts.tolist()), matrices, strict=True)
-        if len(rows)
-    ]
-    return torch.cat(pieces) if pieces else F.linear(x, matrices[0])
+    sizes = {group: size for group, size in enumerate(counts.tolist()) if size}
+    if not sizes:
+        return F.linear(x, weight[0])
+    # Unbound under autograd: the gradient of all matrices is then put together once.
+    matrices = weight.unbind(0) if torch.is_grad_enabled() and weight.requires_grad else weight
+    pieces = x.split(list(sizes.values()))
+    products = (F.linear(rows, matrices[group]) for group, rows in zip(sizes, pieces, strict=True))
+    return torch.cat(list(products))
 
 
 def takes_one_product(x: Tensor, weight: Tensor) -> bool:

@@ -26,7 +26,7 @@ def parameter_groups(model: nn.Module) -> dict[str, list[str]]:
     values: value tables, the parameters of modules with `is_value_table` set.
     no_decay: vectors and scalars (norms, biases, gates), decay rates, and whatever carries
         `_no_weight_decay`.
-    others: embeddings, head, convolutions, keys and small matrices.
+    others: embeddings, head, convolutions, keys, experts and small matrices.
     """
     groups: dict[str, list[str]] = {"matrices": [], "values": [], "no_decay": [], "others": []}
     # A tied head is not listed again: parameters are visited once, under their first name.

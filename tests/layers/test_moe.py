@@ -137,6 +137,19 @@ def test_probabilities_have_float32_in_a_narrow_model():
     assert layer(hidden).dtype == torch.bfloat16
 
 
+def test_mixed_precision_multiplies_in_the_narrow_type():
+    layer = build_layer().float()
+    hidden = torch.randn(2, 5, 8, requires_grad=True)
+    expected = layer(hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(hidden)
+        product = grouped_linear(hidden[0], layer.gate_up_proj[:2], torch.tensor([2, 3]))
+    assert product.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, rtol=0.1, atol=0.1)
+    output.float().sum().backward()
+    assert layer.down_proj.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("counts", [[3, 0, 5], [0, 8, 0], [0, 0, 0]], ids=str)
 def test_one_grouped_product_is_the_product_of_each_group(counts):
     counts = torch.tensor(counts)
