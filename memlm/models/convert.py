@@ -18,7 +18,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from memlm.cli import run_entry_point
 from memlm.errors import UserError
@@ -83,9 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    folder = options.folder
+    folder = options.folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not empty; name a new folder")
+        raise UserError(f"{options.folder} is there and is not empty; name a new folder")
     hub = {} if options.revision is None else {"revision": options.revision}
     checkpoint = Checkpoint(options.source, options.allow_pickle, options.dry_run, **hub)
     plan = _plan(checkpoint, options.to)
@@ -98,7 +98,7 @@ def _convert(options: argparse.Namespace) -> None:
     _print_report(report)
     if options.dry_run:
         report.check(checkpoint.source)
-        print(f"dry run: nothing was written to {folder}")
+        print(f"dry run: nothing was written to {options.folder}")
         return
     plan.conversion.check()
     check_downloads(options.source, hub)
@@ -106,7 +106,7 @@ def _convert(options: argparse.Namespace) -> None:
         write_folder(
             folder, lambda path: _write(path, plan, files, checkpoint, bar), "convert again"
         )
-    print(f"written to {folder}")
+    print(f"written to {options.folder}")
 
 
 def _plan(checkpoint: Checkpoint, to: str | None) -> Plan:
@@ -172,7 +172,8 @@ def _write(folder: Path, plan: Plan, files: Files, checkpoint: Checkpoint, bar: 
         plan.config.save_pretrained(folder)
     else:
         _write_json(folder / CONFIG_NAME, plan.config)
-    plan.generation.save_pretrained(folder)
+    # Not save_pretrained, which refuses what published models have, such as top_p without sampling.
+    plan.generation.to_json_file(folder / GENERATION_CONFIG_NAME)
     for path in checkpoint.tokenizer_files():
         shutil.copyfile(path, folder / path.name)
 

@@ -205,7 +205,7 @@ class Checkpoint:
             except (HfHubHTTPError, OSError, SafetensorsParsingError) as error:
                 raise UserError(f"{self.source}: {file} cannot be read ({error})") from error
             return {
-                name: (info.shape, str_to_torch_dtype[info.dtype])
+                name: (info.shape, self._dtype(name, info.dtype))
                 for name, info in header.tensors.items()
             }
         opened = self._open(file)
@@ -213,9 +213,14 @@ class Checkpoint:
             return {name: (list(t.shape), t.dtype) for name, t in opened.items()}
         slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
         return {
-            name: (part.get_shape(), str_to_torch_dtype[part.get_dtype()])
+            name: (part.get_shape(), self._dtype(name, part.get_dtype()))
             for name, part in slices.items()
         }
+
+    def _dtype(self, name: str, code: str) -> torch.dtype:
+        if code not in str_to_torch_dtype:
+            raise UserError(f"{self.source}: {name} has numbers of {code}, which are not known")
+        return str_to_torch_dtype[code]
 
     def _download(self, files: list[str]) -> None:
         """Fetch several files at once; those that are missing are told of when they are read."""

@@ -25,9 +25,11 @@ def llama(tmp_path_factory) -> Path:
         num_attention_heads=2,
     )
     model = perturbed(LlamaForCausalLM(config))
-    model.generation_config.update(eos_token_id=[2, 5], do_sample=True, top_p=0.9)
     folder = tmp_path_factory.mktemp("llama")
     model.save_pretrained(folder)
+    # Published models have such: top_p without sampling, which save_pretrained refuses.
+    generation = '{"eos_token_id": [2, 5], "top_p": 0.9}'
+    (folder / "generation_config.json").write_text(generation)
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
     (folder / "README.md").write_text("not a file of the tokenizer")
     return folder
