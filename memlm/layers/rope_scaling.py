@@ -96,7 +96,7 @@ def _scaled_frequencies(
         num_attention_heads=1,
         standardize_rope_params=lambda: None,  # they are
     )
-    # Kept for later calls, so made as an ordinary tensor wherever the first one stands.
-    with torch.inference_mode(False), torch.device("cpu"):
+    # Kept for later calls, so not made on the meta device even if the first one is.
+    with torch.device("cpu"):
         frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config)
         return frequencies.double().to(device), factor
