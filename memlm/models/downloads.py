@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from memlm.errors import UserError
 from memlm.files import file_hash
@@ -56,12 +57,15 @@ def check_downloads(source: str, options: dict[str, Any]) -> None:
 def _cached_files(source: str, options: dict[str, Any]) -> Iterator[Path]:
     """The files of the cached revision that a load reads, where they are called by their hash."""
     subfolder = options.get("subfolder") or ""
-    found = try_to_load_from_cache(
-        source,
-        f"{subfolder}/{CONFIG_NAME}".lstrip("/"),
-        cache_dir=options.get("cache_dir"),
-        revision=options.get("revision"),
-    )
+    try:
+        found = try_to_load_from_cache(
+            source,
+            f"{subfolder}/{CONFIG_NAME}".lstrip("/"),
+            cache_dir=options.get("cache_dir"),
+            revision=options.get("revision"),
+        )
+    except HFValidationError:  # no id: transformers says so
+        return
     if isinstance(found, str):
         for path in sorted(Path(found).parent.glob("*")):
             # Where the file system has no links, copies lie under their own names.

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -98,6 +99,10 @@ class HubModel(PushWithCard, PreTrainedModel):
             if isinstance(error, SafetensorError):
                 raise UserError(
                     f"{source}: the weights are damaged (no safetensors file: {error})"
+                ) from error
+            if isinstance(error.__cause__ or error, HFValidationError):
+                raise UserError(
+                    f"there is no folder {source!r}, and no such id on the Hub"
                 ) from error
             raise
         check_downloads(source, kwargs)

@@ -214,7 +214,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def download(self, oid: str) -> None:
         """Weights, by their hash."""
-        content = self.hub.objects[oid]
+        content = self.hub.objects.get(oid)
+        if content is None:
+            raise HubError(404, "EntryNotFound", "Object not found")
         if self.hub.damaged:
             middle = len(content) // 2
             content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]

@@ -1,5 +1,6 @@
 """What comes down from the Hub is what went up, or a clear error."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -77,6 +78,24 @@ def test_a_download_that_breaks_off_goes_on(
     assert same(AutoModelForCausalLM.from_pretrained("someone/broken"), model)
     fetched = hub.asked("GET /objects/")
     assert len(fetched) == 2 and fetched[1].endswith("bytes=10000-")
+
+
+def test_files_that_are_whole_are_not_fetched_again(
+    model: MemLMForCausalLM, client: Client, hub: HubServer
+) -> None:
+    model.push_to_hub("someone/parts", max_shard_size="41KB")
+    parts = hub.repositories["models", "someone/parts"]
+    last = max(name for name in parts.revisions[parts.main] if name.endswith(".safetensors"))
+    content = parts.revisions[parts.main][last]
+    oid = hashlib.sha256(content).hexdigest()
+    del hub.objects[oid]
+    with pytest.raises(OSError, match="someone/parts"):
+        AutoModelForCausalLM.from_pretrained("someone/parts")
+    assert len({*hub.asked("GET /objects/")}) > 2
+    hub.objects[oid] = content
+    hub.requests.clear()
+    assert same(AutoModelForCausalLM.from_pretrained("someone/parts"), model)
+    assert hub.asked("GET /objects/") == [f"GET /objects/{oid}"]
 
 
 def test_a_damaged_download_is_refused_and_forgotten(

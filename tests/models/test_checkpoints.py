@@ -187,3 +187,9 @@ def test_damaged_weights_are_one_line(tmp_path):
     with pytest.raises(UserError, match="the weights are damaged") as refusal:
         AutoModelForCausalLM.from_pretrained(tmp_path)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("source", ["/not/there", "../not_there", "a/b/c"])
+def test_a_folder_that_is_not_there_is_one_line(source):
+    with pytest.raises(UserError, match=f"there is no folder '{source}', and no such id"):
+        MemLMForCausalLM.from_pretrained(source)
