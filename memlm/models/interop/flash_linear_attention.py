@@ -95,12 +95,20 @@ def attention_layers(config: TheirConfig) -> dict[int, dict[str, Any]]:
         UserError: for an option that is not known.
     """
     given = config.take("attn")
+    entries = [given] if isinstance(given, Mapping) else given or []
     found = {}
-    for entry in [given] if isinstance(given, Mapping) else given or ():
+    for entry in entries if isinstance(entries, list) else [entries]:
+        if not isinstance(entry, Mapping):
+            config.refuse("attn", "it must be a mapping, or a list of such")
         unknown = set(entry) - {"layers", "num_heads", *_ATTENTION_DEFAULTS}
-        if unknown or not {"layers", "num_heads"} <= set(entry):
-            named = ", ".join(sorted(unknown)) or "no layers or num_heads"
-            config.refuse("attn", f"{named} of it is not known here")
+        if unknown:
+            config.refuse("attn", f"{', '.join(sorted(unknown))} of it is not known here")
+        layers, heads = entry.get("layers"), entry.get("num_heads")
+        if not isinstance(layers, list) or not isinstance(heads, int) or heads < 1:
+            config.refuse("attn", "it needs a list of layers, and num_heads of at least 1")
+        beyond = set(layers) - set(range(config.values["num_hidden_layers"]))
+        if beyond:
+            config.refuse("attn", f"there is no layer {min(beyond, key=str)}")
         options = {**_ATTENTION_DEFAULTS, **entry}
         mixer = attention(
             options["window_size"],
@@ -110,7 +118,7 @@ def attention_layers(config: TheirConfig) -> dict[int, dict[str, Any]]:
             rope_theta=float(options["rope_theta"]),
             **({"qkv_bias": True} if options["qkv_bias"] else {}),
         )
-        found |= dict.fromkeys(options["layers"], mixer)
+        found |= dict.fromkeys(layers, mixer)
     return found
 
 

@@ -63,6 +63,16 @@ class TheirConfig:
             self.values = standardized(self.model_type, values)
         else:
             self.values = {**defaults, **values}
+            self._check_types(defaults)
+
+    def _check_types(self, defaults: Mapping[str, Any]) -> None:
+        for key, default in defaults.items():
+            if key.endswith("_token_id"):  # one or several
+                continue
+            value = self.values[key]
+            types = (int, float) if isinstance(default, float) else (type(default),)
+            if default is not None and value is not None and type(value) not in types:
+                self.refuse(key, f"it must be {' or '.join(kind.__name__ for kind in types)}")
 
     def take(self, key: str) -> Any:
         """A value that the map understands."""

@@ -200,7 +200,8 @@ def read(**values: Any) -> MemLMConfig:
 
 
 def test_what_a_config_json_leaves_out_is_what_the_library_takes():
-    config = read(num_heads=2, head_dim=8)
+    config = read(num_heads=2, head_dim=8, eos_token_id=[5, 6])
+    assert config.eos_token_id == 5
     assert config.num_hidden_layers == 21 and config.vocab_size == 32000
     assert config.intermediate_size == 256  # 2/3 of 4 times 32, up to a multiple of 256
     assert read(hidden_ratio=None, hidden_size=300).intermediate_size == 1024
@@ -213,7 +214,12 @@ def test_what_a_config_json_leaves_out_is_what_the_library_takes():
         ({"attnres_block_size": 4}, "attnres_block_size 4"),
         ({"output_gate_activation": "tanh"}, "output_gate_activation 'tanh'"),
         ({"attn": {"layers": [1], "num_heads": 2, "qk_norm": True}}, "qk_norm of it"),
-        ({"attn": {"num_heads": 2}}, "no layers or num_heads"),
+        ({"attn": {"num_heads": 2}}, "a list of layers"),
+        ({"attn": {"layers": [1], "num_heads": 0}}, "num_heads of at least 1"),
+        ({"attn": {"layers": [21], "num_heads": 2}}, "there is no layer 21"),
+        ({"attn": 3}, "it must be a mapping"),
+        ({"hidden_size": "wide"}, "hidden_size 'wide'; it must be int"),
+        ({"expand_v": "2"}, "expand_v '2'; it must be int or float"),
         ({"norm_first": True}, "norm_first True"),
     ],
 )
