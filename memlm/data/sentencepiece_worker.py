@@ -8,6 +8,7 @@ is printed on stdout, with exit code 1.
 
 import io
 import json
+import signal
 import sys
 
 import sentencepiece
@@ -20,6 +21,9 @@ SCORE_STEP = 1 / 16
 
 def main(options: str, sample: str, model: str) -> int:
     """Train and write the model; returns the exit code."""
+    if hasattr(signal, "SIGPIPE"):
+        # Where nobody reads its progress any more, it ends.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         # Of a protobuf that is missing or older than sentencepiece's, an exception of any kind.
         from sentencepiece import sentencepiece_model_pb2
