@@ -110,14 +110,14 @@ def stacked(theirs: Sequence[Sequence[str]], ours: str) -> Rule:
     """Matrices of experts in one tensor of ours.
 
     Args:
-        theirs: for each expert the names of its matrices, which stand behind one another.
+        theirs: for each expert the names of its matrices, which have one shape and stand behind one
+            another.
         ours: name of the tensor [experts, rows of all matrices of an expert, columns].
     """
     each = len(theirs[0])
 
     def to_ours(*matrices: Tensor) -> Tensors:
-        experts = [torch.cat(matrices[i : i + each]) for i in range(0, len(matrices), each)]
-        return (torch.stack(experts),)
+        return (torch.stack(matrices).unflatten(0, (len(theirs), each)).flatten(1, 2),)
 
     def to_theirs(whole: Tensor) -> Tensors:
         return tuple(matrix for expert in whole for matrix in expert.chunk(each))
