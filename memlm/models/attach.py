@@ -22,6 +22,7 @@ from memlm.models.decoder_layers import (
     position_limit,
 )
 from memlm.models.lora import add_lora, is_lora_name
+from memlm.models.modeling import MemLMForCausalLM
 
 
 def attach_memory(
@@ -54,6 +55,10 @@ def attach_memory(
         raise UserError(
             f"a {type(model).__name__} is no causal language model of transformers; load it with "
             "AutoModelForCausalLM.from_pretrained"
+        )
+    if isinstance(model, MemLMForCausalLM):
+        raise UserError(
+            "the model is made of blocks of this library; memlm.insert_memory puts memories there"
         )
     layers = decoder_layers(model)
     if hasattr(model, "memory"):

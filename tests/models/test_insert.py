@@ -2,11 +2,19 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoHybridConfig,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
 
 from memlm import MemLMConfig, MemLMForCausalLM, UserError, insert_memory
 from memlm.memory import memory_class, memory_names
@@ -15,6 +23,8 @@ from memlm.models.insert import freeze_base
 from memlm.models.insert_config import InsertConfig
 from tests.memory.contract import GATED_DELTA, KNN_CACHE, PRODUCT_KEY, SPECS
 from tests.memory.law_tools import assert_close, build_model, run
+from tests.models.attach_tools import GROUPED
+from tests.models.interop.hybrid_tools import EXPERTS, QWEN_HEADS, SIZES, WIDTH, randomized
 
 FULL = {"type": "attention", "num_heads": 4, "num_key_value_heads": 2, "qk_norm": True}
 SLIDING = {"type": "sliding_attention", "window": 6, "num_heads": 2, "conv_size": 3}
@@ -42,6 +52,18 @@ def trained(model: MemLMForCausalLM) -> MemLMForCausalLM:
                     parameter += 0.05 * torch.randn_like(parameter)
                 block.memory.gate.uniform_(0.5, 1.5)
     return model
+
+
+def check_saved(model: MemLMForCausalLM, folder: Path) -> None:
+    """The saved model is the same: its weights in every bit and in their order."""
+    model.save_pretrained(folder)
+    again = MemLMForCausalLM.from_pretrained(folder)
+    # A resumed run adds up norms in this order.
+    assert [n for n, _ in again.named_parameters()] == [n for n, _ in model.named_parameters()]
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    # Kernels may round by where weights lie in memory.
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("parallel", [False, True], ids=["behind", "parallel"])
@@ -74,11 +96,7 @@ def test_every_memory_keeps_the_logits_in_every_bit(name, parallel, tmp_path):
     first, states = run(model, IDS[:, :9])
     second, _ = run(model, IDS[:, 9:], states)
     torch.testing.assert_close(torch.cat([first, second], 1), whole, atol=1e-3, rtol=1e-3)
-    model.save_pretrained(tmp_path)
-    again = MemLMForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(again(IDS).logits, whole)
-    # A resumed run adds up norms in this order.
-    assert [n for n, _ in again.named_parameters()] == [n for n, _ in model.named_parameters()]
+    check_saved(model, tmp_path)
 
 
 def test_the_config_is_that_of_the_new_model():
@@ -163,6 +181,37 @@ def test_what_was_generated_is_generated():
     greedy = {"max_new_tokens": 6, "do_sample": False}
     cached = trained(model).generate(IDS, **greedy)
     assert torch.equal(cached, model.generate(IDS, **greedy, use_cache=False))
+
+
+HYBRID = {**SIZES, **WIDTH, "eos_token_id": None, "pad_token_id": None}
+OTHERS = {
+    "llama": LlamaConfig(**GROUPED),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=16),
+    "qwen3_next": Qwen3NextConfig(**HYBRID, **QWEN_HEADS, **EXPERTS),
+    "olmo_hybrid": OlmoHybridConfig(**HYBRID),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@torch.no_grad()
+def test_models_of_other_libraries_get_memories_in_their_blocks(kind, tmp_path):
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(OTHERS[kind])
+    randomized(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = MemLMForCausalLM.from_pretrained(tmp_path / "theirs")
+    before = model(IDS).logits
+    generated = model.generate(IDS, max_new_tokens=5, do_sample=False)
+    memory = {"type": "knn_cache", "segment": 4, "top_k": 3, "parallel": True}
+    insert_memory(model, memory, layers=[0, 2])
+    insert_memory(model, DELTA, layers=[1])
+    assert torch.equal(model(IDS).logits, before)
+    assert torch.equal(run(model, IDS)[0], before)
+    assert torch.equal(model.generate(IDS, max_new_tokens=5, do_sample=False), generated)
+    upper = model.model.layers[2]  # attention in all of them
+    assert torch.equal(upper.memory.module.q_proj.weight, upper.mixer.module.q_proj.weight)
+    assert not torch.equal(trained(model)(IDS).logits, before)
+    check_saved(model, tmp_path / "ours")
 
 
 @torch.no_grad()
