@@ -104,6 +104,7 @@ def load_conversation(
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {place!r} cannot be used ({reason})") from error
     logging.set_verbosity_error()  # warnings would stand in the middle of an answer
+    logging.disable_progress_bar()
     model = load_model(source, dtype if dtype == "auto" else getattr(torch, dtype))
     if not hasattr(model, "load_memory_state"):
         raise UserError(

@@ -83,6 +83,8 @@ class MemoryGeneration:
                 "a row of the prompt ends in padding, and what follows padding is not what "
                 "follows the text; pad on the left (tokenizer.padding_side = 'left')"
             )
+        if generation_config.prefill_chunk_size and model_kwargs.get("inputs_embeds") is not None:
+            raise UserError("prefill_chunk_size cuts a prompt of input_ids, not of inputs_embeds")
         cache = model_kwargs.get("past_key_values")
         if generation_config.use_cache is False:
             if cache is not None:
@@ -102,8 +104,9 @@ class MemoryGeneration:
             if 0 < columns <= cache.columns:
                 raise UserError(
                     f"the cache has read {cache.columns} columns, and the prompt has {columns}: "
-                    "give the whole conversation with new tokens behind it, or the new tokens "
-                    "alone with past_key_values=MemLMCache(cache.states)"
+                    "give the whole conversation with new tokens behind it; or the tokens that "
+                    "are not read yet alone (the last one of an answer and the new ones) with "
+                    "past_key_values=MemLMCache(cache.states)"
                 )
             copies = max(generation_config.num_beams, generation_config.num_return_sequences)
             if copies > 1:  # generate() has repeated the prompts

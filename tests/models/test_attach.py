@@ -346,7 +346,9 @@ def test_a_second_turn_continues_the_cache():
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 5, "do_sample": False}
     second = model.generate(prompt, past_key_values=cache, **options)
     assert torch.equal(second, model.generate(prompt, **options))
-    with pytest.raises(ValueError, match="stateful"):
+    with pytest.raises(UserError, match="continuous batching .* cannot hold memories"):
+        model.generate(prompt, cache_implementation="paged", **options)
+    with pytest.raises(UserError, match="assisted generation does not work with a memory"):
         model.generate(IDS, max_new_tokens=3, prompt_lookup_num_tokens=2)
 
 

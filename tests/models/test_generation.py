@@ -1,10 +1,13 @@
 """generate() with states in the cache: everything equals a full recompute."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache
 
-from memlm import MemLMCache, UserError
+from memlm import MemLMCache, MemLMForCausalLM, UserError
+from memlm.data.tokenizers import ByteTokenizer
 from memlm.models.cache import StateLayer
 from tests.memory.law_tools import build_model
 
@@ -178,11 +181,145 @@ def test_states_of_other_rows_are_refused(model):
         model(tokens(3, 6), memory_states=states)
 
 
-def test_assisted_decoding_is_refused(model):
-    with pytest.raises(ValueError, match="[Aa]ssisted"):
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({"prompt_lookup_num_tokens": 2}, "assisted generation"),
+        ({"assistant_early_exit": 1}, "assisted generation"),
+        ({"penalty_alpha": 0.5, "top_k": 4}, "contrastive search"),
+        ({"dola_layers": "low"}, "dola generation"),
+        ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}, "group beam search"),
+        ({"num_beams": 4, "force_words_ids": [[3]]}, "constrained beam search"),
+    ],
+)
+def test_modes_that_take_tokens_back_are_refused(model, options, mode):
+    message = f"{mode} does not work with a memory.*valid: greedy search, sampling, and beam"
+    with pytest.raises(UserError, match=message):
+        model.generate(tokens(1, 6), **{**GREEDY, **options})
+
+
+def test_assistants_and_paged_caches_are_refused(model):
+    with pytest.raises(UserError, match="assisted generation does not work"):
         model.generate(tokens(1, 6), assistant_model=build_model(LAYERS), **GREEDY)
-    with pytest.raises(ValueError, match="stateful|[Aa]ssisted"):
-        model.generate(tokens(1, 6), prompt_lookup_num_tokens=2, **GREEDY)
+    for refused in (
+        lambda: model.generate(tokens(1, 6), cache_implementation="paged", **GREEDY),
+        lambda: model.generate_batch([[1, 2, 3]], generation_config=model.generation_config),
+    ):
+        with pytest.raises(UserError, match="continuous batching .* cannot hold memories"):
+            refused()
+
+
+def test_padding_on_the_right_is_refused(model):
+    ids = tokens(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    with pytest.raises(UserError, match="ends in padding.*pad on the left"):
+        model.generate(ids, attention_mask=mask, **GREEDY)
+    with pytest.raises(UserError, match="ends in padding.*pad on the left"):
+        model.generate(ids * mask, **GREEDY)  # the mask is found by the padding token
+
+
+def test_prompts_of_nothing(model):
+    begun = model.generate(bos_token_id=3, **GREEDY)
+    assert torch.equal(begun, model.generate(torch.tensor([[3]]), **GREEDY))
+    with pytest.raises(ValueError, match="`bos_token_id` has to be defined"):
+        model.generate(**GREEDY)
+    for rows in (1, 2):
+        empty = torch.empty(rows, 0, dtype=torch.int64)
+        with pytest.raises(UserError, match="the prompt has no token"):
+            model.generate(empty, **GREEDY)
+
+
+def test_a_prompt_of_embeddings(model):
+    ids = tokens(2, 9)
+    embeds = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        answer = model.generate(inputs_embeds=embeds, **GREEDY)
+        with pytest.raises(UserError, match="prefill_chunk_size cuts a prompt of input_ids"):
+            model.generate(inputs_embeds=embeds, prefill_chunk_size=4, **GREEDY)
+    assert torch.equal(answer, model.generate(ids, **GREEDY)[:, 9:])
+
+
+def test_new_tokens_alone_need_a_mask_of_the_whole_or_states(model):
+    def turn():
+        return model.generate(tokens(2, 6), return_dict_in_generate=True, **GREEDY)
+
+    out, new = turn(), tokens(2, 5, seed=8)
+    cache, history = out.past_key_values, torch.cat([out.sequences, new], 1)
+    expected = recompute(model, history, 7)[:, -7:]
+    unread = history[:, cache.columns :]
+    for ids in (new, history[:, : cache.columns]):
+        with pytest.raises(UserError, match="read 12 columns, and the prompt has .*MemLMCache"):
+            model.generate(ids, past_key_values=cache, **GREEDY)
+    with pytest.raises(UserError, match="use_cache=False forbids"):
+        model.generate(history, past_key_values=cache, use_cache=False, **GREEDY)
+
+    from_states = model.generate(unread, past_key_values=MemLMCache(cache.states), **GREEDY)
+    assert torch.equal(from_states[:, -7:], expected)
+    for options in ({}, {"prefill_chunk_size": 2}):
+        options = {"attention_mask": torch.ones_like(history), **options, **GREEDY}
+        answer = model.generate(unread, past_key_values=turn().past_key_values, **options)
+        assert torch.equal(answer[:, -7:], expected)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 3}])
+def test_several_answers_go_on_from_one_cache(model, options):
+    ids = tokens(2, 12)
+    cache = model(ids[:, :8]).past_key_values
+    before = {name: state.tensors() for name, state in cache.states.items()}
+    options = {**GREEDY, "do_sample": True, **options}
+    torch.manual_seed(3)
+    continued = model.generate(ids, past_key_values=cache, **options)
+    torch.manual_seed(3)
+    assert torch.equal(continued, model.generate(ids, **options))
+    for name, state in cache.states.items():  # a copy of each row went on
+        for field, tensor in state.tensors().items():
+            assert tensor is before[name][field]
+
+
+def test_rows_that_have_stopped_read_no_padding(model):
+    """Also behind a stop string, and where the end-of-text token is the padding."""
+    tokenizer = ByteTokenizer()
+    torch.manual_seed(0)
+    config = copy.deepcopy(model.config)
+    config.vocab_size = len(tokenizer)
+    wide = MemLMForCausalLM(config).double().eval()
+    ids = tokens(2, 6)
+    free = wide.generate(ids, **GREEDY)[:, 6:]
+    row, column = next(
+        (row, column)
+        for row in (0, 1)
+        for column in range(5)
+        if free[row, column] not in free[1 - row] and free[row, column] < 128
+    )
+    stop = free[row, column].item()
+    for options in (
+        {"stop_strings": [chr(stop)], "tokenizer": tokenizer, "eos_token_id": 257},
+        {"eos_token_id": stop, "pad_token_id": stop},
+    ):
+        options = {"pad_token_id": 258, **GREEDY, "return_dict_in_generate": True, **options}
+        out = wide.generate(ids, **options)
+        length = 6 + free[row].tolist().index(stop) + 1
+        mask = torch.ones_like(out.sequences)
+        mask[row, length:] = 0
+        assert bool((out.sequences[row, length:] == options["pad_token_id"]).all())
+        read = out.past_key_values.states["position"].next_position
+        assert read.tolist() == mask[:, : out.past_key_values.columns].sum(1).tolist()
+        history = torch.cat([out.sequences, tokens(2, 3, seed=9)], 1)
+        mask = torch.cat([mask, torch.ones(2, 3, dtype=torch.int64)], 1)
+        options = {"attention_mask": mask, **GREEDY}
+        again = wide.generate(history, past_key_values=out.past_key_values, **options)
+        assert torch.equal(again, wide.generate(history, use_cache=False, **options))
+
+
+def test_arguments_that_mean_nothing_to_generate_are_refused(model):
+    ids = tokens(2, 6)
+    with pytest.raises(UserError, match="past_key_values=MemLMCache.states"):
+        model.generate(ids, memory_states=model.init_states(2), **GREEDY)
+    with pytest.raises(UserError, match="segment_ids mean nothing there"):
+        model.generate(ids, segment_ids=torch.ones_like(ids), **GREEDY)
+    with pytest.raises(UserError, match="those of 6 rows, but the call has 2"):
+        model.generate(ids, past_key_values=MemLMCache(model.init_states(6)), **GREEDY)
 
 
 def test_other_caches_are_refused(model):
