@@ -52,8 +52,6 @@ def _read_text_config(config: dict[str, Any]) -> dict[str, Any]:
             mixer.get("rope_scaling", {}).pop(name, None)
     # The gates behind attention and (by their function) behind Gated DeltaNet.
     fixed_where_given(theirs, attn_output_gate=True, output_gate_type="swish", mlp_only_layers=[])
-    # Layers that predict further tokens, and the precision of states, which is ours here.
-    theirs.ignore("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype")
     if theirs.model_type == "qwen3_5_moe_text":
         ffn: Any = read_experts(theirs, normalize_weights=True)
     else:

@@ -51,6 +51,8 @@ def read_mixers(theirs: TheirConfig) -> list[dict[str, Any]]:
     }
     if theirs.take("attention_bias"):
         heads |= dict.fromkeys(BIASES, True)
+    # Layers that predict further tokens, and the precision of states, which is ours here.
+    theirs.ignore("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype")
     mixers = {"attention": heads, "gated_delta": read_delta(theirs)}
     return [mixers[kind] for kind in read_kinds(theirs)]
 

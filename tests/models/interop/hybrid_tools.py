@@ -203,6 +203,12 @@ def assert_same_weights(found: nn.Module, expected: nn.Module) -> None:
         assert torch.equal(found[name], tensor), name
 
 
+def count_parameters(model_class: type, config: Any) -> int:
+    """Of a model of any size."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in model_class(config).parameters())
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 

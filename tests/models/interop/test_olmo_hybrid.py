@@ -14,6 +14,7 @@ from tests.models.interop.hybrid_tools import (
     check_logits,
     check_round_trip,
     config_of,
+    count_parameters,
     pair,
     weights,
     with_weights,
@@ -116,6 +117,8 @@ def test_the_published_config():
     delta, attention = (config.plan()[layer].mixer[1] for layer in (0, 3))
     assert delta.sizes(3840) == (30, 30, 96, 192)
     assert not attention.rope and attention.heads(3840) == (30, 30, 128)
+    expected = count_parameters(OlmoHybridForCausalLM, OlmoHybridConfig.from_dict(values))
+    assert count_parameters(MemLMForCausalLM, config) == expected
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from tests.models.interop.hybrid_tools import (
     check_generation,
     check_logits,
     check_round_trip,
+    count_parameters,
     pair,
     weights,
     with_weights,
@@ -204,6 +205,10 @@ def test_the_published_config():
     assert attention.rope_scaling is None and attention.output_gate
     assert config.tie_word_embeddings and config.zero_centered_norm
     assert config.intermediate_size == 3584
+    expected = count_parameters(
+        Qwen3_5ForCausalLM, Qwen3_5TextConfig.from_dict(published()["text_config"])
+    )
+    assert count_parameters(MemLMForCausalLM, config) == expected
 
 
 def test_stretched_positions_are_those_of_a_text():

@@ -16,6 +16,7 @@ from tests.models.interop.hybrid_tools import (
     check_logits,
     check_round_trip,
     config_of,
+    count_parameters,
     pair,
     weights,
     with_weights,
@@ -153,6 +154,8 @@ def test_the_published_config():
     attention = plans[3].mixer[1]
     assert (attention.rope_theta, attention.rope_fraction) == (1e7, 0.25)
     assert config.zero_centered_norm and not config.tie_word_embeddings
+    expected = count_parameters(Qwen3NextForCausalLM, Qwen3NextConfig.from_dict(published()))
+    assert count_parameters(MemLMForCausalLM, config) == expected
 
 
 @pytest.mark.parametrize(
