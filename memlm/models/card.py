@@ -129,7 +129,9 @@ def _front(
 ) -> str:
     sources = (facts.sections.get("data") or {}).get("sources") or () if facts else ()
     datasets = [source["dataset"] for source in sources if source.get("type") == "hub"]
-    base = config["base_model"]["name"] if isinstance(config, dict) else None
+    start = (facts.start or {}) if facts else {}
+    base = config["base_model"] if isinstance(config, dict) else start.get("base")
+    base = base and base["name"]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -251,7 +253,7 @@ def _training(facts: RunFacts, pictures: dict[str, Path]) -> list[str]:
     if {"steps", "tokens_per_step"} <= train.keys():
         parts.append(
             f"{train['steps']:,} steps of {train['tokens_per_step']:,} tokens, tokenizer "
-            f"`{data.get('tokenizer')}`, on:"
+            f"`{data.get('tokenizer')}`{_base(facts)}, on:"
         )
         parts.append("\n".join(f"- {_specification(s)}" for s in data.get("sources") or ()))
     if facts.losses:
@@ -266,6 +268,15 @@ def _training(facts: RunFacts, pictures: dict[str, Path]) -> list[str]:
         summary = "<summary>config.yaml</summary>"
         parts.append(f"<details>{summary}\n\n```yaml\n{facts.config.rstrip()}\n```\n\n</details>")
     return parts
+
+
+def _base(facts: RunFacts) -> str:
+    """The pretrained model that a run went on from, to go on a sentence with."""
+    base = (facts.start or {}).get("base")
+    if not base or "attach" in (facts.sections.get("model") or {}):
+        return ""
+    revision = f" (revision `{base['revision']}`)" if base["revision"] else ""
+    return f", from the weights of `{base['name']}`{revision}"
 
 
 def _recall(tasks: Sequence[TaskScores], pictures: dict[str, Path]) -> list[str]:

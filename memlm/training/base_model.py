@@ -1,5 +1,7 @@
 """The pretrained models that runs start from."""
 
+from pathlib import Path
+
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -39,29 +41,35 @@ def load_own(name: str) -> MemLMForCausalLM:
         UserError: when there is none, or it cannot be loaded or become one of this library.
     """
     try:
-        with no_progress_bars():
-            model, found = MemLMForCausalLM.from_pretrained(
-                base_source(name), dtype=torch.float32, output_loading_info=True
-            )
-        refuse_other_weights(found)
+        return _load_whole(base_source(name), "")
     except _LOADING_ERRORS as error:
         raise cannot_load(name, error) from error
-    return model
 
 
-def refuse_other_weights(found: dict, before: str = "", after: str = "") -> None:
-    """Raise UserError unless a model was loaded with exactly its weights.
+def load_checkpoint(folder: Path) -> MemLMForCausalLM:
+    """The model of a checkpoint, in float32, which has to hold exactly its weights.
 
-    Args:
-        found: the loading info of transformers.
-        before, after: the rest of the message.
+    Raises:
+        UserError: for other weights than its config asks for.
     """
+    return _load_whole(folder, f"{folder}: ", "; resume another checkpoint")
+
+
+def _load_whole(source: str | Path, before: str, after: str = "") -> MemLMForCausalLM:
+    """A model, or an error between those words unless it was loaded with exactly its weights."""
+    with no_progress_bars():
+        model, found = MemLMForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
     for kind in ("missing", "unexpected"):
         if found[f"{kind}_keys"]:
             name = min(found[f"{kind}_keys"])
             raise UserError(
                 f"{before}its weights are not those of its config ({name!r} is {kind}){after}"
             )
+    # From now on it is another model: the card of the run that it comes from does not describe it.
+    model.name_or_path = model.config.name_or_path = ""
+    return model
 
 
 def check_vocabulary(

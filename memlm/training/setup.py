@@ -41,14 +41,13 @@ from memlm.training.base_model import (
     check_tokenizer,
     check_vocabulary,
     load_base,
+    load_checkpoint,
     load_own,
-    refuse_other_weights,
 )
 from memlm.training.checkpoint import check_architecture
 from memlm.training.logs import check_trackers
 from memlm.training.loss import RowLoss
 from memlm.training.row_optimizer import RowOptimizer
-from memlm.training.saving import no_progress_bars
 from memlm.training.sharded import has_parts
 
 REPLICATE = "replicate"  # the dimension of a mesh whose processes hold the same part of a table
@@ -257,7 +256,7 @@ def build_model(
     if isinstance(model_config, AttachConfig):
         model = _build_attached(config, model_config, tokenizer, source)
     elif source is not None and not has_parts(source):
-        model = _load_whole(source)
+        model = load_checkpoint(source)
     elif source is None and "pretrained" in config.model:
         model = load_own(config.model["pretrained"])
         torch.manual_seed(config.train.seed)
@@ -270,16 +269,6 @@ def build_model(
         freeze_base(model, inserted)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return model
-
-
-def _load_whole(source: Path) -> MemLMForCausalLM:
-    """The model of a checkpoint, which has to hold exactly its weights."""
-    with no_progress_bars():
-        model, found = MemLMForCausalLM.from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
-        )
-    refuse_other_weights(found, f"{source}: ", "; resume another checkpoint")
     return model
 
 
