@@ -101,10 +101,12 @@ def _convert(options: argparse.Namespace) -> None:
         print(f"dry run: nothing was written to {options.folder}")
         return
     plan.conversion.check()
+    tokenizer = checkpoint.tokenizer_files()
+    print(f"tokenizer: {', '.join(path.name for path in tokenizer) or 'no files of one'}")
     check_downloads(options.source, hub)
     with tqdm(total=len(plan.conversion.targets), unit="tensor", disable=None) as bar:
         write_folder(
-            folder, lambda path: _write(path, plan, files, checkpoint, bar), "convert again"
+            folder, lambda path: _write(path, plan, files, tokenizer, bar), "convert again"
         )
     print(f"written to {options.folder}")
 
@@ -158,7 +160,7 @@ def _files(plan: Plan, dtype: torch.dtype | None, max_shard_size: str) -> Files:
     ]
 
 
-def _write(folder: Path, plan: Plan, files: Files, checkpoint: Checkpoint, bar: tqdm) -> None:
+def _write(folder: Path, plan: Plan, files: Files, tokenizer: list[Path], bar: tqdm) -> None:
     for file, expected in files:
         tensors = dict(_tensors(plan, expected, bar))
         save_file(tensors, folder / file, {"format": "pt"})
@@ -174,7 +176,7 @@ def _write(folder: Path, plan: Plan, files: Files, checkpoint: Checkpoint, bar: 
         _write_json(folder / CONFIG_NAME, plan.config)
     # Not save_pretrained, which refuses what published models have, such as top_p without sampling.
     plan.generation.to_json_file(folder / GENERATION_CONFIG_NAME)
-    for path in checkpoint.tokenizer_files():
+    for path in tokenizer:
         shutil.copyfile(path, folder / path.name)
 
 

@@ -1,41 +1,23 @@
-"""A model of another library is read from the Hub: its shapes alone, then as a model of memlm."""
+"""A model of another library comes from the Hub: its shapes alone, or as a model of memlm."""
 
 import hashlib
-import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.hub.server import HubServer, Repository
-from tests.hub.test_round_trip import run_with
-
-CONVERT = """
-import json, sys
-from pathlib import Path
-import torch
-from memlm import MemLMForCausalLM
+from memlm import MemLMForCausalLM, UserError
 from memlm.models.convert import main
+from tests.hub.conftest import Client
+from tests.hub.server import HubServer, Repository
 
-def cached():
-    return [path.name for path in Path(sys.argv[1]).rglob("*.safetensors")]
-
-target = sys.argv[2]
-codes = [main(["someone/llama", target, "--dry_run", "--revision", sys.argv[3]])]
-before = cached()
-model = MemLMForCausalLM.from_pretrained("someone/llama", revision=sys.argv[3])
-codes.append(main(["someone/llama", target, "--revision", sys.argv[3]]))
-same = MemLMForCausalLM.from_pretrained(target)
-ids = torch.arange(9)[None]
-equal = torch.equal(model(ids).logits, same(ids).logits)
-codes.append(main(["someone/absent", target + "-2"]))
-files = sorted(path.name for path in Path(target).iterdir())
-print(json.dumps({"codes": codes, "before": before, "after": len(cached()), "equal": equal,
-                  "files": files, "logits": model(ids).logits.tolist()}))
-"""
+WORDS = ["someone/llama", "ours", "--revision"]
 
 
-def test_a_model_of_another_library_comes_from_the_hub(hub: HubServer, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def llama(hub: HubServer, tmp_path_factory) -> tuple[LlamaForCausalLM, str]:
+    """A model in several files, and the revision that has it: main is emptied since."""
     config = LlamaConfig(
         vocab_size=40,
         hidden_size=16,
@@ -43,23 +25,67 @@ def test_a_model_of_another_library_comes_from_the_hub(hub: HubServer, tmp_path:
         num_hidden_layers=1,
         num_attention_heads=2,
     )
-    llama = LlamaForCausalLM(config).eval()
-    llama.save_pretrained(tmp_path / "llama", max_shard_size="4KB")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "llama").iterdir()}
-    repository = Repository()
+    model = LlamaForCausalLM(config).eval()
+    folder = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder, max_shard_size="4KB")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    repository = hub.repositories["models", "someone/llama"] = Repository()
     revision = repository.commit(files | {"tokenizer.json": b"{}"})
-    repository.commit({"README.md": b"emptied since"})
-    hub.repositories["models", "someone/llama"] = repository
+    repository.commit({"README.md": b""})
     weights = [content for name, content in files.items() if name.endswith(".safetensors")]
+    assert len(weights) > 2
     hub.objects |= {hashlib.sha256(content).hexdigest(): content for content in weights}
+    return model, revision
 
-    home = tmp_path / "home"
-    arguments = (home, tmp_path / "ours", revision)
-    found = json.loads(run_with(hub, home, CONVERT, *arguments).splitlines()[-1])
-    assert found["codes"] == [0, 0, 2]
-    assert found["before"] == []  # a dry run reads the heads of the files
-    assert found["after"] == len(weights) > 2
-    assert found["equal"]
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(found["files"])
-    expected = llama(torch.arange(9)[None]).logits
-    torch.testing.assert_close(torch.tensor(found["logits"]), expected, atol=1e-5, rtol=1e-5)
+
+def weights_in(cache: Path) -> list[Path]:
+    return list(cache.rglob("*.safetensors"))
+
+
+def test_a_dry_run_reads_the_heads_of_the_files(
+    llama, client: Client, hub: HubServer, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*WORDS, llama[1], "--dry_run"]) == 0
+    assert "12 tensors" in capsys.readouterr().out
+    assert weights_in(client.cache) == []
+    assert all("bytes=0-" in request for request in hub.asked("GET", "objects"))
+
+
+def test_it_is_loaded_and_converted_from_the_revision_that_was_asked_for(
+    llama, client: Client, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    theirs, revision = llama
+    ids = torch.arange(9)[None]
+    loaded = MemLMForCausalLM.from_pretrained("someone/llama", revision=revision)
+    torch.testing.assert_close(loaded(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    assert len(weights_in(client.cache)) > 2
+
+    assert main([*WORDS, revision]) == 0
+    assert torch.equal(MemLMForCausalLM.from_pretrained("ours")(ids).logits, loaded(ids).logits)
+    assert Path("ours/tokenizer.json").is_file() and not Path("ours/README.md").exists()
+
+    client.offline(True)  # what came down once is enough
+    assert main(["someone/llama", "again", "--revision", revision]) == 0
+    assert Path("again/tokenizer.json").is_file()
+
+
+def test_files_that_were_damaged_on_their_way_are_refused(
+    llama, client: Client, hub: HubServer, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub.damaged = True
+    with pytest.raises(UserError, match="damaged"):
+        MemLMForCausalLM.from_pretrained("someone/llama", revision=llama[1])
+    assert main([*WORDS, llama[1]]) == 2
+    assert "damaged" in capsys.readouterr().err
+    assert not Path("ours").exists()
+
+
+def test_what_is_not_there_is_named(llama, client: Client, tmp_path: Path, capsys) -> None:
+    cases = {"someone/absent": "someone/absent", "someone/llama": "config.json is missing"}
+    for source, named in cases.items():
+        assert main([source, str(tmp_path / "ours")]) == 2
+        error = capsys.readouterr().err
+        assert named in error and error.count("\n") == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -116,23 +116,30 @@ class Checkpoint:
         return None if found is None else Path(found)
 
     def tokenizer_files(self) -> list[Path]:
-        """The files of its tokenizer."""
+        """The files of its tokenizer; offline, those of the cache.
+
+        Raises:
+            UserError: when they cannot be downloaded.
+        """
         if self.is_folder:
             folder = Path(self.source)
         else:
             options = {key: self.hub.get(key) for key in ("revision", "token", "cache_dir")}
-            offline = bool(self.hub.get("local_files_only"))
-            folder = Path(
-                snapshot_download(
-                    self.source,
-                    allow_patterns=list(TOKENIZER_FILES),
-                    local_files_only=offline,
-                    **options,
+            offline = bool(self.hub.get("local_files_only")) or is_offline_mode()
+            patterns = list(TOKENIZER_FILES)
+            try:
+                found = snapshot_download(
+                    self.source, allow_patterns=patterns, local_files_only=offline, **options
                 )
-            )
+            except (OSError, HfHubHTTPError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"{self.source}: the tokenizer was not downloaded ({reason})"
+                ) from error
+            folder = Path(found)
         folder = folder / (self.hub.get("subfolder") or "")
-        found = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
-        return sorted(path for path in found if path.is_file())
+        paths = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
+        return sorted(path for path in paths if path.is_file())
 
     def generation_values(self) -> dict[str, Any]:
         """Its generation_config.json; empty where it has none."""
