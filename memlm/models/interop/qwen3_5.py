@@ -73,12 +73,12 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _observe_experts(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """As `qwen3_next.observe`, of a model that sees."""
-    return {**config, "text_config": observe(config.get("text_config", {}), tensors)}
+    return {**config, "text_config": observe(config.get("text_config") or {}, tensors)}
 
 
 def _text_values(config: dict[str, Any]) -> dict[str, Any]:
     """The config.json of the language model of a model that sees."""
-    return {**config.get("text_config", {}), "model_type": TEXT[config["model_type"]]}
+    return {**(config.get("text_config") or {}), "model_type": TEXT[config["model_type"]]}
 
 
 def _text_rules(config: dict[str, Any], prefix: str = "model") -> list[Rule]:
@@ -102,7 +102,7 @@ def _text_rules(config: dict[str, Any], prefix: str = "model") -> list[Rule]:
             for name, our_name in (("z", "g"), ("b", "b"), ("a", "a")):
                 found.append(renamed(f"{of}_{name}.weight", f"{to}.{our_name}_proj.weight"))
         theirs, ours = f"{theirs}.mlp", f"{ours}.ffn.module"
-        if "num_experts" in values:
+        if values["model_type"] == "qwen3_5_moe_text":
             found += expert_rules(values, theirs, ours)
         else:
             found += swiglu_rules(theirs, ours)

@@ -32,6 +32,13 @@ OURS = {
     "expand_v": 1.5,
     "conv_size": 4,
 }
+STRETCHED = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "partial_rotary_factor": 0.5,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 VALUES = {**SIZES, **WIDTH, **QWEN_HEADS, **EXPERTS, "mlp_only_layers": [1]}
 
 
@@ -72,6 +79,7 @@ def test_layers_are_those_of_the_config(both):
         {"attention_bias": True, "norm_topk_prob": False, "tie_word_embeddings": True},
         {"decoder_sparse_step": 2, "mlp_only_layers": [], "rms_norm_eps": 1e-3},
         {"num_experts": 0},
+        {"rope_parameters": STRETCHED},
     ],
     ids=str,
 )
