@@ -17,7 +17,6 @@ from memlm.models import MemLMConfig
 from memlm.models.attached_files import CONFIG_FILE as MEMORY_CONFIG
 from memlm.models.attached_files import WEIGHTS_FILE as MEMORY_WEIGHTS
 from memlm.models.card import card_config, write_card
-from memlm.models.run_facts import find_run
 from memlm.models.upload import push_folder
 
 _MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", "generation_config.json")
@@ -60,8 +59,7 @@ def _push(argv: Sequence[str] | None) -> None:
         if isinstance(config, MemLMConfig):
             config.save_pretrained(folder)
         load_tokenizer(str(options.run)).save_pretrained(folder)
-        run = find_run(options.run)
-        write_card(folder, config, run, options.repository, options.license)
+        write_card(folder, config, options.run, options.repository, options.license)
 
     address = push_folder(
         options.repository,

@@ -40,7 +40,8 @@ def write_card(
     Args:
         folder: of the model.
         config: a MemLMConfig, or what memory_config.json of an attached memory holds.
-        run: the run folder that the model comes from; None = nothing is known of its training.
+        run: the run folder, or the checkpoint in it, that holds this very model; None = nothing is
+            known of its training.
         repo_id: owner/name on the Hub; None = the card tells how to load a folder.
         license: of the weights, as the Hub spells it; None = the card has none.
         tags: further ones.
@@ -53,12 +54,12 @@ def write_card(
         UserError: for a file of the run that is damaged.
     """
     path = folder / CARD_FILE
-    for written in (path, path if run is None else run / CARD_FILE):
+    facts = None if run is None else read_run(run)
+    for written in (path, path if facts is None else facts.folder / CARD_FILE):
         if written.is_file() and not is_own_card(written.read_text(encoding="utf-8")):
             if written != path:
                 shutil.copyfile(written, path)
             return False
-    facts = None if run is None else read_run(run)
     attached = isinstance(config, dict)
     names = _attached_names(config) if attached else memory_names_of(config)
     title = (repo_id or str((run or folder).resolve())).rstrip("/").rsplit("/", 1)[-1]
@@ -132,6 +133,7 @@ def _front(
     start = (facts.start or {}) if facts else {}
     base = config["base_model"] if isinstance(config, dict) else start.get("base")
     base = base and base["name"]
+    results = list(_results(facts.tasks)) if facts else []
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -139,8 +141,8 @@ def _front(
         license=license,
         datasets=list(dict.fromkeys(datasets)) or None,
         base_model=base if base and not Path(base).exists() else None,
-        model_name=title,
-        eval_results=list(_results(facts.tasks)) or None if facts else None,
+        model_name=title if results else None,
+        eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---"
 
@@ -251,8 +253,9 @@ def _training(facts: RunFacts, pictures: dict[str, Path]) -> list[str]:
     train, data = (facts.sections.get(name) or {} for name in ("train", "data"))
     parts = ["## Training"]
     if {"steps", "tokens_per_step"} <= train.keys():
+        before = "" if facts.step is None else f"Step {facts.step:,} of a run of "
         parts.append(
-            f"{train['steps']:,} steps of {train['tokens_per_step']:,} tokens, tokenizer "
+            f"{before}{train['steps']:,} steps of {train['tokens_per_step']:,} tokens, tokenizer "
             f"`{data.get('tokenizer')}`{_base(facts)}, on:"
         )
         parts.append("\n".join(f"- {_specification(s)}" for s in data.get("sources") or ()))

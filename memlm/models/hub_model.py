@@ -13,7 +13,7 @@ from memlm.models.card import card_config, write_card
 from memlm.models.downloads import check_downloads
 from memlm.models.offloading import place_memories
 from memlm.models.quantization import refuse_quantized_memories
-from memlm.models.run_facts import find_run
+from memlm.models.run_facts import find_run, weights_fingerprint
 from memlm.models.upload import push_folder
 
 
@@ -53,10 +53,9 @@ class PushWithCard:
         def write(folder: Path) -> None:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             config = card_config(folder)
-            # A memory's run is not the place that its model was loaded from.
-            run = None if isinstance(config, dict) else find_run(self.name_or_path)
             if config is not None:
-                write_card(folder, config, run, repo_id, license, tags)
+                source = _source(self, folder)
+                write_card(folder, config, source, repo_id, license, tags)
 
         return push_folder(
             repo_id,
@@ -118,8 +117,18 @@ class HubModel(PushWithCard, PreTrainedModel):
     ) -> None:
         """As in transformers; a model of a run folder gets its model card beside it."""
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        folder, run = Path(save_directory), find_run(self.name_or_path)
-        # Training itself saves inside the run folder.
-        inside = run is not None and folder.resolve().is_relative_to(run.resolve())
-        if run is not None and not inside and is_main_process:
-            write_card(folder, self.config, run)
+        folder = Path(save_directory)
+        # Training itself saves inside a run folder.
+        if is_main_process and find_run(folder) is None:
+            source = _source(self, folder)
+            if source is not None:
+                write_card(folder, self.config, source)
+
+
+def _source(model: PreTrainedModel, saved: Path) -> Path | None:
+    """Where a saved model was loaded from: a folder of a run that holds the same weights."""
+    source = Path(model.name_or_path)
+    if not model.name_or_path or find_run(source) is None:
+        return None
+    weights = weights_fingerprint(saved)
+    return source if weights is not None and weights == weights_fingerprint(source) else None

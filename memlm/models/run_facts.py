@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from memlm.errors import UserError
+from memlm.fingerprint import fingerprint
 
 RUN_FILE, CONFIG_FILE, METRICS_FILE, RESULTS_FILE = (
     "run.json",
@@ -17,6 +21,7 @@ RUN_FILE, CONFIG_FILE, METRICS_FILE, RESULTS_FILE = (
     "metrics.jsonl",
     "results.json",
 )
+STATE_FILE = "state.json"  # of a checkpoint
 CURVES_FILE = "training.png"
 
 
@@ -48,14 +53,18 @@ class RunFacts:
 
     Attributes:
         folder: of the run.
+        step: of a checkpoint; None for the model at the end of the run.
         config: config.yaml as text.
         sections: what it holds.
         start: the latest start in run.json: command, code, versions, processes.
-        losses: the last record of an evaluation on held-out rows in metrics.jsonl.
-        tasks: of all evaluations in the folder's own folders.
+        losses: the record of an evaluation on held-out rows in metrics.jsonl: the last one, or that
+            of the checkpoint's step.
+        tasks: of all evaluations in the folder's own folders in which these very weights were
+            judged.
     """
 
     folder: Path
+    step: int | None
     config: str | None
     sections: dict[str, Any]
     start: dict[str, Any] | None
@@ -72,12 +81,17 @@ def find_run(source: str | os.PathLike) -> Path | None:
     return None
 
 
-def read_run(folder: Path) -> RunFacts:
-    """Everything that a model card tells of a run.
+def read_run(source: Path) -> RunFacts | None:
+    """Everything that a model card tells of the model in a run folder, or in a checkpoint of one.
+
+    None for any other folder.
 
     Raises:
         UserError: for a file that is damaged.
     """
+    folder = find_run(source)
+    if folder is None:
+        return None
     config, sections = None, {}
     if (folder / CONFIG_FILE).is_file():
         config = (folder / CONFIG_FILE).read_text(encoding="utf-8")
@@ -86,14 +100,37 @@ def read_run(folder: Path) -> RunFacts:
         except yaml.YAMLError as error:
             raise UserError(f"{folder / CONFIG_FILE}: damaged: it is no YAML") from error
     starts = _read_json(folder / RUN_FILE) or []
+    step = None
+    if source.resolve() != folder.resolve():
+        step = (_read_json(source / STATE_FILE) or {}).get("step")
     return RunFacts(
         folder=folder,
+        step=step,
         config=config,
         sections=sections if isinstance(sections, dict) else {},
         start=starts[-1] if starts else None,
-        losses=_last_losses(folder / METRICS_FILE),
-        tasks=list(_tasks(folder)),
+        losses=_losses(folder / METRICS_FILE, step),
+        tasks=list(_tasks(folder, source)),
     )
+
+
+def weights_fingerprint(folder: Path) -> str | None:
+    """The fingerprint of the state dict of the model in a folder; None where it holds no weights.
+
+    Raises:
+        UserError: when the weights are damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    try:
+        for path in sorted(folder.glob("model*.safetensors")):
+            tensors |= load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder}: the weights are damaged (no safetensors file)") from error
+    if not tensors:
+        return None
+    if "model.embed_tokens.weight" in tensors:  # tied weights are saved once
+        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    return fingerprint(tensors)
 
 
 def _read_json(path: Path) -> Any:
@@ -105,7 +142,7 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path}: damaged: it is no JSON") from error
 
 
-def _last_losses(path: Path) -> dict[str, Any] | None:
+def _losses(path: Path, step: int | None) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = None
@@ -114,21 +151,25 @@ def _last_losses(path: Path) -> dict[str, Any] | None:
             record = json.loads(line)
         except ValueError:  # a line that a killed run did not finish
             continue
-        if record.get("evaluation") and "bits" in record:
+        if record.get("evaluation") and "bits" in record and step in (None, record["step"]):
             found = record
     return found
 
 
-def _tasks(folder: Path) -> Iterator[TaskScores]:
-    """The tasks in which this run's model was judged, those of the latest evaluations first."""
+def _tasks(folder: Path, source: Path) -> Iterator[TaskScores]:
+    """The tasks in which the model in `source` was judged, of the latest evaluations first."""
     files = [path for path in folder.glob(f"*/{RESULTS_FILE}") if path.is_file()]
+    if not files:
+        return
+    weights = weights_fingerprint(source)
     seen: set[str] = set()
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         results = _read_json(path)
-        runs = results.get("runs", [])
-        for number, run in enumerate(runs, start=1):
-            source = run["model"].get("source")
-            if len(runs) > 1 and (source is None or Path(source).resolve() != folder.resolve()):
+        for number, run in enumerate(results.get("runs", []), start=1):
+            # Those of a memory for a pretrained model alone are not what is judged.
+            if weights is not None and run["model"]["fingerprint"] != weights[:16]:
+                continue
+            if weights is None and (len(results["runs"]) > 1 or source != folder):
                 continue
             for name, task in run["tasks"].items():
                 if name in seen:

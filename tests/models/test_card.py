@@ -77,7 +77,9 @@ def run(tmp_path: Path) -> Path:
     """A finished run, as training and evaluation leave it."""
     folder = tmp_path / "runs" / "mine"
     torch.manual_seed(0)
-    MemLMForCausalLM(MemLMConfig(hidden_size=32, layers=LAYERS)).save_pretrained(folder)
+    model = MemLMForCausalLM(MemLMConfig(hidden_size=32, layers=LAYERS))
+    model.save_pretrained(folder)
+    RESULTS["runs"][0]["model"]["fingerprint"] = model.weights_fingerprint()[:16]
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     (folder / "run.json").write_text(json.dumps([{**START, "command": "python old.py"}, START]))
     losses = {"evaluation": True, "bits": 1.5, "bits_per_byte": 1.5, "bits_per_byte_off": 2.25}
@@ -157,13 +159,33 @@ def test_a_card_is_written_anew_unless_a_user_wrote_it(run, tmp_path):
 
 
 def test_a_model_of_a_run_is_saved_with_its_card(run, tmp_path):
-    MemLMForCausalLM.from_pretrained(run).save_pretrained(tmp_path / "saved")
-    assert "1,000 steps" in (tmp_path / "saved" / "README.md").read_text()
-    checkpoint = run / "checkpoints" / "step_1000"
     model = MemLMForCausalLM.from_pretrained(run)
-    model.save_pretrained(checkpoint)
-    assert not (checkpoint / "README.md").exists()
-    assert find_run(checkpoint) == run and find_run(tmp_path) is None and find_run("") is None
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    text = (tmp_path / "saved" / "README.md").read_text()
+    assert "1,000 steps" in text and "87.5" in text
+    assert find_run(tmp_path) is None and find_run("") is None
+    # Training saves without a card, and a model that was trained on is not the run's.
+    model.save_pretrained(run / "checkpoints" / "step_1000")
+    assert not (run / "checkpoints" / "step_1000" / "README.md").exists()
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    model.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed" / "README.md").exists()
+
+
+def test_a_checkpoint_is_not_the_end_of_its_run(run, tmp_path):
+    checkpoint = run / "checkpoints" / "step_0"
+    torch.manual_seed(9)
+    MemLMForCausalLM(MemLMConfig(hidden_size=32, layers=LAYERS)).save_pretrained(checkpoint)
+    (checkpoint / "state.json").write_text('{"step": 0}')
+    MemLMForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "Step 0 of a run of 1,000 steps" in text and "after step 0 |" in text
+    assert "Recall" not in text
+    (checkpoint / "state.json").write_text('{"step": 7}')
+    write_card(tmp_path, card_config(checkpoint), checkpoint)
+    text = (tmp_path / "README.md").read_text()
+    assert "Step 7 of a run" in text and "held-out" not in text
 
 
 def test_a_model_without_a_run_has_a_card_too(tmp_path):
@@ -191,16 +213,17 @@ def test_the_card_of_an_attached_memory_names_its_model(tmp_path):
     assert "memory `gated_delta` and output memory `neural_cache` in layers 1" in card.content
 
 
-def test_several_models_in_one_evaluation(run):
+def test_scores_of_other_weights_are_left_out(run):
     results = json.loads(json.dumps(RESULTS))
     other = json.loads(json.dumps(results["runs"][0]))
-    other["model"]["source"] = "someone/other"
-    results["runs"][0]["model"]["source"] = str(run)
+    other["model"]["fingerprint"] = "0" * 16
     results["runs"] = [other, results["runs"][0]]
     (run / "evaluation" / "needle_depths_2.png").write_bytes(PICTURE)
     (run / "evaluation" / "results.json").write_text(json.dumps(results))
-    needle = read_run(run).tasks[0]
-    assert needle.picture.name == "needle_depths_2.png"
+    assert read_run(run).tasks[0].picture.name == "needle_depths_2.png"
+    results["runs"] = [other]
+    (run / "evaluation" / "results.json").write_text(json.dumps(results))
+    assert read_run(run).tasks == []
 
 
 @pytest.mark.parametrize(
@@ -209,6 +232,7 @@ def test_several_models_in_one_evaluation(run):
         ("run.json", "[", "run.json: damaged: it is no JSON"),
         ("config.yaml", "a: [", "config.yaml: damaged: it is no YAML"),
         ("config.json", "{", "config.json is missing or damaged"),
+        ("model.safetensors", "no", "the weights are damaged"),
     ],
 )
 def test_damaged_files_are_named(run, name, content, message):

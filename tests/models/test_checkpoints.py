@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
 
 from memlm import MemLMConfig, MemLMForCausalLM, MemLMModel, UserError
 from memlm.models.stub import STUB_FILE
@@ -167,6 +167,7 @@ def test_a_saved_model_names_the_code_that_loads_it(tmp_path):
         registered.register_for_auto_class()
     (tmp_path / STUB_FILE).write_text("raise AssertionError('this code was run')")
     assert isinstance(AutoConfig.from_pretrained(tmp_path), MemLMConfig)
+    assert isinstance(AutoModel.from_pretrained(tmp_path), MemLMModel)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_same(loaded, model)
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True), model)
