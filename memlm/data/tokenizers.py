@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizer, SentencePieceBackend
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from memlm.errors import UserError
 
 BYTE_VALUES = 256
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class ByteTokenizer(PreTrainedTokenizer):
@@ -74,8 +77,21 @@ class ByteTokenizer(PreTrainedTokenizer):
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None
     ) -> tuple[str, ...]:
-        """Nothing to save: the vocabulary is the byte values."""
-        return ()
+        """Save the same tokenizer for AutoTokenizer where this class is not known."""
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        path = Path(save_directory, f"{prefix}{TOKENIZER_FILE}")
+        self._as_tokenizers().save(str(path))
+        return (str(path),)
+
+    def _as_tokenizers(self) -> Tokenizer:
+        """This tokenizer in the `tokenizers` library, which writes each byte as a character."""
+        characters = bytes_to_unicode()
+        vocab = {characters[byte]: byte for byte in range(BYTE_VALUES)}
+        tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_tokens([token for _, token in sorted(self.added_tokens_decoder.items())])
+        return tokenizer
 
 
 class SentencePieceTokenizer(SentencePieceBackend):

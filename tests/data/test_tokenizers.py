@@ -73,6 +73,33 @@ def test_byte_tokenizer_pads() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1], [0, 1]]
 
 
+@pytest.fixture(scope="module")
+def bytes_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    """The saved byte tokenizer as it loads where its class is not known."""
+    folder = tmp_path_factory.mktemp("bytes")
+    ByteTokenizer().save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@given(st.text() | st.sampled_from(["<eos>", "a<pad>", "\0 \t  \r\n", "\u2581"]))
+def test_bytes_elsewhere(bytes_elsewhere: PreTrainedTokenizerFast, text: str) -> None:
+    ids = bytes_elsewhere(text)["input_ids"]
+    assert ids == list(text.encode())
+    assert bytes_elsewhere.decode(ids) == text
+
+
+def test_byte_tokenizer_elsewhere_has_the_same_special_tokens(tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(tmp_path)
+    other = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert other.special_tokens_map == tokenizer.special_tokens_map
+    assert (other.bos_token_id, other.eos_token_id, other.pad_token_id) == (256, 257, 258)
+    assert len(other) == len(tokenizer) == 260
+    assert other.convert_tokens_to_ids("<tool>") == 259
+    assert other.decode([195, 65, 257], skip_special_tokens=True) == "\ufffdA"
+
+
 def test_byte_tokenizer_from_a_run_folder(tmp_path: Path) -> None:
     tokenizer = ByteTokenizer()
     save_run(tokenizer, tmp_path)

@@ -128,7 +128,10 @@ def test_a_corpus_of_tokens(both) -> None:
     assert [tokenizer.decode(part) for part in parts] == texts
 
 
-def test_loaded_where_this_package_is_not_imported(folders: dict[str, Path]) -> None:
+def test_loaded_where_this_package_is_not_imported(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    load_tokenizer("bytes").save_pretrained(tmp_path)
     program = """
 import sys
 from transformers import AutoTokenizer
@@ -136,10 +139,12 @@ text = "  a <s>\\u2581\\0\\t\\n 😀"
 for folder in sys.argv[1:]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert tokenizer.eos_token_id == 2
+    assert tokenizer.decode([*tokenizer(text).input_ids, tokenizer.eos_token_id]) != text
+assert tokenizer(text).input_ids == list(text.encode())
+assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
 assert "memlm" not in sys.modules
 """
-    command = [sys.executable, "-c", program, *map(str, folders.values())]
+    command = [sys.executable, "-c", program, *map(str, folders.values()), str(tmp_path)]
     subprocess.run(command, check=True, timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "1"})
 
 

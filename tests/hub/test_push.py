@@ -49,6 +49,7 @@ def test_a_run_is_one_commit(client: Client, hub: HubServer, run: Path, capsys) 
         "generation_config.json",
         "model.safetensors",
         "modeling_memlm.py",
+        "tokenizer.json",
         "tokenizer_config.json",
         "training.png",
     ]
