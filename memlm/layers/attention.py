@@ -14,12 +14,13 @@ from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from memlm.cuda.attention_step import native
 from memlm.layers.attention_config import AttentionConfig
 from memlm.layers.context import CallContext, SequenceLayout
 from memlm.layers.convolution import ConvolutionState, ShortConvolution
 from memlm.layers.key_values import KeyValueRoom
 from memlm.layers.norm import RMSNorm
-from memlm.layers.rotary import Rotary, rotate
+from memlm.layers.rotary import Rotary, rotate_both
 from memlm.layers.short_attention import short_causal_attention, suits
 from memlm.layers.state import MemoryState
 
@@ -90,6 +91,12 @@ class AttentionState(MemoryState):
         )
 
 
+def _decodes(context: CallContext) -> bool:
+    """Whether each row has one token that continues its document, and nothing records the call."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return context.layout.is_step and not recorded
+
+
 class Attention(nn.Module):
     """Multi-head attention through transformers' AttentionInterface (sdpa, eager, flash).
 
@@ -101,6 +108,8 @@ class Attention(nn.Module):
     """
 
     is_causal = True
+    # Whether a token in decoding may pass by `_project` and `_attend`.
+    steps_natively = True
 
     def __init__(
         self,
@@ -177,6 +186,12 @@ class Attention(nn.Module):
         angles = None
         if self.rotary is not None:
             angles = context.rotary_angles(self.rotary, hidden.dtype)
+        sdpa = self.config._attn_implementation == "sdpa"
+        if sdpa and self.steps_natively and _decodes(context) and state.has_no_gaps():
+            query, key, value = self._heads(hidden)
+            if native.refusal(query, key, value) is None:
+                heads, state = self._native_step(query, key, value, angles, state, context)
+                return self.output(heads, hidden), state
         projected = self._project(hidden, angles)
         output, state = self.over_documents(*projected, state, context)
         return self.output(output, hidden), state
@@ -195,9 +210,7 @@ class Attention(nn.Module):
             The heads side by side, [B, T, num_heads * head_dim], and the new state.
         """
         layout = context.layout
-        flash = "flash" in (self.config._attn_implementation or "")
-        untraced = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if layout.is_step and untraced and not flash:
+        if _decodes(context) and (state.has_no_gaps() or not self._uses_flash()):
             return self._step(query, key, value, state, context)
         keys, values, positions, documents = key, value, context.position_ids, layout.document
         if state.positions.shape[1]:
@@ -208,7 +221,7 @@ class Attention(nn.Module):
             carried = torch.where((state.positions >= 0) & continued, 0, -1)
             documents = torch.cat([carried, documents], dim=1)
 
-        if flash:
+        if self._uses_flash():
             output = self._packed(query, keys, values, documents, layout)
         elif self.window is not None and query.shape[1] > self.window and bool(layout.valid.all()):
             output = self._banded(query, keys, values, positions, documents)
@@ -216,6 +229,9 @@ class Attention(nn.Module):
             output = self._masked(query, keys, values, positions, documents, layout)
         state = self._next_state(state, keys, values, positions, documents, layout)
         return output.flatten(2), state
+
+    def _uses_flash(self) -> bool:
+        return "flash" in (self.config._attn_implementation or "")
 
     def _step(
         self, query: Tensor, key: Tensor, value: Tensor, state: AttentionState, context: CallContext
@@ -236,13 +252,35 @@ class Attention(nn.Module):
         output = self._attend(query, keys, values, mask)
         return output.flatten(2), AttentionState.in_room(room, self.window, state.tail, gapless)
 
+    def _native_step(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        state: AttentionState,
+        context: CallContext,
+    ) -> tuple[Tensor, AttentionState]:
+        """As `_project` and `_step`, of float32 tensors on a CPU and a state without gaps."""
+        room = state.roomy(key.dtype)
+        first = 0 if self.window is None else max(0, room.filled + 1 - self.window)
+        held = (room.keys, room.values, room.positions)
+        heads = native.step(
+            *(query, key, value, angles, context.position_ids),
+            *held,
+            *(first, room.filled, self.scaling),
+        )
+        room.filled += 1
+        return heads, AttentionState.in_room(room, self.window, state.tail, True)
+
     def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value [..., heads, head_dim] of [..., hidden_size], without positions."""
         query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        normed = not isinstance(self.q_norm, nn.Identity)
         if self.norm_all_heads:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in (query, key, value))
-        if not self.norm_all_heads:
+        query, key, value = (x.view(*x.shape[:-1], -1, self.head_dim) for x in (query, key, value))
+        if normed and not self.norm_all_heads:
             query, key = self.q_norm(query), self.k_norm(key)
         return query, key, value
 
@@ -255,7 +293,7 @@ class Attention(nn.Module):
         """
         query, key, value = self._heads(hidden)
         if angles is not None:
-            query, key = rotate(query, *angles), rotate(key, *angles)
+            query, key = rotate_both(query, key, *angles)
         return query, key, value
 
     def output(self, heads: Tensor, hidden: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ document borders cannot leak by construction.
 """
 
 import dataclasses
+import functools
 from typing import Any, TypeVar
 
 import torch
@@ -100,9 +101,7 @@ class SequenceLayout:
     @classmethod
     def step(cls, position_ids: Tensor) -> "SequenceLayout":
         """That of one token per row, int64 [B, 1], each of which continues its row's document."""
-        valid = torch.ones_like(position_ids, dtype=torch.bool)
-        document = torch.zeros_like(position_ids)
-        rows = torch.arange(len(position_ids), device=position_ids.device)
+        valid, document, rows = _step_tensors(len(position_ids), position_ids.device)
         return cls(
             valid, document, True, True, valid.squeeze(1), position_ids.squeeze(1), rows, rows
         )
@@ -163,6 +162,18 @@ class SequenceLayout:
         return state.where(self.last_piece >= 0, carried)
 
 
+@functools.lru_cache(maxsize=64)
+def _step_tensors(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`valid`, `document` and `piece_row` of one token per row."""
+    # Kept for later calls, so made as ordinary tensors wherever the first one stands.
+    with torch.inference_mode(False):
+        return (
+            torch.ones(batch_size, 1, dtype=torch.bool, device=device),
+            torch.zeros(batch_size, 1, dtype=torch.int64, device=device),
+            torch.arange(batch_size, device=device),
+        )
+
+
 @dataclasses.dataclass
 class CallContext:
     """Everything about one call besides the hidden states and the layer's own state.
@@ -179,15 +190,15 @@ class CallContext:
     layout: SequenceLayout
     position_ids: Tensor
     write: bool = True
-    shared: dict[str, Any] = dataclasses.field(default_factory=dict)
+    shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
     input_ids: Tensor | None = None
 
     def rotary_angles(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the tokens' rotary angles, [B, T, channels], made once in a call."""
-        name = f"rotary angles {rotary} {dtype}"
-        if name not in self.shared:
-            self.shared[name] = rotary.angles(self.position_ids, dtype)
-        return self.shared[name]
+        angles = self.shared.get((rotary, dtype))
+        if angles is None:
+            angles = self.shared[rotary, dtype] = rotary.angles(self.position_ids, dtype)
+        return angles
 
     @classmethod
     def plain(

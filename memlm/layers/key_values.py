@@ -54,17 +54,18 @@ class KeyValueRoom:
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Write tokens behind the last one; shapes as of `around`."""
-        new = slice(self.filled, self.filled + positions.shape[1])
-        self.keys[:, :, new] = keys.transpose(1, 2)
-        self.values[:, :, new] = values.transpose(1, 2)
-        self.positions[:, new] = positions
-        self.filled = new.stop
+        first, count = self.filled, positions.shape[1]
+        self.keys.narrow(2, first, count).copy_(keys.transpose(1, 2))
+        self.values.narrow(2, first, count).copy_(values.transpose(1, 2))
+        self.positions.narrow(1, first, count).copy_(positions)
+        self.filled = first + count
 
     def last(self, count: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """The last `count` tokens (None = all): views shaped as in `around`."""
-        seen = slice(0 if count is None else max(0, self.filled - count), self.filled)
-        keys, values = self.keys[:, :, seen], self.values[:, :, seen]
-        return keys.transpose(1, 2), values.transpose(1, 2), self.positions[:, seen]
+        count = self.filled if count is None else min(count, self.filled)
+        first = self.filled - count
+        keys, values = (x.narrow(2, first, count).transpose(1, 2) for x in (self.keys, self.values))
+        return keys, values, self.positions.narrow(1, first, count)
 
     @property
     def nbytes(self) -> int:

@@ -27,6 +27,8 @@ class PersistentAttention(Attention):
         norm_eps: epsilon of the norms of queries and keys.
     """
 
+    steps_natively = False
+
     def __init__(
         self,
         spec: AttentionConfig,

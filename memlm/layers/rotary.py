@@ -1,6 +1,7 @@
 """Rotary positions (Su et al., "RoFormer", arXiv 2104.09864), also with stretched frequencies."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -48,16 +49,22 @@ class Rotary:
                 self.channels, self.theta, self.scaling, position_ids.device
             )
         else:
-            steps = torch.arange(
-                0, self.channels, 2, device=position_ids.device, dtype=torch.float64
-            )
-            frequencies = self.theta ** (-steps / self.channels)
+            frequencies = _frequencies(self.channels, self.theta, position_ids.device)
         angles = position_ids[..., None] * frequencies
         angles = torch.cat([angles, angles], dim=-1)
         cos, sin = angles.cos(), angles.sin()
         if factor != 1:
             cos, sin = cos * factor, sin * factor
         return cos.to(dtype), sin.to(dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _frequencies(channels: int, theta: float, device: torch.device) -> Tensor:
+    """float64 [channels / 2], radians per position."""
+    # Kept for later calls, so made as an ordinary tensor wherever the first one stands.
+    with torch.inference_mode(False):
+        steps = torch.arange(0, channels, 2, device=device, dtype=torch.float64)
+        return theta ** (-steps / channels)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -69,6 +76,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return _Rotated.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin, 1)
+
+
+def rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotate` of queries and keys [B, T, heads, channels]; without gradients a few tokens are
+    turned as one tensor, since every operation takes as long as another then."""
+    if torch.is_grad_enabled() or query.shape[1] > 1 or cos.shape[-1] < query.shape[-1]:
+        return rotate(query, cos, sin), rotate(key, cos, sin)
+    both, half = torch.cat([query, key], -2), query.shape[-1] // 2
+    first, second = both.split([half, half], -1)
+    turned = (both * cos.unsqueeze(-2)).addcmul_(
+        torch.cat([second.neg(), first], -1), sin.unsqueeze(-2)
+    )
+    return turned.split([query.shape[-2], key.shape[-2]], -2)
 
 
 class _Rotated(torch.autograd.Function):

@@ -17,7 +17,7 @@ from memlm.cuda import gathered_dot, weighted_bag
 from memlm.errors import UserError
 from memlm.layers.attention import Attention, AttentionState
 from memlm.layers.attention_config import AttentionConfig
-from memlm.layers.rotary import rotate
+from memlm.layers.rotary import rotate_both
 from memlm.memory.base import AttendingMemory, CallContext, MemoryConfig, register
 from memlm.memory.segment_store import SegmentStore, Store, read_store
 from memlm.retrieval.vector_store import ValueSpec, search_ring
@@ -131,7 +131,7 @@ class CosineAttention(Attention):
         """Attend in the window: the heads' outputs [B, T, H, head_dim] and the new state."""
         if self.rotary is not None:
             angles = context.rotary_angles(self.rotary, query.dtype)
-            query, key = rotate(query, *angles), rotate(key, *angles)
+            query, key = rotate_both(query, key, *angles)
         output, state = self.over_documents(query, key, value, state, context)
         return output.unflatten(-1, (self.num_heads, self.head_dim)), state
 

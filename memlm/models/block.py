@@ -104,7 +104,8 @@ class Branch(nn.Module):
             output, state = self.module(hidden, state, context)
         if state is not None:
             new_states[name] = state
-        output = self.post_norm(output)
+        if not isinstance(self.post_norm, nn.Identity):
+            output = self.post_norm(output)
         if self.gate is not None:
             # A closed channel adds nothing, also where the module overflows: 0 * inf is NaN.
             closed = (self.gate == 0) & ~output.isfinite()

@@ -15,10 +15,12 @@ HIDDEN, PROMPT = 16, 7
 pytestmark = pytest.mark.parametrize("window", [None, 5])
 
 
-def build(window):
+def build(window, dtype=torch.float64, **options):
     torch.manual_seed(1)
-    spec = AttentionConfig(num_heads=4, num_key_value_heads=2, window=window, conv_size=3)
-    return Attention(spec, MemLMConfig(hidden_size=HIDDEN)).double()
+    options = {"num_heads": 4, "num_key_value_heads": 2, "conv_size": 3, **options}
+    config = MemLMConfig(hidden_size=HIDDEN)
+    config._attn_implementation = "sdpa"
+    return Attention(AttentionConfig(window=window, **options), config).to(dtype)
 
 
 def tokens(length, rows=2):
@@ -39,12 +41,12 @@ def steps(layer, hidden, state, position):
 def whole(layer, hidden):
     """All tokens in one call with gradients, which nothing in place may serve."""
     with torch.enable_grad():
-        start = layer.init_state(len(hidden), dtype=torch.float64)
+        start = layer.init_state(len(hidden), dtype=hidden.dtype)
         return layer(hidden, start, CallContext.plain(*hidden.shape[:2]))[0].detach()
 
 
 def prompted(layer, hidden):
-    start = layer.init_state(len(hidden), dtype=torch.float64)
+    start = layer.init_state(len(hidden), dtype=hidden.dtype)
     return layer(hidden, start, CallContext.plain(*hidden.shape[:2]))[1]
 
 
@@ -66,6 +68,27 @@ def test_many_tokens_in_place_equal_one_call(window):
     torch.testing.assert_close(output, whole(layer, hidden)[:, PROMPT:])
     rooms = {id(state.room): state.room for state in states}
     assert 1 < len(rooms) <= 4  # most tokens found room
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_key_value_heads": 4, "rope": False},
+        {"num_key_value_heads": 1, "head_dim": 6, "rope_fraction": 0.34},
+        {"head_dim": 20, "qk_norm": True, "output_gate": True},
+    ],
+)
+def test_in_float32_a_token_is_one_call(window, options):
+    layer, hidden = build(window, torch.float32, **options), tokens(PROMPT + SPARE + 20).float()
+    state = prompted(layer, hidden[:, :PROMPT])
+    output, states = steps(layer, hidden[:, PROMPT:], state, PROMPT)
+    torch.testing.assert_close(output, whole(layer, hidden)[:, PROMPT:])
+    before = contents(states[3])
+    again, _ = steps(layer, hidden[:, PROMPT + 4 :], states[3], PROMPT + 4)
+    torch.testing.assert_close(again, output[:, 4:])
+    assert_same(states[3], before)
 
 
 @torch.no_grad()
