@@ -24,7 +24,6 @@ from memlm.cli import run_entry_point
 from memlm.errors import UserError
 from memlm.files import write_folder
 from memlm.models.configuration import MemLMConfig
-from memlm.models.downloads import check_downloads
 from memlm.models.interop import ARCHITECTURES
 from memlm.models.interop.checkpoint import Checkpoint
 from memlm.models.interop.conversion import Report, count
@@ -103,7 +102,6 @@ def _convert(options: argparse.Namespace) -> None:
     plan.conversion.check()
     tokenizer = checkpoint.tokenizer_files()
     print(f"tokenizer: {', '.join(path.name for path in tokenizer) or 'no files of one'}")
-    check_downloads(options.source, hub)
     with tqdm(total=len(plan.conversion.targets), unit="tensor", disable=None) as bar:
         write_folder(
             folder, lambda path: _write(path, plan, files, tokenizer, bar), "convert again"

@@ -76,10 +76,10 @@ def test_files_that_were_damaged_on_their_way_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     hub.damaged = True
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="damaged on its way from the Hub"):
         MemLMForCausalLM.from_pretrained("someone/llama", revision=llama[1])
     assert main([*WORDS, llama[1]]) == 2
-    assert "damaged" in capsys.readouterr().err
+    assert "damaged on its way from the Hub" in capsys.readouterr().err
     assert not Path("ours").exists()
 
 

@@ -24,6 +24,7 @@ from transformers.utils import (
 from transformers.utils.hub import cached_files, extract_commit_hash
 
 from memlm.errors import UserError
+from memlm.models.downloads import check_downloads
 
 # What else belongs to a model that talks: its tokenizer and its template.
 TOKENIZER_FILES = (
@@ -151,7 +152,7 @@ class Checkpoint:
     def _headers(self, headers_only: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Every tensor on the meta device, and the file that it is in."""
         files, listed = self._weight_files(headers_only)
-        if len(files) > 1 and not (self.is_folder or headers_only):
+        if not (self.is_folder or headers_only):
             self._download(files)
         tensors: dict[str, Tensor] = {}
         file_of: dict[str, str] = {}
@@ -230,7 +231,11 @@ class Checkpoint:
         return str_to_torch_dtype[code]
 
     def _download(self, files: list[str]) -> None:
-        """Fetch several files at once; those that are missing are told of when they are read."""
+        """Fetch files, several at once; those that are missing are told of when they are read.
+
+        Raises:
+            UserError: when that fails, or for files that came down damaged.
+        """
         try:
             cached_files(
                 self.source, files, _raise_exceptions_for_missing_entries=False, **self.hub
@@ -238,6 +243,7 @@ class Checkpoint:
         except OSError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.source}: the weights were not downloaded ({reason})") from error
+        check_downloads(self.source, self.hub)
 
     def _remote(self) -> dict[str, Any]:
         return {key: self.hub.get(key) for key in ("revision", "token")}

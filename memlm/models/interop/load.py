@@ -1,16 +1,14 @@
 """Models of other libraries as models of ours, in memory."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from memlm.errors import UserError
 from memlm.models.configuration import MemLMConfig
-from memlm.models.downloads import check_downloads
 from memlm.models.interop.checkpoint import Checkpoint
 from memlm.models.interop.conversion import Conversion
 from memlm.models.interop.plan import from_theirs, is_foreign
@@ -31,7 +29,7 @@ _UNSUPPORTED = ("variant", "gguf_file", "key_mapping", "state_dict")
 
 def names_foreign(source: Any, options: Mapping[str, Any]) -> bool:
     """Whether arguments of `from_pretrained` name a model of another library."""
-    if source is None or options.get("config") is not None or options.get("gguf_file"):
+    if source is None or options.get("config") is not None:
         return False
     hub = {key: options[key] for key in _HUB if options.get(key) is not None}
     try:
@@ -75,43 +73,23 @@ def load_foreign(load: Callable[..., Any], source: Any, options: Mapping[str, An
     checkpoint = Checkpoint(source, rest.get("use_safetensors") is False, **hub)
     plan = from_theirs(checkpoint, **overrides)
     plan.conversion.check()
-    check_downloads(str(source), hub)
     rest.setdefault("generation_config", plan.generation)
-    loaded = load(None, config=plan.config, state_dict=dict(_lazy(plan.conversion)), **rest)
+    tensors = {name: LazyTensor(plan.conversion, name) for name in plan.conversion.targets}
+    loaded = load(None, config=plan.config, state_dict=tensors, **rest)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.config.name_or_path = model.name_or_path = str(source)
     return loaded
 
 
-def _lazy(conversion: Conversion) -> Iterator[tuple[str, "LazyTensor"]]:
-    for name, target in conversion.targets.items():
-        yield name, LazyTensor(conversion, name, target)
-
-
 class LazyTensor:
     """A tensor of a conversion that is made when transformers asks for its numbers.
 
-    It has what transformers uses of the parts of a safetensors file.
+    It stands for a part of a safetensors file, of which transformers takes `part[...]`.
     """
 
-    def __init__(self, conversion: Conversion, name: str, target: Tensor):
+    def __init__(self, conversion: Conversion, name: str):
         self.conversion = conversion
         self.name = name
-        self.target = target
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.conversion.read(self.name)[index]
-
-    def get_shape(self) -> list[int]:
-        return list(self.target.shape)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.target.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.target.dtype
-
-    def is_floating_point(self) -> bool:
-        return self.target.is_floating_point()
