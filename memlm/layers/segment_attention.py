@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memlm.errors import UserError
-from memlm.layers.attention import AttentionState
 from memlm.layers.attention_config import AttentionConfig
+from memlm.layers.attention_state import AttentionState
 from memlm.layers.persistent_attention import PersistentAttention
 
 

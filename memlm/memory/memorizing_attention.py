@@ -15,8 +15,9 @@ from transformers import initialization as init
 
 from memlm.cuda import gathered_dot, weighted_bag
 from memlm.errors import UserError
-from memlm.layers.attention import Attention, AttentionState
+from memlm.layers.attention import Attention
 from memlm.layers.attention_config import AttentionConfig
+from memlm.layers.attention_state import AttentionState
 from memlm.layers.rotary import rotate_both
 from memlm.memory.base import AttendingMemory, CallContext, MemoryConfig, register
 from memlm.memory.segment_store import SegmentStore, Store, read_store

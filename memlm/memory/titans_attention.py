@@ -9,7 +9,7 @@ from abc import abstractmethod
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.layers.attention import AttentionState
+from memlm.layers.attention_state import AttentionState
 from memlm.layers.persistent_attention import PersistentAttention
 from memlm.memory.base import AttendingMemory, CallContext
 from memlm.memory.titans_config import TitansConfig

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memlm.cuda.chunking import ChunkLayout
-from memlm.layers.attention import AttentionState
+from memlm.layers.attention_state import AttentionState
 from memlm.layers.context import SequenceLayout
 from memlm.layers.convolution import ShortConvolution
 from memlm.layers.segment_attention import SegmentAttention

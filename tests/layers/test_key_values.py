@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from memlm import MemLMConfig
-from memlm.layers.attention import Attention, AttentionState
+from memlm.layers.attention import Attention
 from memlm.layers.attention_config import AttentionConfig
+from memlm.layers.attention_state import AttentionState
 from memlm.layers.context import CallContext
 from memlm.layers.key_values import SPARE
 
