@@ -17,7 +17,7 @@ from memlm.data.train_sentencepiece import KINDS, fast_tokenizer, train_sentence
 from memlm.errors import UserError
 from memlm.files import write_folder
 
-MODEL_FILE = "tokenizer.model"
+MODEL_FILE = "sentencepiece.model"  # a name that AutoTokenizer does not take for one with U+2581
 _COMPARED = 1 << 21  # bytes of the sample that both tokenizers encode before one is written
 _MOST_BYTES = 1 << 30  # more takes another kind of suffix array, and hundreds of GB
 _DESCRIPTION = """\

@@ -59,7 +59,7 @@ def train(text: Path, output: Path, kind: str = "bpe", vocab_size: int = VOCABUL
 def pair(
     folder: Path,
 ) -> tuple[PreTrainedTokenizerBase, sentencepiece.SentencePieceProcessor]:
-    model = str(folder / "tokenizer.model")
+    model = str(folder / "sentencepiece.model")
     return load_tokenizer(str(folder)), sentencepiece.SentencePieceProcessor(model_file=model)
 
 
@@ -92,7 +92,7 @@ def test_the_files_are_read_as_the_same_tokenizer(both, folders: dict[str, Path]
     folder = Path(tokenizer.name_or_path)
     text = "  def name(self):\n\treturn '</s>'  # 😀\u2581\n"
     ids = processor.encode(text)
-    assert load_tokenizer(str(folder / "tokenizer.model"))(text)["input_ids"] == ids
+    assert load_tokenizer(str(folder / "sentencepiece.model"))(text)["input_ids"] == ids
     assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == ids
     assert len(tokenizer) == tokenizer.vocab_size == VOCABULARY
 
