@@ -1,6 +1,5 @@
 """Mixtures of experts in a run: what keeps all of them in use."""
 
-import pytest
 import torch
 
 from memlm.training import Trainer
@@ -30,9 +29,8 @@ def trained(make_config, name, balance_loss, **options):
     return branch.module, float(last.max() / last.sum() * 2)
 
 
-@pytest.mark.parametrize("micro_batch_rows", [1, 4])
-def test_the_loss_of_balance_brings_all_experts_into_use(make_config, micro_batch_rows):
-    options = {"steps": 40, "micro_batch_rows": micro_batch_rows}
+def test_the_loss_of_balance_brings_all_experts_into_use(make_config):
+    options = {"steps": 40, "micro_batch_rows": 2}
     _, without = trained(make_config, "without", 0.0, **options)
     module, balanced = trained(make_config, "balanced", 0.1, **options)
     assert module.balance_scale == 1 / 256  # of the tokens of a step
