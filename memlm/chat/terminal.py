@@ -71,8 +71,17 @@ class Chat:
 
     def turn(self, text: str) -> None:
         """Answer a line and say what it has cost."""
-        turn = self.conversation.answer(text, show)
-        print()
+        shown: list[str] = []
+
+        def write(piece: str) -> None:
+            shown.append(piece)
+            show(piece)
+
+        try:
+            turn = self.conversation.answer(text, write)
+        finally:
+            if shown:  # also the answer that a limit of the context cuts off is a line
+                print()
         print(dim(status(self.conversation, turn)))
 
     def command(self, line: str) -> None:

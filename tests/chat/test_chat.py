@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from memlm import MemLMConfig, MemLMForCausalLM
+from memlm import MemLMConfig, MemLMForCausalLM, attach_memory
 from memlm.chat.conversation import Conversation, Sampling
 from memlm.chat.main import load_conversation, main
 from memlm.data.tokenizers import ByteTokenizer
@@ -182,6 +183,29 @@ def test_models_without_a_memory_are_refused(tmp_path, capsys):
     base_model("llama").save_pretrained(tmp_path)
     assert main(["--model", str(tmp_path), "--prompt", "a"]) == 2
     assert "LlamaForCausalLM without a memory; attach one" in capsys.readouterr().err
+
+
+def test_a_saved_memory_of_a_pretrained_model(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 259, "hidden_size": 32, "intermediate_size": 48}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 40}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, **layers, bos_token_id=None, eos_token_id=None))
+    base.save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    memory = {"type": "gated_delta", "num_heads": 2, "head_dim": 8}
+    model = attach_memory(base, {"memory": memory, "layers": [1], "output": "neural_cache"})
+    model.save_pretrained(tmp_path / "memory")
+    lines = ["hello there", f"/save {tmp_path / 'state'}", "/wipe", f"/load {tmp_path / 'state'}"]
+    lines += ["/memory", "a line of 22 tokens...", "and a longer line, 27 tokens"]
+    monkeypatch.setattr(sys, "stdin", Keyboard("\n".join(lines)))
+    options = ["--tokenizer", "bytes", "--max_new_tokens", "5", "--seed", "1"]
+    assert main(["--model", str(tmp_path / "memory"), *options]) == 0
+    out = capsys.readouterr().out
+    assert "16 tokens kept" in out and "16 tokens remembered" in out
+    assert re.search(r"1\.memory +gated_delta .*\noutput +neural_cache ", out)
+    assert out.count("tokens seen") == 1
+    # In the middle of an answer, and of the line itself; nothing is read of either.
+    assert re.findall(r"error: the context has (\d+) tokens, but .* allows 40", out) == ["41", "45"]
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat():

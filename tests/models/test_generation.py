@@ -1,10 +1,11 @@
 """generate() with states in the cache: everything equals a full recompute."""
 
 import copy
+import threading
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, TextIteratorStreamer
 
 from memlm import MemLMCache, MemLMForCausalLM, UserError
 from memlm.data.tokenizers import ByteTokenizer
@@ -310,6 +311,17 @@ def test_rows_that_have_stopped_read_no_padding(model):
         options = {"attention_mask": mask, **GREEDY}
         again = wide.generate(history, past_key_values=out.past_key_values, **options)
         assert torch.equal(again, wide.generate(history, use_cache=False, **options))
+
+
+def test_a_stream_that_another_thread_reads(model):
+    tokenizer, ids = ByteTokenizer(), tokens(1, 6)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    options = {"streamer": streamer, **GREEDY}
+    thread = threading.Thread(target=model.generate, args=(ids,), kwargs=options)
+    thread.start()
+    streamed = "".join(streamer)
+    thread.join()
+    assert streamed == tokenizer.decode(model.generate(ids, **GREEDY)[0, 6:])
 
 
 def test_arguments_that_mean_nothing_to_generate_are_refused(model):
