@@ -65,14 +65,19 @@ def unavailable(source: Path) -> str | None:
 def refusal(operation: str, source: Path) -> str | None:
     """As `unavailable`, without compiling for an operation that another implementation is forced
     on."""
-    if not may_be_chosen(operation, "native"):
+    if source not in _tried and not may_be_chosen(operation, "native"):
         return "another implementation is forced, nothing is compiled"
     return unavailable(source)
+
+
+# Sources that were compiled, or failed to: decoding asks for every token.
+_tried: set[Path] = set()
 
 
 @functools.cache
 def _library(source: Path) -> ctypes.CDLL | str:
     """The library, or why there is none."""
+    _tried.add(source)
     if sys.platform == "win32":
         return "native kernels are not made for Windows"
     compiler = _compiler()

@@ -239,27 +239,32 @@ class TitansMemory(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         values = (self.gates_proj(x).to(wide) + self.gates_bias.to(wide)).sigmoid()
         gates = dict(zip(self.gates, values.chunk(len(self.gates), -1), strict=True))
-        nothing = torch.zeros_like(gates["theta"])
-        alpha, eta = gates.get("alpha", nothing), gates.get("eta", nothing)
         theta = self.config.step_bound * gates["theta"]
+        alpha, eta = (
+            gates[name] if name in gates else torch.zeros_like(theta) for name in ("alpha", "eta")
+        )
         if self.config.average_momentum:
             theta = (1 - eta) * theta
         return [alpha, eta, theta]
 
     def start(self, layers: Layers, fresh: Tensor) -> Layers:
         """The layers [B, H, ...] with the learned initial weights in fresh rows."""
-        decoding = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if decoding and fresh.device.type == "cpu" and not bool(fresh.any()):
-            return layers  # where memory is slow, and waiting for a number is not
         fresh = fresh[:, None, None, None]
         pairs = zip(self.initial_weights, layers, strict=True)
         return tuple(torch.where(fresh, w0.to(w.dtype), w) for w0, w in pairs)
 
     def _memory(self, state: TitansState) -> NeuralMemoryState:
         """The state of the operation."""
-        anchor = () if self.config.exact else self.start(state.anchor, state.fresh)
-        weights = self.start(state.weights, state.fresh)
+        anchor = () if self.config.exact else state.anchor
+        weights = state.weights
+        if not self._begun(state.fresh):
+            anchor, weights = (self.start(x, state.fresh) if x else x for x in (anchor, weights))
         return NeuralMemoryState(anchor, weights, state.momentum, state.offset)
+
+    def _begun(self, fresh: Tensor) -> bool:
+        """Whether no row is fresh, where a CPU in decoding may ask: copies take it long."""
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return fresh.device.type == "cpu" and not recorded and not bool(fresh.any())
 
     def flops(self, tokens: int) -> int:
         """Projections and the memory: forward and backward of a key, the outer products of the

@@ -10,7 +10,10 @@ from memlm.cuda import NeuralMemoryState, neural_memory, short_convolution
 from memlm.cuda import native as loader
 from memlm.cuda.dispatch import VARIABLE
 from memlm.cuda.neural_memory import native as memory
+from memlm.cuda.rms_norm import native as rms_norm
 from memlm.cuda.short_convolution import native as convolution
+from memlm.layers.gated_norm import GatedRMSNorm
+from memlm.layers.norm import RMSNorm
 
 REASON = loader.unavailable(memory.SOURCE) or loader.unavailable(convolution.SOURCE)
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -83,3 +86,19 @@ def test_convolution(W, activation, split, monkeypatch):
     )
     torch.testing.assert_close(y_native, y)
     assert torch.equal(new_tail_native, new_tail) and torch.equal(tail, before)
+
+
+@pytest.mark.parametrize("channels", [1, 5, 16, 100])
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_norm(channels, activation):
+    x, gate = torch.randn(2, 3, channels), torch.randn(2, 3 * channels)
+    norm, gated = RMSNorm(channels, 1e-6), GatedRMSNorm(channels, 1e-6, activation)
+    for module in (norm, gated):
+        torch.nn.init.normal_(module.weight)
+    expected = norm(x).detach(), gated(x, gate).detach(), gated(x).detach()
+    with torch.no_grad():
+        assert rms_norm.refusal(x, norm.weight) is None
+        for y, wanted in zip((norm(x), gated(x, gate), gated(x)), expected, strict=True):
+            torch.testing.assert_close(y, wanted)
+        torch.testing.assert_close(norm(x.transpose(0, 1)), expected[0].transpose(0, 1))
+        assert rms_norm.refusal(x.double(), norm.weight) is not None

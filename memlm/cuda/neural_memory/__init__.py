@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memlm.cuda.dispatch import choose_name
+from memlm.cuda.dispatch import choose_name, interpreting
 from memlm.cuda.neural_memory import native
 from memlm.cuda.neural_memory.chunks import Chunks
 from memlm.cuda.neural_memory.eager import solve_tiles
@@ -43,6 +43,9 @@ class NeuralMemoryStatistics(NamedTuple):
 
     surprise: Tensor
     gradient_norm: Tensor
+
+
+_rule = functools.lru_cache(maxsize=64)(Rule.build)
 
 
 def neural_memory(
@@ -92,25 +95,36 @@ def neural_memory(
         ValueError: shapes that do not fit together, or an option without meaning.
     """
     B, T, H, D = q.shape
-    rule = Rule.build(chunk_size, read, refresh, exact, clip)
+    rule = _rule(chunk_size, read, refresh, exact, clip)
     tokens = {"q": q, "k": k, "v": v, "alpha": alpha, "eta": eta, "theta": theta}
     check_shapes(tokens, state, rule, cu_seqlens)
+    is_step = T == 1 and cu_seqlens is None and B > 0 and not torch.is_grad_enabled()
+    if is_step and q.device.type == "cpu" and not interpreting():
+        # As below, without what takes a CPU longer than the token itself.
+        refusals = {"native": native.step_refusal(v, state, rule), "eager": None, "reference": None}
+        if choose_name("neural_memory", refusals, q.device) == "native":
+            tokens = (x.float().view(B, H, D) for x in (q, k, v))
+            gates = (gate.float().view(B, H) for gate in (alpha, eta, theta))
+            o, final, *statistics = native.step(*tokens, *gates, state, rule)
+            o = o.view(B, T, H, D).to(v.dtype)
+            if not return_statistics:
+                return o, final
+            return o, final, NeuralMemoryStatistics(*(x.view(B, T, H) for x in statistics))
     if cu_seqlens is None:
         lengths = torch.full((B,), T, dtype=torch.int64, device=q.device)
     else:
         lengths = cu_seqlens.diff().to(torch.int64)
-    is_step = T == 1 and cu_seqlens is None and B > 0 and not torch.is_grad_enabled()
     refusals = {
         "reference": None,
         "eager": None,
-        "native": native.step_refusal(v, state, rule) if is_step else native.refusal(v, rule),
+        "native": native.refusal(v, rule),
         "triton": kernel_refusal(v, state, rule, return_statistics),
     }
     name = choose_name("neural_memory", refusals, q.device)
     if name == "reference":
         run = neural_memory_reference
     elif is_step:
-        name, run = "eager", native.step if name == "native" else step
+        name, run = "eager", step
     elif name == "triton":
         # On first use: where triton is missing, its kernels cannot even be imported.
         kernels = importlib.import_module("memlm.cuda.neural_memory.triton_implementation")

@@ -179,14 +179,14 @@ def step(
     theta: Tensor,
     state: NeuralMemoryState,
     rule: Rule,
-    lengths: Tensor,
 ) -> tuple[Tensor, NeuralMemoryState, Tensor, Tensor]:
     """As `step.step`, in float32 and without gradients."""
     N, H, D = q.shape
     tokens = [x.contiguous() for x in (q, k, v, alpha, eta, theta, state.offset)]
-    weights = tuple(w.contiguous() for w in state.weights)
-    momentum = tuple(s.contiguous() for s in state.momentum)
-    anchor = weights if rule.exact else tuple(w.contiguous() for w in state.anchor)
+    weights, momentum, anchor = (
+        tuple(w.float().contiguous() for w in layers)
+        for layers in (state.weights, state.momentum, state.anchor)
+    )
     new_weights, new_momentum = (tuple(map(torch.empty_like, x)) for x in (weights, momentum))
     o, offset = torch.empty_like(tokens[0]), torch.empty_like(tokens[-1])
     loss, square = torch.empty_like(tokens[3]), torch.empty_like(tokens[3])
@@ -197,13 +197,16 @@ def step(
         *(0 if rule.exact else rule.cycle, rule.clip or 0.0),
         (ctypes.c_int64 * (MAX_DEPTH + 1))(D, *(w.shape[-1] for w in weights)),
         *(x.data_ptr() for x in tokens),
-        *map(_pointers, (anchor, weights, momentum, new_weights, new_momentum)),
+        *map(
+            _pointers,
+            (weights if rule.exact else anchor, weights, momentum, new_weights, new_momentum),
+        ),
         *(x.data_ptr() for x in (o, loss, square, offset)),
     )
     found = _library().memlm_step(ctypes.byref(problem))
     if not found:
         raise MemoryError("neural_memory: no memory for the errors of a token")
-    final = NeuralMemoryState(state.anchor, new_weights, new_momentum, offset)
+    final = NeuralMemoryState(anchor, new_weights, new_momentum, offset)
     if found == 2 and rule.refresh and not rule.exact:
         final = final.refreshed(offset == 0)
     return o, final, loss, square.sqrt_()
