@@ -69,6 +69,7 @@ def test_it_is_loaded_and_converted_from_the_revision_that_was_asked_for(
     client.offline(True)  # what came down once is enough
     assert main(["someone/llama", "again", "--revision", revision]) == 0
     assert Path("again/tokenizer.json").is_file()
+    assert main(["someone/llama", "third", "--revision", revision, "--dry_run"]) == 0
 
 
 def test_files_that_were_damaged_on_their_way_are_refused(

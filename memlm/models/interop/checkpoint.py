@@ -49,7 +49,8 @@ class Checkpoint:
     Args:
         source: a folder or a Hub id.
         allow_pickle: read weights that are pickled, by torch's reader that runs no code.
-        headers_only: for shapes alone; weights on the Hub are not downloaded.
+        headers_only: for shapes alone; weights on the Hub are not downloaded (offline, they have
+            to be in the cache).
         hub: revision, token, cache_dir, local_files_only, force_download, subfolder.
 
     Raises:
@@ -77,7 +78,8 @@ class Checkpoint:
         if not isinstance(self.config.get("model_type"), str):
             raise UserError(f"{source}: {CONFIG_NAME} names no model_type")
         self._opened: dict[str, Any] = {}
-        self.tensors, self._file_of = self._headers(headers_only)
+        offline = is_offline_mode() or bool(hub.get("local_files_only"))
+        self.tensors, self._file_of = self._headers(headers_only and not offline)
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name, on the CPU.
@@ -177,6 +179,8 @@ class Checkpoint:
         if index is None:
             pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if self.file(name)]
             if not pickled:
+                if not self.is_folder:
+                    self.file(SAFE_WEIGHTS_NAME, needed=True)  # says why: it may be the connection
                 raise UserError(
                     f"{self.source}: no weights there ({SAFE_WEIGHTS_NAME} or "
                     f"{SAFE_WEIGHTS_INDEX_NAME})"

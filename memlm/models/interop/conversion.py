@@ -138,7 +138,8 @@ class Conversion:
             repeat = rule.theirs[0]
             if rule.repeats is None or repeat not in self.checkpoint.tensors:
                 continue
-            if not torch.equal(self.checkpoint.read(repeat), self.checkpoint.read(rule.repeats)):
+            one, other = (self.checkpoint.read(name) for name in (repeat, rule.repeats))
+            if not torch.equal(one.to(other.dtype), other):
                 raise UserError(
                     f"{source}: config.json says that {repeat} is {rule.repeats}, but their "
                     "numbers differ"

@@ -82,7 +82,7 @@ def test_what_older_files_hold_besides_is_dropped(llama, folder):
     tensors = read_tensors(folder)
     embedding = tensors["model.embed_tokens.weight"]
     frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in (0, 1)}
-    rewrite(folder, tensors | frequencies | {"lm_head.weight": embedding.clone()})
+    rewrite(folder, tensors | frequencies | {"lm_head.weight": embedding.double()})
     ids = torch.arange(12)[None]
     model = MemLMForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(model(ids).logits, llama(ids).logits, atol=1e-4, rtol=1e-4)
