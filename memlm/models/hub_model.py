@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlm.errors import UserError
@@ -113,16 +114,28 @@ class HubModel(PushWithCard, PreTrainedModel):
         """Nothing: save_pretrained writes what AutoModel needs, and copies no source files."""
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
         """As in transformers; a model of a run folder gets its model card beside it."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         folder = Path(save_directory)
+        repository = kwargs.pop("repo_id", folder.name)
+        names = ("commit_message", "private", "token", "revision", "create_pr")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(folder, is_main_process, state_dict, **kwargs)
         # Training itself saves inside a run folder.
         if is_main_process and find_run(folder) is None:
             source = _source(self, folder)
             if source is not None:
                 write_card(folder, self.config, source)
+        if push_to_hub and is_main_process:
+            if "max_shard_size" in kwargs:
+                options["max_shard_size"] = kwargs["max_shard_size"]
+            self.push_to_hub(repository, **options)
 
 
 def _source(model: PreTrainedModel, saved: Path) -> Path | None:

@@ -63,6 +63,14 @@ def test_a_run_is_one_commit(client: Client, hub: HubServer, run: Path, capsys) 
     assert "README.md" in files(hub, "someone/mine", "trial")
 
 
+def test_saving_may_push(client: Client, hub: HubServer, tmp_path: Path) -> None:
+    shards = {"max_shard_size": "40KB"}
+    tiny().save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/saved", **shards)
+    pushed = files(hub, "someone/saved")
+    assert MARK in pushed["README.md"].decode()
+    assert {path.name for path in tmp_path.iterdir()} == pushed.keys() - {"README.md"}
+
+
 def test_the_card_of_a_user_stays(client: Client, hub: HubServer, run: Path) -> None:
     model = MemLMForCausalLM.from_pretrained(run)
     model.push_to_hub("someone/card", commit_message="Mine", license="mit", tags=["first"])
