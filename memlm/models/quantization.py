@@ -10,6 +10,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from memlm.errors import UserError
 from memlm.memory import MemoryModule
 from memlm.memory.output_memory import OutputMemory
+from memlm.models.offloading import SHARED
 
 # How the methods of transformers call the modules that they leave alone.
 _SKIPPED = ("modules_to_not_convert", "llm_int8_skip_modules", "skip_modules")
@@ -55,7 +56,7 @@ def _memories(model: PreTrainedModel) -> list[str]:
     """The names of the outermost modules that are memories, or are shared by them."""
     found: list[str] = []
     for name, module in model.named_modules():
-        is_memory = isinstance(module, MemoryModule | OutputMemory) or name.endswith("model.shared")
-        if (is_memory or name == "shared") and not name.startswith(tuple(f"{f}." for f in found)):
+        is_memory = isinstance(module, MemoryModule | OutputMemory) or SHARED.match(f"{name}.")
+        if is_memory and not name.startswith(tuple(f"{outer}." for outer in found)):
             found.append(name)
     return found

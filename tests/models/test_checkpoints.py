@@ -6,7 +6,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    QuantoConfig,
+)
 
 from memlm import MemLMConfig, MemLMForCausalLM, MemLMModel, UserError
 from memlm.models.stub import STUB_FILE
@@ -124,13 +130,13 @@ def test_memories_are_not_quantized(tmp_path):
     saved(MemLMForCausalLM(MemLMConfig(hidden_size=32, layers=layers)), tmp_path)
     sites = ["model.layers.0.memory.module", "model.layers.1.mixer.module"]
     sites.append("model.layers.1.ffn.module")
-    # The mapping names a method whose packages are not needed to say so.
-    for options in (
-        {"load_in_8bit": True, "quant_method": "bitsandbytes"},
-        GPTQConfig(bits=4, modules_to_not_convert=sites[:2]),
-    ):
-        with pytest.raises(UserError, match="memories cannot be quantized.*ffn.module"):
-            MemLMForCausalLM.from_pretrained(tmp_path, quantization_config=options)
+    # What is listed already is not named again.
+    listed = QuantoConfig(weights="int8", modules_to_not_convert=["lm_head", *sites[:2]])
+    with pytest.raises(UserError, match="quanto: memories cannot be quantized") as refusal:
+        MemLMForCausalLM.from_pretrained(tmp_path, quantization_config=listed)
+    assert str(sites[2:]) in str(refusal.value)
+    with pytest.raises(UserError, match="memories cannot be quantized"):
+        MemLMForCausalLM.from_pretrained(tmp_path, quantization_config={"load_in_8bit": True})
     with pytest.raises(UserError, match="llm_int8_skip_modules") as refusal:
         AutoModelForCausalLM.from_pretrained(
             tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
