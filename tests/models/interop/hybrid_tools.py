@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from memlm import MemLMForCausalLM
 from memlm.models.convert import main as convert
+from tests.models.interop.tools import read_tensors
 
 VOCABULARY = 50
 KINDS = ["linear_attention", "linear_attention", "full_attention"]
@@ -179,7 +180,10 @@ def check_round_trip(
         original: tensors on disk; None = those of the folder that was read.
         same_class: whether transformers has both as models of one class.
     """
-    found, expected = weights(again), weights(both.folder) if original is None else original
+    found, expected = (
+        read_tensors(again),
+        read_tensors(both.folder) if original is None else original,
+    )
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -207,10 +211,6 @@ def count_parameters(model_class: type, config: Any) -> int:
     """Of a model of any size."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in model_class(config).parameters())
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 def with_weights(folder: Path, changed: dict[str, Tensor], target: Path) -> Path:

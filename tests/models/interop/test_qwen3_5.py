@@ -28,10 +28,10 @@ from tests.models.interop.hybrid_tools import (
     check_round_trip,
     count_parameters,
     pair,
-    weights,
     with_weights,
     written_back,
 )
+from tests.models.interop.tools import read_tensors
 
 TEXT = {**SIZES, **QWEN_HEADS}
 # Positions of pictures: numbers of frequencies that time, height and width turn.
@@ -105,7 +105,7 @@ def test_what_was_read_of_a_model_that_sees_is_written_as_a_text_model(pairs, na
     again = written_back(both, name, tmp_path)
     text = {
         key.replace("model.language_model.", "model."): tensor
-        for key, tensor in weights(both.folder).items()
+        for key, tensor in read_tensors(both.folder).items()
         if not key.startswith("model.visual.")
     }
     check_round_trip(both, again, CLASSES[name], text, same_class=False)
@@ -115,7 +115,7 @@ def test_the_tower_and_what_predicts_further_tokens_are_left_out_and_listed(
     pairs, tmp_path, capsys
 ):
     both = pairs["qwen3_5"]
-    more = weights(both.folder) | {"mtp.norm.weight": torch.ones(3)}
+    more = read_tensors(both.folder) | {"mtp.norm.weight": torch.ones(3)}
     folder = with_weights(both.folder, more, tmp_path / "more")
     assert_same_weights(MemLMForCausalLM.from_pretrained(folder), both.ours)
     assert convert([str(folder), str(tmp_path / "new"), "--dry_run"]) == 0
@@ -126,7 +126,7 @@ def test_the_tower_and_what_predicts_further_tokens_are_left_out_and_listed(
 
 def test_experts_in_one_tensor_as_published(pairs, tmp_path):
     both = pairs["qwen3_5_moe"]
-    kept = {name: t for name, t in weights(both.folder).items() if ".experts." not in name}
+    kept = {name: t for name, t in read_tensors(both.folder).items() if ".experts." not in name}
     inside = both.theirs.state_dict()
     stacks = {name: inside[name] for name in inside if ".mlp.experts." in name}
     assert any(name.endswith(".experts.gate_up_proj") for name in stacks)

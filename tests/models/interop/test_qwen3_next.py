@@ -18,10 +18,10 @@ from tests.models.interop.hybrid_tools import (
     config_of,
     count_parameters,
     pair,
-    weights,
     with_weights,
     written_back,
 )
+from tests.models.interop.tools import read_tensors
 
 QWEN3_NEXT = ARCHITECTURES["qwen3_next"]
 OURS = {
@@ -91,7 +91,7 @@ def test_other_options(options, tmp_path):
 
 
 def test_what_predicts_further_tokens_is_left_out(both, tmp_path):
-    more = weights(both.folder) | {"mtp.layers.0.mlp.gate.weight": torch.ones(3)}
+    more = read_tensors(both.folder) | {"mtp.layers.0.mlp.gate.weight": torch.ones(3)}
     folder = with_weights(both.folder, more, tmp_path / "more")
     assert_same_weights(MemLMForCausalLM.from_pretrained(folder), both.ours)
 
@@ -99,7 +99,7 @@ def test_what_predicts_further_tokens_is_left_out(both, tmp_path):
 def test_experts_in_one_tensor(both, tmp_path):
     inside = both.theirs.state_dict()  # in memory transformers has them in one
     names = [name for name in inside if "experts." in name]
-    kept = {n: t for n, t in weights(both.folder).items() if ".experts." not in n}
+    kept = {n: t for n, t in read_tensors(both.folder).items() if ".experts." not in n}
     assert any(name.endswith("experts.gate_up_proj") for name in names)
     changed = kept | {name: inside[name] for name in names if ".mlp.experts." in name}
     folder = with_weights(both.folder, changed, tmp_path / "fused")
