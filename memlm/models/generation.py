@@ -97,7 +97,10 @@ class MemoryGeneration:
                     f"cache_implementation {kind!r} cannot hold memories; leave it unset"
                 )
             model_kwargs["past_key_values"] = MemLMCache()
-        elif isinstance(cache, MemLMCache) and cache.states is not None:
+            return
+        if isinstance(cache, MemLMCache):
+            cache._is_user_defined = True  # it outlives generate(), which must leave it exact
+        if isinstance(cache, MemLMCache) and cache.states is not None:
             columns = (
                 mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", 0)
             )
@@ -110,7 +113,7 @@ class MemoryGeneration:
                 )
             copies = max(generation_config.num_beams, generation_config.num_return_sequences)
             if copies > 1:  # generate() has repeated the prompts
-                model_kwargs["past_key_values"] = cache.repeated(copies)
+                model_kwargs["past_key_values"] = cache.repeated(copies)  # the given one stays
 
     def _sample(
         self, input_ids: Tensor, *, stopping_criteria: StoppingCriteriaList, **kwargs: Any

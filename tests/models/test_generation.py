@@ -371,7 +371,7 @@ def test_cache_layers_take_no_keys(model):
         layer.lazy_initialization(torch.zeros(1), torch.zeros(1))
     with pytest.raises(ValueError, match="cannot be offloaded"):
         layer.offload()
-    assert MemLMCache().states is None
+    assert MemLMCache().states is None and not layer.is_croppable
     assert layer.get_max_length() == -1 and layer.get_seq_length() == 0
     assert layer.get_mask_sizes(4) == (4, 0)
 
