@@ -99,9 +99,11 @@ def neural_memory(
     tokens = {"q": q, "k": k, "v": v, "alpha": alpha, "eta": eta, "theta": theta}
     check_shapes(tokens, state, rule, cu_seqlens)
     is_step = T == 1 and cu_seqlens is None and B > 0 and not torch.is_grad_enabled()
-    if is_step and q.device.type == "cpu" and not interpreting():
+    if is_step and q.device.type == "cpu":
         # As below, without what takes a CPU longer than the token itself.
         refusals = {"native": native.step_refusal(v, state, rule), "eager": None, "reference": None}
+        if interpreting():
+            refusals["triton"] = kernel_refusal(v, state, rule, return_statistics)
         if choose_name("neural_memory", refusals, q.device) == "native":
             tokens = (x.float().view(B, H, D) for x in (q, k, v))
             gates = (gate.float().view(B, H) for gate in (alpha, eta, theta))
