@@ -165,7 +165,9 @@ def _tasks(folder: Path, source: Path) -> Iterator[TaskScores]:
     seen: set[str] = set()
     for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True):
         results = _read_json(path)
-        for number, run in enumerate(results.get("runs", []), start=1):
+        if not isinstance(results, dict) or not {"runs", "confidence"} <= results.keys():
+            continue  # not of an evaluation
+        for number, run in enumerate(results["runs"], start=1):
             # Those of a memory for a pretrained model alone are not what is judged.
             if weights is not None and run["model"]["fingerprint"] != weights[:16]:
                 continue

@@ -221,6 +221,9 @@ def test_scores_of_other_weights_are_left_out(run):
     (run / "evaluation" / "needle_depths_2.png").write_bytes(PICTURE)
     (run / "evaluation" / "results.json").write_text(json.dumps(results))
     assert read_run(run).tasks[0].picture.name == "needle_depths_2.png"
+    (run / "other").mkdir()
+    (run / "other" / "results.json").write_text("[]")
+    assert len(read_run(run).tasks) == 2
     results["runs"] = [other]
     (run / "evaluation" / "results.json").write_text(json.dumps(results))
     assert read_run(run).tasks == []
