@@ -66,12 +66,11 @@ def check_saved(model: MemLMForCausalLM, folder: Path) -> None:
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("parallel", [False, True], ids=["behind", "parallel"])
 @pytest.mark.parametrize("name", memory_names())
 @torch.no_grad()
-def test_every_memory_keeps_the_logits_in_every_bit(name, parallel, tmp_path):
+def test_every_memory_keeps_the_logits_in_every_bit(name, tmp_path):
     spec = SPECS[name][0]
-    memory = {"type": name, **spec.options, **spec.stable, "parallel": parallel}
+    memory = {"type": name, **spec.options, **spec.stable}
     model = base_model()
     if issubclass(memory_class(name), AttendingMemory):
         with pytest.raises(UserError, match=r"insert.memory: .* has an attention of its own"):
@@ -83,7 +82,8 @@ def test_every_memory_keeps_the_logits_in_every_bit(name, parallel, tmp_path):
     calls = [{}, {"attention_mask": mask}, {"segment_ids": documents}, {"labels": IDS}]
     before = [model(IDS, **call).logits for call in calls]
     off = model(IDS, use_memory=False).logits  # without the mixer that is a memory
-    assert insert_memory(model, memory, layers=[3, 0, 2]) is model
+    assert insert_memory(model, memory, layers=[3, 0]) is model
+    insert_memory(model, {**memory, "parallel": True}, layers=[2])
     assert [block.memory is not None for block in model.model.layers] == [True, False, True, True]
     for call, logits in zip(calls, before, strict=True):
         assert torch.equal(model(IDS, **call).logits, logits)
@@ -175,10 +175,10 @@ def test_memories_share_one_table():
 @torch.no_grad()
 def test_what_was_generated_is_generated():
     model = base_model()
-    before = model.generate(IDS, max_new_tokens=6, do_sample=False)
+    before = model.generate(IDS, max_new_tokens=3, do_sample=False)
     insert_memory(model, DELTA, layers=[0, 3])
-    assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), before)
-    greedy = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(IDS, max_new_tokens=3, do_sample=False), before)
+    greedy = {"max_new_tokens": 3, "do_sample": False}
     cached = trained(model).generate(IDS, **greedy)
     assert torch.equal(cached, model.generate(IDS, **greedy, use_cache=False))
 
@@ -201,13 +201,13 @@ def test_models_of_other_libraries_get_memories_in_their_blocks(kind, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     model = MemLMForCausalLM.from_pretrained(tmp_path / "theirs")
     before = model(IDS).logits
-    generated = model.generate(IDS, max_new_tokens=5, do_sample=False)
+    generated = model.generate(IDS, max_new_tokens=3, do_sample=False)
     memory = {"type": "knn_cache", "segment": 4, "top_k": 3, "parallel": True}
     insert_memory(model, memory, layers=[0, 2])
     insert_memory(model, DELTA, layers=[1])
     assert torch.equal(model(IDS).logits, before)
     assert torch.equal(run(model, IDS)[0], before)
-    assert torch.equal(model.generate(IDS, max_new_tokens=5, do_sample=False), generated)
+    assert torch.equal(model.generate(IDS, max_new_tokens=3, do_sample=False), generated)
     upper = model.model.layers[2]  # attention in all of them
     assert torch.equal(upper.memory.module.q_proj.weight, upper.mixer.module.q_proj.weight)
     assert not torch.equal(trained(model)(IDS).logits, before)
@@ -314,8 +314,8 @@ VALUES = 8
 def recall(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows that name a value, go on with fillers, and end with the question which it was."""
     values = torch.randint(1, 1 + VALUES, (rows,))
-    tokens = torch.full((rows, 24), 20)
-    tokens[:, 2], tokens[:, -1] = values, 30
+    tokens = torch.full((rows, 12), 20)
+    tokens[:, 1], tokens[:, -1] = values, 30
     return tokens, values
 
 
@@ -326,7 +326,8 @@ def recall_loss(model: MemLMForCausalLM, rows: int = 32, **options) -> torch.Ten
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "frozen"])
 def test_the_memory_learns_what_no_attention_reaches(frozen):
-    model = base_model([{"repeat": 2, "mixer": {**SLIDING, "conv_size": None}, "ffn": "swiglu"}])
+    mixer = {**SLIDING, "window": 4, "conv_size": None}
+    model = base_model([{"repeat": 2, "mixer": mixer, "ffn": "swiglu"}])
     options = InsertConfig.from_mapping({"memory": DELTA, "layers": [0]})
     insert_memory(model, DELTA, layers=[0])
     if frozen:
@@ -343,7 +344,7 @@ def test_the_memory_learns_what_no_attention_reaches(frozen):
     moved = {name for name, p in memory.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == {"gate"}  # behind a closed gate nothing else has a gradient
     start = {name: p.detach().clone() for name, p in memory.named_parameters()}
-    for _ in range(50):
+    for _ in range(40):
         optimizer.zero_grad()
         recall_loss(model).backward()
         optimizer.step()

@@ -22,6 +22,7 @@ from tests.training.launching import launch_sharded
 from tests.training.test_processes import launch
 from tests.training.test_trainer import losses
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 DELTA = {"type": "gated_delta", "num_heads": 2, "head_dim": 8}
 TITANS = {"type": "titans", "num_heads": 2, "head_dim": 8, "chunk_size": 8}
 KNN = {"type": "knn_cache", "capacity": 64, "segment": 8, "key_size": 8, "top_k": 4}
@@ -95,13 +96,6 @@ def test_a_frozen_base_keeps_its_logits_where_the_memory_is_off(retrofit, folder
     assert record["base"] == {"name": str(folders / base), "revision": None}
 
 
-def test_everything_learns_unless_the_base_is_frozen(retrofit):
-    trainer = Trainer(retrofit(insert={"memory": DELTA}, steps=4))
-    start = weights(trainer)
-    trainer.run()
-    assert not any(torch.equal(tensor, start[name]) for name, tensor in weights(trainer).items())
-
-
 @pytest.mark.parametrize("base", ["own", "llama"])
 def test_a_pretrained_model_goes_on_without_new_memories(retrofit, folders, base):
     trainer = Trainer(retrofit(base=base, steps=6))
@@ -110,7 +104,6 @@ def test_a_pretrained_model_goes_on_without_new_memories(retrofit, folders, base
     for name, tensor in weights(trainer).items():
         assert torch.equal(tensor, first.get_parameter(name)), name
     folder = trainer.run().output_dir
-    assert losses(trainer.config)[-1] < losses(trainer.config)[0] - 0.2
     assert load_model(str(folder)).config.layers == first.config.layers
 
 
@@ -135,7 +128,13 @@ def test_a_resumed_run_repeats_losses_and_weights_exactly(retrofit, base, insert
     } | options
     whole = retrofit("whole", base, insert, keep_checkpoints=4, **options)
     first = Trainer(whole)
+    start = weights(first)
     first.run()
+    moved = {
+        name for name, tensor in weights(first).items() if not torch.equal(tensor, start[name])
+    }
+    frozen = insert is not None and insert.get("freeze_base", False)
+    assert moved == {name for name in start if not frozen or ".memory." in name}
     again = retrofit("again", base, insert, **options)
     again.output_dir.mkdir()
     second = Trainer(again, resume=whole.output_dir / "checkpoints" / "step_000004")
@@ -256,6 +255,7 @@ def test_the_retrofitted_model_is_counted(retrofit, folders, tmp_path, capsys):
     assert f"{after:,}" in printed and f"{after - before - 64:,}" in printed
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_evaluates(retrofit, corpus, tmp_path):
     config = retrofit(insert={"memory": DELTA}, steps=2)
     save_config(config, tmp_path / "run.yaml")
@@ -298,3 +298,20 @@ def test_sharded_training_equals_one_process_and_resumes(retrofit, frozen):
     again.output_dir.mkdir()
     Trainer(again, resume=two.output_dir / "checkpoints" / "step_000002").run()
     assert losses(again) == pytest.approx(losses(one)[2:], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_tiny_preset_keeps_learns_and_needs_its_memories(tmp_path):
+    def run(name: str, *overrides: str):
+        folder = tmp_path / name
+        given = [f"--train.output_dir={folder}", "--train.save_every=0", *overrides]
+        return Trainer(load_config(CONFIGS / f"{name}.yaml", given, "tiny")).run()
+
+    base = run("transformer")
+    source = str(base.output_dir)
+    after = run("retrofit", f"--model.pretrained={source}", f"--data.tokenizer={source}")
+    assert after.before["bits_per_byte"] == after.before["bits_per_byte_off"]
+    # A window of 32 tokens instead of all that there are.
+    assert after.before["bits_per_byte"] == pytest.approx(base.after["bits_per_byte"], abs=0.05)
+    assert after.after["bits_per_byte"] < base.after["bits_per_byte"] - 0.4
+    assert after.after["bits_per_byte"] < after.after["bits_per_byte_off"] - 0.1
