@@ -31,6 +31,9 @@ _DESCRIPTIVE = {
     "use_cache",
 } | set(PreTrainedConfig.__dataclass_fields__)
 _GENERATION = set(GenerationConfig().to_dict())
+MOST_LAYERS = 10_000
+# What config classes of transformers raise for values that they do not check.
+_MALFORMED = (TypeError, KeyError, AttributeError, ArithmeticError)
 # Rotary positions, in the spellings of several years.
 _ROPE = (
     "original_max_position_embeddings",
@@ -59,6 +62,10 @@ class TheirConfig:
         self.model_type = values["model_type"]
         self.given = dict(values)
         self.understood: set[str] = set()
+        self.values = self.given
+        depth = self.given.get("num_hidden_layers", 1)
+        if isinstance(depth, int) and not 1 <= depth <= MOST_LAYERS:  # before lists are that long
+            self.refuse("num_hidden_layers", f"it must be from 1 to {MOST_LAYERS}")
         if defaults is None:
             self.values = standardized(self.model_type, values)
         else:
@@ -67,11 +74,12 @@ class TheirConfig:
 
     def _check_types(self, defaults: Mapping[str, Any]) -> None:
         for key, default in defaults.items():
-            if key.endswith("_token_id"):  # one or several
+            # Of tokens there may be several; without a ratio another default holds.
+            if default is None or key.endswith("_token_id") or key == "hidden_ratio":
                 continue
             value = self.values[key]
             types = (int, float) if isinstance(default, float) else (type(default),)
-            if default is not None and value is not None and type(value) not in types:
+            if type(value) not in types:
                 self.refuse(key, f"it must be {' or '.join(kind.__name__ for kind in types)}")
 
     def take(self, key: str) -> Any:
@@ -122,6 +130,8 @@ class TheirConfig:
             value = self.take(key)
             if isinstance(value, list):
                 value = value[0] if value else None
+            if value is not None and not isinstance(value, int):
+                self.refuse(key, "it must be a number, or a list of numbers")
             found[key] = None if value is None or value < 0 else value  # -1 stands for none
         return found
 
@@ -159,7 +169,7 @@ def written(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def _config(model_type: str, values: Mapping[str, Any]) -> PreTrainedConfig:
     try:
         return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(values)))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, ValueError, *_MALFORMED) as error:
         cause = error.__cause__ or error
         reason = str(cause).strip().splitlines()[-1].strip()
         raise UserError(f"{model_type}: config.json is not valid ({reason})") from error

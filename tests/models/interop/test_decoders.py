@@ -149,6 +149,8 @@ def test_keys_without_a_part_in_the_computation_are_passed_over():
         ("llama", {"residual_multiplier": 2.0}, "residual_multiplier 2.0"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ("llama", {"hidden_size": "wide"}, "'hidden_size' expected int"),
+        ("llama", {"num_attention_heads": 0}, "config.json is not valid"),
+        ("qwen3", {"num_hidden_layers": 10**12}, "it must be from 1 to 10000"),
         ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types"),
         ("qwen3", {"layer_types": ["linear_attention"] * 2}, "linear_attention"),
     ],

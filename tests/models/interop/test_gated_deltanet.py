@@ -220,6 +220,8 @@ def test_what_a_config_json_leaves_out_is_what_the_library_takes():
         ({"attn": 3}, "it must be a mapping"),
         ({"hidden_size": "wide"}, "hidden_size 'wide'; it must be int"),
         ({"expand_v": "2"}, "expand_v '2'; it must be int or float"),
+        ({"num_heads": None}, "num_heads None; it must be int"),
+        ({"eos_token_id": "end"}, "eos_token_id 'end'"),
         ({"norm_first": True}, "norm_first True"),
     ],
 )
