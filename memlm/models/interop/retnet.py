@@ -31,7 +31,12 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
     theirs.fixed("use_output_gate", True)
     theirs.fixed("elementwise_affine", True)
     theirs.ignore("conv_size")  # of the short convolution
+    if heads < 1:
+        theirs.refuse("num_heads", "it must be at least 1")
     key, value = (round(width * theirs.take(f"expand_{part}")) for part in "kv")
+    for name, channels in (("expand_k", key), ("expand_v", value)):
+        if channels < 1 or channels % heads:
+            theirs.refuse(name, f"{channels} channels cannot be those of {heads} heads")
     mixer = {
         "type": "retention",
         "num_heads": heads,

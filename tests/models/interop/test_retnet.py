@@ -100,6 +100,9 @@ def test_the_same_logits_and_every_tensor_back_bit_by_bit(tmp_path):
         ({"use_short_conv": True}, "use_short_conv True"),
         ({"use_output_gate": False}, "use_output_gate False"),
         ({"elementwise_affine": False}, "elementwise_affine False"),
+        ({"expand_k": 0.0}, "expand_k 0.0; 0 channels"),
+        ({"num_heads": 3}, "16 channels cannot be those of 3 heads"),
+        ({"num_heads": 0}, "num_heads 0"),
     ],
 )
 def test_what_would_change_the_computation_is_refused(values, named):
