@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from memlm.errors import UserError
 from memlm.fingerprint import fingerprint
@@ -31,6 +32,7 @@ from memlm.models.cache import MemLMCache, carried
 from memlm.models.configuration import MemLMConfig
 from memlm.models.documents import PositionState, advance, call_layout, longest_context
 from memlm.models.generation import MemoryGeneration
+from memlm.models.hidden_states import room_for_hidden_states
 from memlm.models.hub_model import HubModel
 from memlm.models.start_values import init_module
 
@@ -40,7 +42,11 @@ PARTS_FOLDER = "parts"  # of a checkpoint: what each process wrote of weights an
 
 @dataclasses.dataclass
 class MemLMOutput(CausalLMOutputWithPast):
-    """Adds `memory_states`: every state of the batch by name, when they were asked for."""
+    """Adds `memory_states`: every state of the batch by name, when they were asked for.
+
+    `hidden_states` are as of Llama in transformers: what every block is given, [B, T, hidden_size],
+    and the output of the last one behind the last norm, which the head is given.
+    """
 
     memory_states: States | None = None
 
@@ -192,10 +198,14 @@ class MemLMModel(MemLMPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_memory: bool = True,
         write_memory: bool = True,
+        hidden_states: list[Tensor] | None = None,
     ) -> tuple[Tensor, States]:
         """Hidden states [B, T, hidden_size] after the last norm, and the new states.
 
-        Arguments as in `MemLMForCausalLM.forward`.
+        Args:
+            hidden_states: those on the way are put into it, in the order of `MemLMOutput`.
+
+        Other arguments as in `MemLMForCausalLM.forward`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -208,10 +218,15 @@ class MemLMModel(MemLMPreTrainedModel):
         following = advance(states["position"], context.position_ids, context.layout)
         new_states: States = {"position": following}
         for block in self.layers:
+            if hidden_states is not None:
+                hidden_states.append(hidden)
             own = {name: states[name] for name in block.state_names() if name in states}
             hidden, block_states = block(hidden, own, context, use_memory)
             new_states.update(block_states)
-        return self.norm(hidden), new_states
+        hidden = self.norm(hidden)
+        if hidden_states is not None:
+            hidden_states.append(hidden)
+        return hidden, new_states
 
     def call_context(
         self,
@@ -263,6 +278,7 @@ class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
         self.output_memory = build_output_memory(config.output, config.hidden_size)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -278,6 +294,8 @@ class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
         write_memory: bool = True,
         logits_to_keep: int | Tensor = 0,
         return_memory_states: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> MemLMOutput:
         """Predict the next token.
@@ -295,11 +313,14 @@ class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
             write_memory: False = memories are read, never written.
             logits_to_keep: logits of the last so many tokens only (0 = all), or their indices.
             return_memory_states: return the states also when none were passed.
+            output_hidden_states: return those of every layer; None = as the config says.
+            output_attentions: refused where true; None = as the config says.
 
         Raises:
-            UserError: when full attention does not allow so long a context, or for a Cache that
-                cannot hold memories.
+            UserError: when full attention does not allow so long a context, for a Cache that
+                cannot hold memories, or when weights of attention are asked for.
         """
+        between = room_for_hidden_states(self.config, output_hidden_states, output_attentions)
         caches = self.config.use_cache and not self.training
         going = carried(memory_states, past_key_values, return_memory_states, use_cache, caches)
         given = going.states
@@ -313,6 +334,7 @@ class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_memory=use_memory,
             write_memory=write_memory,
+            hidden_states=between,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
@@ -333,6 +355,7 @@ class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=going.cache if going.returns_cache else None,
+            hidden_states=None if between is None else tuple(between),
             memory_states=states if going.returns_states else None,
         )
 

@@ -75,6 +75,20 @@ def test_beams_with_return_sequences_and_sampling(model):
         assert cached.shape[0] == 2 * options["num_return_sequences"]
 
 
+def test_hidden_states_of_every_step_and_no_weights_of_attention(model):
+    ids = tokens(2, 9)
+    options = {**GREEDY, "return_dict_in_generate": True}
+    answer = model.generate(ids, output_hidden_states=True, **options)
+    whole = model(answer.sequences[:, :-1], output_hidden_states=True).hidden_states
+    for layer, expected in enumerate(whole):
+        found = torch.cat([step[layer] for step in answer.hidden_states], 1)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(UserError, match="output_attentions: the weights"):
+        model.generate(ids, output_attentions=True, **options)
+    with pytest.raises(UserError, match=r"output_hidden_states is \[1\]; it must be true or false"):
+        model(ids, output_hidden_states=[1])
+
+
 def test_left_padding_is_derived_from_the_mask(model):
     short, long = tokens(1, 4), tokens(1, 9, seed=4)
     padded = torch.zeros(2, 9, dtype=torch.int64)

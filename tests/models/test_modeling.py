@@ -49,6 +49,17 @@ def test_tied_and_untied_heads(tied, tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor)
 
 
+def test_outputs_that_the_config_or_the_call_asks_for(model, monkeypatch):
+    ids = tokens(1, 6)
+    logits, hidden_states = model(
+        ids, use_cache=False, output_hidden_states=True, return_dict=False
+    )
+    assert torch.equal(logits, model(ids).logits) and len(hidden_states) == 3
+    assert model(ids).hidden_states is None
+    monkeypatch.setattr(model.config, "output_hidden_states", True)
+    assert torch.equal(model(ids).hidden_states[-1], hidden_states[-1])
+
+
 def test_base_model_checkpoint_loads_into_the_head_model(tmp_path):
     built = MemLMForCausalLM(MemLMConfig(hidden_size=32, layers=HYBRID))
     built.save_pretrained(tmp_path)

@@ -75,6 +75,17 @@ def test_the_same_logits_loss_and_generated_tokens(saved):
     check_same(ours, theirs, torch.randint(50, (3, 40)))
 
 
+@torch.no_grad()
+def test_the_same_hidden_states_the_last_behind_the_norm(saved):
+    theirs, folder = saved
+    ours = MemLMForCausalLM.from_pretrained(folder)
+    ids = torch.randint(50, (2, 9))
+    found, expected = (model(ids, output_hidden_states=True) for model in (ours, theirs))
+    assert len(found.hidden_states) == len(expected.hidden_states) == len(ours.model.layers) + 1
+    torch.testing.assert_close(found.hidden_states, expected.hidden_states, atol=2e-5, rtol=2e-5)
+    assert torch.equal(ours.lm_head(found.hidden_states[-1]), found.logits)
+
+
 def test_a_model_comes_back_bit_by_bit_and_computes_the_same(saved, tmp_path):
     theirs, folder = saved
     model_type = theirs.config.model_type
