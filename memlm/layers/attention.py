@@ -23,9 +23,9 @@ from memlm.layers.short_attention import short_causal_attention, suits
 
 
 def _decodes(context: CallContext) -> bool:
-    """Whether each row has one token that continues its document, and nothing records the call."""
+    """Whether each row has the next token of its document, and nothing records the call."""
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return context.layout.is_step and not recorded
+    return context.layout.is_step and not context.layout.may_jump and not recorded
 
 
 class Attention(nn.Module):
@@ -119,11 +119,13 @@ class Attention(nn.Module):
             angles = context.rotary_angles(self.rotary, hidden.dtype)
         sdpa = self.config._attn_implementation == "sdpa"
         if sdpa and self.steps_natively and _decodes(context) and state.has_no_gaps():
-            query, key, value = self._heads(hidden)
-            if native.refusal(query, key, value) is None:
-                heads, state = self._native_step(query, key, value, angles, state, context)
-                return self.output(heads, hidden), state
-        projected = self._project(hidden, angles)
+            heads = self._heads(hidden)
+            if native.refusal(*heads) is None:
+                output, state = self._native_step(*heads, angles, state, context)
+                return self.output(output, hidden), state
+            projected = self._turned(*heads, angles)
+        else:
+            projected = self._project(hidden, angles)
         output, state = self.over_documents(*projected, state, context)
         return self.output(output, hidden), state
 
@@ -222,7 +224,12 @@ class Attention(nn.Module):
 
         angles: of the tokens' positions, None without rotary positions.
         """
-        query, key, value = self._heads(hidden)
+        return self._turned(*self._heads(hidden), angles)
+
+    @staticmethod
+    def _turned(
+        query: Tensor, key: Tensor, value: Tensor, angles: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if angles is not None:
             query, key = rotate_both(query, key, *angles)
         return query, key, value

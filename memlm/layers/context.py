@@ -38,6 +38,7 @@ class SequenceLayout:
         last_piece: int64 [B], the last piece of each row, -1 where a row has no valid token.
         token_index: int64 [total], flat index into B*T of each packed token (None if uniform).
         cu_seqlens: int64 [N + 1], where each piece starts in the packed order (None if uniform).
+        may_jump: whether the carried document may go on at another position than the next one.
     """
 
     valid: Tensor
@@ -50,6 +51,7 @@ class SequenceLayout:
     last_piece: Tensor
     token_index: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    may_jump: bool = False
 
     @classmethod
     def build(cls, position_ids: Tensor, valid: Tensor, starts: Tensor) -> "SequenceLayout":

@@ -121,10 +121,13 @@ def call_layout(
             if step is not None:
                 return SequenceLayout.step(step), step
     valid = valid_tokens(attention_mask, segment_ids, batch_size, length, rows.device)
+    jumps = carried is not None and position_ids is not None
     starts, position_ids = find_documents(
         valid, segment_ids, position_ids, next_position, carried is None
     )
-    return SequenceLayout.build(position_ids, valid, starts), position_ids
+    layout = SequenceLayout.build(position_ids, valid, starts)
+    layout.may_jump = jumps
+    return layout, position_ids
 
 
 def _step_positions(
@@ -137,9 +140,9 @@ def _step_positions(
         return None
     if position_ids is None:
         return next_position[:, None]
-    if bool((position_ids == 0).any()):
-        return None
-    return position_ids.expand(len(next_position), 1)
+    position_ids = position_ids.expand(len(next_position), 1)
+    continues = (position_ids == next_position[:, None]) & (position_ids != 0)
+    return position_ids if bool(continues.all()) else None
 
 
 def advance(state: PositionState, position_ids: Tensor, layout: SequenceLayout) -> PositionState:

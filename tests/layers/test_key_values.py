@@ -72,6 +72,15 @@ def test_many_tokens_in_place_equal_one_call(window):
 
 
 @torch.no_grad()
+def test_a_token_is_projected_once_also_where_the_step_is_not_in_cpp(window):
+    layer, hidden, projected = build(window), tokens(PROMPT + 3), []
+    state = prompted(layer, hidden[:, :PROMPT])
+    layer.q_proj.register_forward_hook(lambda *call: projected.append(call))
+    steps(layer, hidden[:, PROMPT:], state, PROMPT)
+    assert len(projected) == 3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "options",
     [

@@ -60,6 +60,19 @@ def test_outputs_that_the_config_or_the_call_asks_for(model, monkeypatch):
     assert torch.equal(model(ids).hidden_states[-1], hidden_states[-1])
 
 
+def test_positions_may_jump_within_a_document_and_windows_count_by_them(model):
+    ids, positions = tokens(1, 10), torch.tensor([[0, 1, 2, 3, 4, 5, 6, 9, 10, 11]])
+    expected = model(ids, position_ids=positions).logits
+    states, logits = None, []
+    for token, position in zip(ids.split(1, 1), positions.split(1, 1), strict=True):
+        options = {"memory_states": states, "return_memory_states": True}
+        with torch.no_grad():
+            output = model(token, position_ids=position, **options)
+        states = output.memory_states
+        logits.append(output.logits)
+    assert_close(torch.cat(logits, 1), expected)
+
+
 def test_base_model_checkpoint_loads_into_the_head_model(tmp_path):
     built = MemLMForCausalLM(MemLMConfig(hidden_size=32, layers=HYBRID))
     built.save_pretrained(tmp_path)
