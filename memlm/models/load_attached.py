@@ -71,6 +71,7 @@ def load_attached(
             f"{source}: the model {base['name']!r} that this memory belongs to cannot be loaded "
             f"({reason})"
         ) from error
+    model.config._commit_hash = base["revision"]  # goes on with what is saved next
     return _attach(model, config, tensors, source)
 
 

@@ -11,7 +11,7 @@ from memlm.data import load_tokenizer
 from memlm.data.shard_manifest import tokenizer_hash
 from memlm.errors import UserError
 from memlm.models import MemLMForCausalLM
-from memlm.models.retrofit import base_source, cannot_load
+from memlm.models.retrofit import base_source, cannot_load, describe_base
 from memlm.training.saving import no_progress_bars
 
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
@@ -26,12 +26,18 @@ def load_base(name: str) -> PreTrainedModel:
     Raises:
         UserError: when there is none, or it cannot be loaded.
     """
+    base = describe_base(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            base_source(name), dtype=torch.float32, trust_remote_code=False
+        model = AutoModelForCausalLM.from_pretrained(
+            base["name"],
+            revision=base["revision"] or "main",
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
     except _LOADING_ERRORS as error:
         raise cannot_load(name, error) from error
+    model.config._commit_hash = base["revision"]  # transformers itself does not keep it
+    return model
 
 
 def load_own(name: str) -> MemLMForCausalLM:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from memlm import MemLMConfig, MemLMForCausalLM
+from memlm import MemLMConfig, MemLMForCausalLM, load_attached
 from memlm.config import RunConfig, TrainConfig
 from memlm.data import ByteTokenizer, DataConfig
+from memlm.models.attached_files import read_attached_config
 from memlm.models.card import write_run_card
 from memlm.training import Trainer
 from memlm.training.provenance import read_starts
@@ -22,28 +23,32 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1, num_attention_heads=2))
 
 
-@pytest.mark.parametrize("build", [llama, lambda: MemLMForCausalLM(MemLMConfig(**SIZES))])
-def test_the_revision_is_recorded(build, client: Client, hub: HubServer, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    base: PreTrainedModel = build()
+def one_step(folder: Path, base: PreTrainedModel, memory: dict) -> tuple[Path, str]:
+    """A run from `base`, which goes to the Hub before: its folder, and what it is called there."""
     name = f"someone/{base.config.model_type}"
     base.push_to_hub(name)
     ByteTokenizer().push_to_hub(name)
-    (tmp_path / "text.txt").write_text("memory " * 400)
+    (folder / "text.txt").write_text("memory " * 400)
     run = RunConfig(
-        model={"pretrained": name, "insert": {"memory": "min_gru"}},
+        model={"pretrained": name, **memory},
         data=DataConfig(
-            tokenizer=name, sources=[{"type": "text", "files": [str(tmp_path / "text.txt")]}]
+            tokenizer=name, sources=[{"type": "text", "files": [str(folder / "text.txt")]}]
         ),
         train=TrainConfig(
             steps=1,
             length=32,
             tokens_per_step=64,
             evaluation_rows=0,
-            output_dir=str(tmp_path / "run"),
+            output_dir=str(folder / "run"),
         ),
     )
-    folder = Trainer(run).run().output_dir
+    return Trainer(run).run().output_dir, name
+
+
+@pytest.mark.parametrize("build", [llama, lambda: MemLMForCausalLM(MemLMConfig(**SIZES))])
+def test_the_revision_is_recorded(build, client: Client, hub: HubServer, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder, name = one_step(tmp_path, build(), {"insert": {"memory": "min_gru"}})
     (start,) = read_starts(folder)
     revision = hub.repositories["models", name].main
     assert start["base"] == {"name": name, "revision": revision}
@@ -51,3 +56,17 @@ def test_the_revision_is_recorded(build, client: Client, hub: HubServer, tmp_pat
     assert write_run_card(folder)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"base_model: {name}" in card and f"from the weights of `{name}`" in card
+
+
+def test_an_attached_memory_names_the_revision_of_its_model(
+    client: Client, hub: HubServer, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    folder, name = one_step(tmp_path, llama(), {"attach": {"memory": "min_gru"}})
+    revision = hub.repositories["models", name].main
+    assert read_attached_config(folder)["base_model"]["revision"] == revision
+    torch.manual_seed(1)
+    llama().push_to_hub(name)  # other weights: what is recorded still finds those before
+    again = load_attached(folder)
+    again.save_pretrained(tmp_path / "again")
+    assert read_attached_config(tmp_path / "again")["base_model"]["revision"] == revision
