@@ -186,6 +186,10 @@ def read_store(
         segment: entries become visible in groups of so many positions.
         values: each [B, T, ...].
     """
+    if context.layout.is_step and context.write and not torch.compiler.is_compiling():
+        found = _step(state, keys, context, segment, values)
+        if found is not None:
+            return found
     layout, positions = context.layout, context.position_ids
     stored = torch.where(state.valid, state.positions, -1)
     tops = [part.max() for part in (positions, stored, state.pending_positions) if part.numel()]
@@ -244,6 +248,48 @@ def read_store(
     ready &= new.places >= 0
     after = after.write(
         new.parts[0], new.places - document_base[:, None], valid=ready, values=new.parts[1:]
+    )
+    return store, after
+
+
+def _step(
+    state: SegmentStore,
+    keys: Tensor,
+    context: CallContext,
+    segment: int,
+    values: Sequence[Tensor],
+) -> tuple[Store, SegmentStore] | None:
+    """As `read_store`, of one token per row that continues its document; None where a segment
+    completes or nothing is known of what waits."""
+    positions = context.position_ids
+    # What is to wait: the tokens of the unfinished segment, the last one on the right.
+    waiting = state.pending_positions
+    if waiting.shape[1] != segment:
+        return None
+    places = positions % segment
+    expected = torch.arange(-segment, 0, device=waiting.device) + positions
+    expected = expected.masked_fill(expected < positions - places, -1)
+    complete = places == segment - 1
+    if bool(complete.any()) or not torch.equal(waiting, expected):
+        return None
+    live = max(1, int(state.count.max()))
+    stored = torch.where(state.valid, state.positions, -1)[:, :live]
+    store = Store(
+        state.keys[:, :live],
+        tuple(part[:, :live] for part in state.values),
+        stored,
+        state.start,
+        positions,
+        torch.zeros_like(positions),
+    )
+    after = dataclasses.replace(
+        state,
+        pending=torch.cat((state.pending[:, 1:], keys.to(state.pending.dtype)), 1),
+        pending_positions=torch.cat((waiting[:, 1:], positions), 1),
+        pending_values=tuple(
+            torch.cat((part[:, 1:], new.to(part.dtype)), 1)
+            for part, new in zip(state.pending_values, values, strict=True)
+        ),
     )
     return store, after
 
