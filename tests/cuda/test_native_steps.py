@@ -90,7 +90,8 @@ def test_convolution(W, activation, split, monkeypatch):
 
 @pytest.mark.parametrize("channels", [1, 5, 16, 100])
 @pytest.mark.parametrize("activation", ["silu", "sigmoid"])
-def test_norm(channels, activation):
+def test_norm(channels, activation, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "auto")
     x, gate = torch.randn(2, 3, channels), torch.randn(2, 3 * channels)
     norm, gated = RMSNorm(channels, 1e-6), GatedRMSNorm(channels, 1e-6, activation)
     for module in (norm, gated):
@@ -102,3 +103,5 @@ def test_norm(channels, activation):
             torch.testing.assert_close(y, wanted)
         torch.testing.assert_close(norm(x.transpose(0, 1)), expected[0].transpose(0, 1))
         assert rms_norm.refusal(x.double(), norm.weight) is not None
+        monkeypatch.setenv(VARIABLE, "eager")
+        assert rms_norm.refusal(x, norm.weight) == "another implementation is forced"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memlm.cuda import native
+from memlm.cuda.dispatch import may_be_chosen
 
 SOURCE = Path(__file__).with_name("native.cpp")
 PARALLEL = 1 << 22  # fewer numbers in the keys than this take one thread
@@ -19,6 +20,8 @@ def refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return f"the tensors are on {query.device.type}, it runs on the CPU"
     if any(x.dtype != torch.float32 or type(x) is not Tensor for x in (query, key, value)):
         return "it computes in float32"
+    if not may_be_chosen("attention_step", "native"):
+        return "another implementation is forced"
     return native.refusal("attention_step", SOURCE)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memlm.cuda import native
+from memlm.cuda.dispatch import may_be_chosen
 
 SOURCE = Path(__file__).with_name("native.cpp")
 LARGEST = 1 << 14  # numbers; of more, torch's own operations take no longer
@@ -23,6 +24,8 @@ def refusal(x: Tensor, weight: Tensor) -> str | None:
         return "it has no gradients and is not traced"
     if x.dtype != torch.float32 or weight.dtype != torch.float32:
         return "it computes in float32"
+    if not may_be_chosen("rms_norm", "native"):
+        return "another implementation is forced"
     return native.refusal("rms_norm", SOURCE)
 
 
