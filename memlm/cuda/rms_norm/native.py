@@ -41,8 +41,10 @@ def rms_norm(
         gate: as many numbers as x; None = no gate.
         activation: "silu" or "sigmoid".
     """
-    x, y = x.contiguous(), torch.empty(x.shape)
+    x = x.contiguous()
+    y = torch.empty_like(x)
     gate = None if gate is None else gate.float().contiguous()
+    weight = weight.contiguous()
     pointers = (x.data_ptr(), weight.data_ptr(), None if gate is None else gate.data_ptr())
     channels = x.shape[-1]
     rows = x.numel() // channels if channels else 0
