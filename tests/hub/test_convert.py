@@ -72,6 +72,13 @@ def test_it_is_loaded_and_converted_from_the_revision_that_was_asked_for(
     assert main(["someone/llama", "third", "--revision", revision, "--dry_run"]) == 0
 
 
+def test_what_is_fetched_anew_is_fetched_once(llama, client: Client, hub: HubServer) -> None:
+    MemLMForCausalLM.from_pretrained("someone/llama", revision=llama[1])
+    hub.requests.clear()
+    MemLMForCausalLM.from_pretrained("someone/llama", revision=llama[1], force_download=True)
+    assert len(hub.asked("GET /objects/")) == len(weights_in(client.cache))
+
+
 def test_files_that_were_damaged_on_their_way_are_refused(
     llama, client: Client, hub: HubServer, tmp_path: Path, monkeypatch, capsys
 ) -> None:

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.modeling_utils import str_to_torch_dtype
 from transformers.utils import (
     CONFIG_NAME,
@@ -67,6 +68,7 @@ class Checkpoint:
         self.source = str(source)
         self.allow_pickle = allow_pickle
         self.hub = hub
+        self._fetched: set[str] = set()
         self.is_folder = Path(source).is_dir()
         path = self.file(CONFIG_NAME, needed=True)
         if path is None:  # the Hub has such a repository, without one
@@ -111,7 +113,10 @@ class Checkpoint:
             return path if path.is_file() else None
         try:
             found = cached_file(
-                self.source, name, _raise_exceptions_for_missing_entries=needed, **self.hub
+                self.source,
+                name,
+                _raise_exceptions_for_missing_entries=needed,
+                **self._options(name),
             )
         except (OSError, HFValidationError) as error:
             reason = " ".join(str(error).split())
@@ -144,10 +149,23 @@ class Checkpoint:
         paths = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)}
         return sorted(path for path in paths if path.is_file())
 
-    def generation_values(self) -> dict[str, Any]:
-        """Its generation_config.json; empty where it has none."""
+    def generation(self) -> GenerationConfig | None:
+        """Its generation_config.json; None where it has none.
+
+        As transformers reads it: what is unchanged since then is saved again, valid or not.
+
+        Raises:
+            UserError: when it is damaged.
+        """
         path = self.file(GENERATION_CONFIG_NAME)
-        return {} if path is None else self._json(path)
+        if path is None:
+            return None
+        self._json(path)
+        try:
+            return GenerationConfig.from_pretrained(path.parent, path.name)
+        except (AttributeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.source}: {path.name} is not valid ({reason})") from error
 
     # --- headers ---
 
@@ -242,12 +260,21 @@ class Checkpoint:
         """
         try:
             cached_files(
-                self.source, files, _raise_exceptions_for_missing_entries=False, **self.hub
+                self.source,
+                files,
+                _raise_exceptions_for_missing_entries=False,
+                **self._options(*files),
             )
         except OSError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.source}: the weights were not downloaded ({reason})") from error
         check_downloads(self.source, self.hub)
+
+    def _options(self, *names: str) -> dict[str, Any]:
+        """For a download of these files, which `force_download` asks for once."""
+        fetched = self._fetched.issuperset(names)
+        self._fetched.update(names)
+        return {**self.hub, "force_download": bool(self.hub.get("force_download")) and not fetched}
 
     def _remote(self) -> dict[str, Any]:
         return {key: self.hub.get(key) for key in ("revision", "token")}

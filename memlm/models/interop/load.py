@@ -20,7 +20,9 @@ _OVERRIDES = (
     "eos_token_id",
     "initializer_range",
     "max_position_embeddings",
+    "output_hidden_states",
     "pad_token_id",
+    "return_dict",
     "use_cache",
 )
 _NAME = "pretrained_model_name_or_path"
@@ -28,12 +30,24 @@ _UNSUPPORTED = ("variant", "gguf_file", "key_mapping", "state_dict")
 
 
 def names_foreign(source: Any, options: Mapping[str, Any]) -> bool:
-    """Whether arguments of `from_pretrained` name a model of another library."""
-    if source is None or options.get("config") is not None:
-        return False
+    """Whether arguments of `from_pretrained` name a model of another library, or its config."""
+    config = options.get("config")
+    places = [source]
+    if isinstance(config, PreTrainedConfig):
+        if is_foreign({"model_type": config.model_type}):
+            return True
+        commit = getattr(config, "_commit_hash", None)
+        if commit is not None and config.name_or_path == str(source):  # it was read from there
+            return False
+    elif config is not None:
+        places.append(config)
+    return any(_holds_foreign(place, options) for place in places if place is not None)
+
+
+def _holds_foreign(place: Any, options: Mapping[str, Any]) -> bool:
     hub = {key: options[key] for key in _HUB if options.get(key) is not None}
     try:
-        values, _ = PreTrainedConfig.get_config_dict(source, **hub)
+        values, _ = PreTrainedConfig.get_config_dict(place, **hub)
     except OSError:  # transformers says what is wrong
         return False
     return is_foreign(values)
@@ -61,11 +75,14 @@ def load_foreign(load: Callable[..., Any], source: Any, options: Mapping[str, An
                 f"from_pretrained: {key} is not known for models of other libraries; convert the "
                 f"model first: python -m memlm.models.convert {source} FOLDER"
             )
+    if rest.pop("config", None) is not None:
+        raise UserError(
+            f"from_pretrained: {source} and config are not both of memlm; leave config out, it is "
+            "read from there"
+        )
     hub = {key: rest.pop(key) for key in _HUB if key in rest}
     hub = {key: value for key, value in hub.items() if value is not None}
-    own = {field.name for field in dataclasses.fields(MemLMConfig)} - {
-        field.name for field in dataclasses.fields(PreTrainedConfig)
-    }
+    own = {field.name for field in dataclasses.fields(MemLMConfig)} - {"dtype"}
     overrides = {key: rest.pop(key) for key in list(rest) if key in own}
     for key in overrides:
         if key not in _OVERRIDES:
@@ -73,10 +90,11 @@ def load_foreign(load: Callable[..., Any], source: Any, options: Mapping[str, An
     checkpoint = Checkpoint(source, rest.get("use_safetensors") is False, **hub)
     plan = from_theirs(checkpoint, **overrides)
     plan.conversion.check()
-    rest.setdefault("generation_config", plan.generation)
     tensors = {name: LazyTensor(plan.conversion, name) for name in plan.conversion.targets}
     loaded = load(None, config=plan.config, state_dict=tensors, **rest)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if model.can_generate() and rest.get("generation_config") is None:
+        model.generation_config = plan.generation
     model.config.name_or_path = model.name_or_path = str(source)
     return loaded
 

@@ -119,8 +119,9 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def _generation(checkpoint: Checkpoint) -> GenerationConfig:
     """Its generation_config.json, or what its config.json says of generation."""
-    values = checkpoint.generation_values()
-    if not values:
-        known = GenerationConfig().to_dict().keys() - {"transformers_version"}
-        values = {key: value for key, value in checkpoint.config.items() if key in known}
+    generation = checkpoint.generation()
+    if generation is not None:
+        return generation
+    known = GenerationConfig().to_dict().keys() - {"transformers_version"}
+    values = {key: value for key, value in checkpoint.config.items() if key in known}
     return GenerationConfig.from_dict(values)

@@ -182,10 +182,12 @@ def test_arguments_of_from_pretrained_hold_for_models_of_others(llama, folder):
         attn_implementation="eager",
         output_loading_info=True,
         use_cache=False,
+        output_hidden_states=True,
     )
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not any(info.values())
     assert model.config.use_cache is False and model.config.dtype == torch.bfloat16
+    assert len(model(torch.arange(3)[None]).hidden_states) == 3
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config._attn_implementation == "eager"
     assert model.name_or_path == str(folder)
@@ -194,6 +196,9 @@ def test_arguments_of_from_pretrained_hold_for_models_of_others(llama, folder):
         MemLMForCausalLM.from_pretrained(folder, variant="fp16")
     with pytest.raises(UserError, match="hidden_size follows from the config.json"):
         MemLMForCausalLM.from_pretrained(folder, hidden_size=32)
+    for config in (folder, llama.config, model.config):
+        with pytest.raises(UserError, match="leave config out, it is read from there"):
+            MemLMForCausalLM.from_pretrained(folder, config=config)
 
 
 def test_transformers_own_class_is_what_auto_model_loads(folder):

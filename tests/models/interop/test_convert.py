@@ -27,7 +27,7 @@ def llama(tmp_path_factory) -> Path:
     model = perturbed(LlamaForCausalLM(config))
     folder = tmp_path_factory.mktemp("llama")
     model.save_pretrained(folder)
-    # Published models have such: top_p without sampling, which save_pretrained refuses.
+    # Published models have such: top_p without sampling, which is refused where it is set anew.
     generation = '{"eos_token_id": [2, 5], "top_p": 0.9}'
     (folder / "generation_config.json").write_text(generation)
     (folder / "tokenizer.json").write_text('{"version": "1.0"}')
@@ -70,6 +70,12 @@ def test_the_folder_holds_all_that_belongs_to_the_model(llama, tmp_path):
     generation = MemLMForCausalLM.from_pretrained(target).generation_config
     assert (generation.eos_token_id, generation.top_p) == ([2, 5], 0.9)
     assert MemLMConfig.from_pretrained(target).eos_token_id == 2
+
+
+def test_how_a_model_generates_is_saved_as_it_was_published(llama, tmp_path):
+    MemLMForCausalLM.from_pretrained(llama).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (saved["eos_token_id"], saved["top_p"]) == ([2, 5], 0.9)
 
 
 def test_files_of_at_most_the_size_that_was_asked_for(llama, tmp_path):
