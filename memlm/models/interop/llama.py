@@ -107,7 +107,6 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
     theirs = TheirConfig(config)
     values, heads = read_decoder(theirs)
     theirs.fixed("mlp_bias", False, None)
-    theirs.ignore("pretraining_tp", "max_sequence_length")  # products in parts; texts of training
     mixer = attention(**heads, **biases(theirs))
     theirs.finish()
     layers = [{"mixer": mixer, "ffn": "swiglu"}] * theirs.take("num_hidden_layers")

@@ -11,25 +11,38 @@ from memlm.errors import UserError
 
 # Of every config.json, and without a part in what a model computes.
 _DESCRIPTIVE = {
+    "_attn_implementation",
+    "_attn_implementation_autoset",
     "_commit_hash",
     "_name_or_path",
     "architectures",
     "attn_implementation",
-    "_attn_implementation",
     "auto_map",
     "chunk_size_feed_forward",
     "dtype",
+    "finetuning_task",
+    "gradient_checkpointing",
     "is_encoder_decoder",
     "is_llama_config",
+    "max_sequence_length",
+    "model_max_length",
     "model_type",
     "name_or_path",
     "num_labels",
+    "pretraining_tp",
+    "problem_type",
     "return_dict",
+    "task_specific_params",
+    "tokenizer_class",
     "torch_dtype",
-    "transformers_version",
+    "torchscript",
     "transformers.js_config",
+    "transformers_version",
+    "use_bfloat16",
     "use_cache",
 } | set(PreTrainedConfig.__dataclass_fields__)
+# What a file was made with, and what belongs to its tokenizer.
+_OF_TOOLS = ("unsloth_", "tokenizer_")
 _GENERATION = set(GenerationConfig().to_dict())
 MOST_LAYERS = 10_000
 # What config classes of transformers raise for values that they do not check.
@@ -142,9 +155,9 @@ class TheirConfig:
         """
         known = self.understood | _DESCRIPTIVE | _GENERATION
         for key, value in self.given.items():
-            if key in known or key.startswith("unsloth_"):  # what a file was made with
+            if key in known or key.startswith(_OF_TOOLS):
                 continue
-            if value is not None and value is not False:
+            if not any(value is off for off in (None, False)) and value not in ({}, []):
                 self.refuse(key, "what it changes is not known here, so it cannot be left out")
 
 
