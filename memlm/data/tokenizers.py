@@ -14,6 +14,7 @@ from memlm.errors import UserError
 
 BYTE_VALUES = 256
 TOKENIZER_FILE = "tokenizer.json"
+_VALID = "valid: 'bytes', a SentencePiece file ending in .model, a folder or a Hub id"
 
 
 class ByteTokenizer(PreTrainedTokenizer):
@@ -112,7 +113,8 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     """The tokenizer named by `spec`.
 
     `"bytes"` is ByteTokenizer, a path ending in `.model` a SentencePiece model, anything else a
-    folder or Hub id for AutoTokenizer. Raises UserError when it cannot be loaded.
+    folder or Hub id for AutoTokenizer. Raises UserError when it cannot be loaded, or when a model
+    is there but no tokenizer: AutoTokenizer makes one without a vocabulary then.
     """
     if spec == "bytes":
         return ByteTokenizer()
@@ -124,13 +126,23 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
         for own in (ByteTokenizer, SentencePieceTokenizer):
             if named == own.__name__:
                 return own.from_pretrained(spec)
-        return AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"tokenizer {spec!r} could not be loaded ({reason}); valid: 'bytes', a SentencePiece "
-            "file ending in .model, a folder or a Hub id"
-        ) from error
+        tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+    except Exception as error:  # of a damaged file, tokenizers raises no narrower class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        if not isinstance(error, OSError | ValueError | ImportError) or not reason:
+            reason = f"{type(error).__name__}: {reason}".removesuffix(": ")
+        raise UserError(f"tokenizer {spec!r} could not be loaded ({reason}); {_VALID}") from error
+    if _made_of_nothing(tokenizer):
+        raise UserError(f"tokenizer {spec!r}: a model without the files of a tokenizer; {_VALID}")
+    return tokenizer
+
+
+def _made_of_nothing(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether AutoTokenizer has found a model's class of tokenizers, but none of its files."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return True
+    # An empty vocabulary has special tokens, and for some SentencePiece's space.
+    return tokenizer.get_vocab().keys() - tokenizer.all_special_tokens <= {"\u2581"}
 
 
 def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:

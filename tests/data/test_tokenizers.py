@@ -1,5 +1,6 @@
 """Tokenizers: bytes are lossless, everything survives a run folder."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
+import memlm  # noqa: F401  (AutoTokenizer knows its models then)
 from memlm.data import (
     ByteTokenizer,
     SentencePieceTokenizer,
@@ -158,3 +160,17 @@ def test_tokenizers_that_cannot_be_loaded(
     Path("broken.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match=spec):
         load_tokenizer(spec)
+
+
+@pytest.mark.parametrize("model_type", ["memlm", "qwen3", "gpt2", "gemma", "t5"])
+def test_a_model_without_a_tokenizer_is_told(model_type: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(UserError, match="without the files of a tokenizer; valid: 'bytes'"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", [{}, {"added_tokens": [], "model": {"type": "Other"}}])
+def test_a_damaged_tokenizer_is_told(damage: dict, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(damage))
+    with pytest.raises(UserError, match=r"could not be loaded \((KeyError|Exception): "):
+        load_tokenizer(str(tmp_path))

@@ -95,7 +95,7 @@ def test_entry_point(tmp_path):
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
         (lambda folder: (folder / "model.safetensors").unlink(), "weights of"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "weights of"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "weights are damaged"),
         (lambda folder: _change(folder, hidden_size=64), "weights of"),
         (lambda folder: _change(folder, layers=_one_more(folder)), "missing keys: model.layers.2"),
         (lambda folder: _change(folder, hiden_size=64), "did you mean 'hidden_size'?"),
