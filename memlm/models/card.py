@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from memlm.errors import UserError
@@ -130,6 +132,7 @@ def _front(
 ) -> str:
     sources = (facts.sections.get("data") or {}).get("sources") or () if facts else ()
     datasets = [source["dataset"] for source in sources if source.get("type") == "hub"]
+    datasets = [name for name in dict.fromkeys(datasets) if _is_id(name)]
     start = (facts.start or {}) if facts else {}
     base = config["base_model"] if isinstance(config, dict) else start.get("base")
     base = base and base["name"]
@@ -139,21 +142,30 @@ def _front(
         pipeline_tag="text-generation",
         tags=["memlm", *tags],
         license=license,
-        datasets=list(dict.fromkeys(datasets)) or None,
-        base_model=base if base and not Path(base).exists() else None,
+        datasets=datasets or None,
+        base_model=base if base and _is_id(base) else None,
         model_name=title if results else None,
         eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---"
 
 
+def _is_id(name: str) -> bool:
+    """Whether a name is one on the Hub, and not that of a folder, here or elsewhere."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
 def _results(tasks: Iterable[TaskScores]) -> Iterable[EvalResult]:
     """The scores with the memories as trained, in the Hub's schema."""
     for task in tasks:
         for setting, conditions in task.scores.items():
-            if "on" not in conditions:
+            value = conditions["on"]["value"] if "on" in conditions else None
+            if value is None:  # not judged, or not a finite number
                 continue
-            value = conditions["on"]["value"]
             yield EvalResult(
                 task_type="text-generation",
                 dataset_type=f"memlm-{task.name}",
@@ -279,7 +291,8 @@ def _base(facts: RunFacts) -> str:
     if not base or "attach" in (facts.sections.get("model") or {}):
         return ""
     revision = f" (revision `{base['revision']}`)" if base["revision"] else ""
-    return f", from the weights of `{base['name']}`{revision}"
+    name = base["name"] if _is_id(base["name"]) else Path(base["name"]).name
+    return f", from the weights of `{name}`{revision}"
 
 
 def _recall(tasks: Sequence[TaskScores], pictures: dict[str, Path]) -> list[str]:
@@ -317,8 +330,7 @@ def _origin(facts: RunFacts) -> list[str]:
     start = facts.start
     if start is None:
         return []
-    words = shlex.split(start["command"])
-    command = shlex.join([Path(words[0]).name, *words[1:]])
+    command = shlex.join(_without_folder(word) for word in shlex.split(start["command"]))
     versions = ", ".join(f"{name} {number}" for name, number in start["versions"].items())
     code = start.get("code")
     revision = ""
@@ -330,6 +342,12 @@ def _origin(facts: RunFacts) -> list[str]:
         f"```bash\n{command}\n```",
         f"{versions}{revision}. Processes: {len(start['processes'])} ({devices}).",
     ]
+
+
+def _without_folder(word: str) -> str:
+    """A word of a command line, of an absolute path its last part alone."""
+    option, equals, value = word.rpartition("=")
+    return f"{option}{equals}{Path(value).name if Path(value).is_absolute() else value}"
 
 
 def _pictures(facts: RunFacts | None) -> dict[str, Path]:

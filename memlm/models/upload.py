@@ -58,7 +58,8 @@ def push_folder(
         own_card = _has_own_card(api, repo_id, revision)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
-        with _one_line(repo_id, RuntimeError):  # of an upload that failed
+        # Of an upload that failed, and of a card that the Hub finds fault with.
+        with _one_line(repo_id, RuntimeError, ValueError):
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -77,7 +78,8 @@ def _one_line(repo_id: str, *further: type[Exception]) -> Iterator[None]:
     try:
         yield
     except refusals as error:
-        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        told = error if type(error) is ValueError else error.__cause__ or error
+        reason = " ".join(str(told).split()) or type(error).__name__
         raise UserError(f"{repo_id}: the Hub did not take it ({reason})") from error
 
 

@@ -117,6 +117,7 @@ def test_mistakes_are_one_line(
         ([str(tmp_path / "llama"), "someone/x"], "no model of memlm"),
         ([str(run), "some/one/x"], "some/one/x: the Hub did not take it (Repo id must be"),
         ([str(run), "someone/x", "--licence", "mit"], "unrecognized arguments: --licence"),
+        ([str(run), "someone/y", "--license", "no-such"], '"license" must be one of [apache'),
     ]
     for words, message in cases:
         assert push.main(words) == 2

@@ -45,7 +45,10 @@ RESULTS = {
                     "description": "The loss.",
                     "metric": "bits per byte",
                     "kind": "losses",
-                    "scores": {"all": {"on": score(1.25, 1.2, None)}},
+                    "scores": {
+                        "all": {"on": score(1.25, 1.2, None)},
+                        "infinite": {"on": score(None, None, None)},
+                    },
                 },
             },
         }
@@ -57,13 +60,15 @@ CONFIG = {
         "tokenizer": "bytes",
         "sources": [
             {"type": "hub", "dataset": "someone/text", "split": "train"},
+            {"type": "hub", "dataset": "/home/user/texts"},
             {"type": "passkey", "digits": [5, 5]},
         ],
     },
     "train": {"steps": 1000, "tokens_per_step": 8192},
 }
 START = {
-    "command": "/home/user/venv/bin/python train.py --config configs/mine.yaml",
+    "command": "/home/user/venv/bin/python /home/user/train.py --config=/home/user/mine.yaml --a b",
+    "base": {"name": "/home/user/models/llama", "revision": None},
     "directory": "/home/user/code",
     "host": "secret-machine",
     "code": {"revision": "abc123", "dirty": True},
@@ -105,7 +110,7 @@ def test_a_card_tells_what_the_run_folder_knows(run, tmp_path):
         "text-generation",
     )
     assert data.tags == ["memlm", "gated_delta", "titans", "mine"]
-    assert data.datasets == ["someone/text"]
+    assert data.datasets == ["someone/text"] and data.base_model is None
     found = {(r.dataset_type, r.dataset_config): r.metric_value for r in data.eval_results}
     assert found == {
         ("memlm-needle", "512"): 87.5,
@@ -125,11 +130,12 @@ def test_a_card_tells_what_the_run_folder_knows(run, tmp_path):
         "| 512 | 87.5 [50.0, 98.0] | 0.0 [0.0, 30.0] |\n| 1024 | 50.0 [20.0, 80.0] | – |",
         "| all | 1.250 [1.200, ?] |",
         "![Needle in real text](needle_depths_1.png)",
-        "python train.py --config configs/mine.yaml",
+        "tokenizer `bytes`, from the weights of `llama`, on:",
+        "python train.py --config=mine.yaml --a b",
         "torch 2.13.0; revision `abc123`, changed. Processes: 2 (NVIDIA H100).",
     ):
         assert words in text, words
-    for words in ("secret-machine", "/home/user", "old.py", "answers"):
+    for words in ("secret-machine", "/home/user/m", "/home/user/v", "old.py", "answers"):
         assert words not in text
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
     assert pictures == ["needle_depths_1.png", "training.png"]
