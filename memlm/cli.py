@@ -1,11 +1,20 @@
 """What the entry points share."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from memlm.errors import SharedError, UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose mistakes are told in one line, as all are: they raise UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; see {self.prog} --help")
 
 
 def run_entry_point(function: Callable[[], int | None]) -> int:

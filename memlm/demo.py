@@ -6,7 +6,6 @@ The run folder gets the model, its metrics, an evaluation with a report, and res
 numbers of the table printed at the end.
 """
 
-import argparse
 import json
 import shlex
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from memlm.cli import run_entry_point
+from memlm.cli import Parser, run_entry_point
 from memlm.config import RunConfig, load_config
 from memlm.errors import UserError
 from memlm.evaluation import evaluate
@@ -33,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m memlm.demo", description=__doc__.split("\n")[0]
-    )
+    parser = Parser(prog="python -m memlm.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="configs/demo.yaml", metavar="FILE")
     options, overrides = parser.parse_known_args(words)
     config = load_config(options.config, overrides)

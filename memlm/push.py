@@ -4,13 +4,11 @@ Model, tokenizer, model card and its pictures are one commit. Weights are upload
 lie, as they are.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from memlm.cli import run_entry_point
+from memlm.cli import Parser, run_entry_point
 from memlm.data import load_tokenizer
 from memlm.errors import UserError
 from memlm.models import MemLMConfig
@@ -27,14 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_entry_point(lambda: _push(argv))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Say it in one line, as all mistakes are said."""
-        raise UserError(f"command line: {message}; see {self.prog} --help")
-
-
 def _push(argv: Sequence[str] | None) -> None:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m memlm.push",
         description="Upload the model of a run folder or of a checkpoint, with its model card.",
         allow_abbrev=False,

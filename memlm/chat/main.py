@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from memlm.chat.conversation import Conversation, Sampling
 from memlm.chat.terminal import Chat, dim, parse_temperature, show, status
-from memlm.cli import run_entry_point
+from memlm.cli import Parser, run_entry_point
 from memlm.data.tokenizers import load_tokenizer
 from memlm.errors import UserError, nearest
 from memlm.evaluation.loading import check_sizes, load_model
@@ -23,13 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_entry_point(lambda: _chat(_parser().parse_args(words)))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; see --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m memlm.chat",
         description="Talk to a model with a memory; /help lists the commands. With --prompt, or "
         "text piped in, it answers once.",

@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from memlm.cli import run_entry_point
-from memlm.config import load_config
+from memlm.cli import Parser, run_entry_point
+from memlm.data.command_line import add_text_options, chosen_texts
 from memlm.data.config import DataConfig
 from memlm.data.corpus import SPLITS
 from memlm.data.shard_manifest import read_manifest
@@ -27,10 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    parser = _parser()
-    options, overrides = parser.parse_known_args(argv)
-    if options.config is None and overrides:
-        parser.error(f"unknown arguments without --config: {' '.join(overrides)}")
+    options, overrides = _parser().parse_known_args(argv)
     data = _data(options, overrides)
     if data.shards is None:
         raise UserError("data.shards: no folder is given; set it in the config or by --out")
@@ -38,11 +35,12 @@ def _run(argv: Sequence[str] | None) -> None:
 
 
 def _data(options: argparse.Namespace, overrides: Sequence[str]) -> DataConfig:
-    if options.config is not None:
-        data = load_config(options.config, overrides, options.preset).data
-    else:
-        source = {"type": "text", "files": options.text, "column": options.column}
-        data = DataConfig(sources=[source], validation_fraction=options.validation_fraction)
+    fraction = options.validation_fraction
+    if fraction is None:
+        fraction = DataConfig.validation_fraction
+    elif options.config is not None:
+        raise UserError("--validation-fraction goes with --text; the config has its own")
+    data = chosen_texts(options, overrides, fraction)
     given = {
         "tokenizer": options.tokenizer,
         "shards": options.out,
@@ -80,28 +78,21 @@ def make_shards(data: DataConfig) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m memlm.data.tokenize",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="FILE", help="a run config; overrides may follow")
-    what.add_argument("--text", nargs="+", metavar="PATH", help="files, folders or globs")
-    parser.add_argument("--preset", metavar="NAME", help="an entry of the config's presets")
+    add_text_options(parser)
     parser.add_argument("--tokenizer", metavar="NAME", help="as data.tokenizer; default: bytes")
     parser.add_argument("--out", metavar="FOLDER", help="as data.shards")
     parser.add_argument("--processes", type=int, metavar="N", help="as data.tokenize_processes")
     parser.add_argument(
-        "--column", default="text", metavar="NAME", help="of jsonl and parquet files with --text"
-    )
-    parser.add_argument(
         "--validation-fraction",
         type=float,
-        default=DataConfig.validation_fraction,
         metavar="X",
-        help="as data.validation_fraction, with --text; default: %(default)s",
+        help=f"as data.validation_fraction, with --text; default: {DataConfig.validation_fraction}",
     )
     return parser
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import sentencepiece
 from transformers import PreTrainedTokenizerFast
 
-from memlm.cli import run_entry_point
-from memlm.config import load_config
+from memlm.cli import Parser, run_entry_point
+from memlm.data.command_line import add_text_options, chosen_texts
 from memlm.data.config import DataConfig
 from memlm.data.text_sample import TextSample, sample_sources
 from memlm.data.train_sentencepiece import KINDS, fast_tokenizer, train_sentencepiece
@@ -32,19 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    parser = _parser()
-    options, overrides = parser.parse_known_args(argv)
-    if options.config is None and overrides:
-        parser.error(f"unknown arguments without --config: {' '.join(overrides)}")
+    options, overrides = _parser().parse_known_args(argv)
     if options.vocab_size < 1:
         raise UserError(f"--vocab_size must be at least 1, got {options.vocab_size}")
     if not 1 <= options.max_bytes <= _MOST_BYTES:
         raise UserError(f"--max_bytes must be between 1 and {_MOST_BYTES}, got {options.max_bytes}")
-    if options.config is not None:
-        data = load_config(options.config, overrides, options.preset).data
-    else:
-        source = {"type": "text", "files": options.text, "column": options.column}
-        data = DataConfig(sources=[source], validation_fraction=0.0)
+    data = chosen_texts(options, overrides, validation_fraction=0.0)
     train_tokenizer(data, options.vocab_size, options.kind, options.output, options.max_bytes)
 
 
@@ -118,19 +111,13 @@ def _compare(tokenizer: PreTrainedTokenizerFast, model: bytes, parts: Sequence[s
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m memlm.data.train_tokenizer",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="FILE", help="a run config; overrides may follow")
-    what.add_argument("--text", nargs="+", metavar="PATH", help="files, folders or globs")
-    parser.add_argument("--preset", metavar="NAME", help="an entry of the config's presets")
-    parser.add_argument(
-        "--column", default="text", metavar="NAME", help="of jsonl and parquet files with --text"
-    )
+    add_text_options(parser)
     parser.add_argument(
         "--vocab_size",
         type=int,

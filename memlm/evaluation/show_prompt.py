@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from memlm.cli import run_entry_point
+from memlm.cli import Parser, run_entry_point
 from memlm.data.tokenizers import load_tokenizer
 from memlm.errors import UserError, nearest
 from memlm.evaluation.config import EvaluationConfig
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m memlm.evaluation.show_prompt", description=__doc__.splitlines()[0]
     )
     parser.add_argument("folder", type=Path, help="the output folder of an evaluation")

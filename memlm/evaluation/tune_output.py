@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from memlm.cli import run_entry_point
+from memlm.cli import Parser, run_entry_point
 from memlm.data.tokenizers import load_tokenizer
 from memlm.errors import UserError, nearest
 from memlm.evaluation.conditions import make_plan
@@ -239,18 +239,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_entry_point(lambda: _main(parse_arguments(sys.argv[1:] if argv is None else argv)))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """The options of the command line.
 
     Raises:
         UserError: for an unknown option (with the nearest one), or a missing or wrong value.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="python -m memlm.evaluation.tune_output", description=DESCRIPTION, allow_abbrev=False
     )
     add = parser.add_argument

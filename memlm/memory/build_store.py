@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from memlm.cli import run_entry_point
+from memlm.cli import Parser, run_entry_point
 from memlm.cuda.topk_search import METRICS
 from memlm.data.corpus import Corpus, build_corpus
 from memlm.data.sources import text_documents
@@ -50,7 +50,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     Raises:
         UserError: for an unknown option, or a missing or wrong value.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="python -m memlm.memory.build_store", description=DESCRIPTION, allow_abbrev=False
     )
     add = parser.add_argument
@@ -70,11 +70,6 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         hint = nearest(unknown[0], parser._option_string_actions)
         raise UserError(f"unknown option {unknown[0]}{hint}")
     return options
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def _count(text: str) -> int:

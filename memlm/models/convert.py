@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from memlm.cli import run_entry_point
+from memlm.cli import Parser, run_entry_point
 from memlm.errors import UserError
 from memlm.files import write_folder
 from memlm.models.configuration import MemLMConfig
@@ -40,15 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_entry_point(lambda: _convert(_parser().parse_args(argv)))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Say it in one line, as all mistakes are said."""
-        raise UserError(f"command line: {message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
     written = sorted(name for name, one in ARCHITECTURES.items() if one.write_config is not None)
-    parser = _Parser(
+    parser = Parser(
         prog="python -m memlm.models.convert",
         description="Write another library's model as one of memlm, or one of memlm as another's.",
         epilog=f"model types that are read: {', '.join(sorted(ARCHITECTURES))}",

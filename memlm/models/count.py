@@ -3,7 +3,6 @@
 The model is made on the meta device, so a config of any size takes a second and no memory.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from memlm.cli import run_entry_point
+from memlm.cli import Parser, run_entry_point
 from memlm.errors import UserError
 from memlm.layers.attention import Attention
 from memlm.layers.moe import MixtureOfExperts
@@ -104,7 +103,7 @@ def _print_count(argv: Sequence[str] | None) -> None:
     from memlm.config import load_config
     from memlm.data import load_tokenizer
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m memlm.models.count",
         description="Parameters, FLOPs per token and state bytes of a model.",
         epilog="Any key of the config can be given, as in --model.hidden_size 512.",

@@ -5,9 +5,8 @@ import contextlib
 import errno
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from memlm.cli import run_entry_point
+from memlm.cli import Parser, run_entry_point
 from memlm.config import RunConfig, load_config
 from memlm.errors import UserError
 from memlm.models.card import write_run_card
@@ -69,14 +68,8 @@ def _evaluate(trainer: Trainer) -> None:
     trainer.log.line(f"evaluation in {folder}")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Say it in one line, as all mistakes are said."""
-        raise UserError(f"command line: {message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         description="Train a language model with memory.",
         epilog=_keys(),

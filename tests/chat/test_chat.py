@@ -166,7 +166,7 @@ def test_samples_with_a_seed(talk):
         (["--max_new_tokens", "0"], "--max_new_tokens is 0; it must be at least 1"),
         (["--dtype", "floot32"], "did you mean 'float32'?"),
         (["--device", "nowhere"], "--device 'nowhere' cannot be used"),
-        (["--colour", "red"], "unrecognized arguments: --colour red; see --help"),
+        (["--colour", "red"], "command line: unrecognized arguments: --colour red; see"),
         (["--state", "/nowhere/state"], "/nowhere/state: no such file"),
         (["--model", "/nowhere/model"], "no such model was found"),
         (["--prompt", ""], "the text has no token"),

@@ -176,6 +176,10 @@ def test_what_is_told(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFix
         (["--text", "zero.jsonl"], "are empty"),
         (["--output", "."], "is there already"),
         (["--config", "missing.yaml"], "missing.yaml"),
+        (["--config", "missing.yaml", "--column", "body"], "--column goes with --text"),
+        (["--preset", "tiny"], "--preset goes with --config"),
+        (["--data.seed", "1"], "unknown arguments without --config: --data.seed 1"),
+        (["--kind", "wordpiece"], "invalid choice: 'wordpiece'"),
     ],
 )
 def test_mistakes_are_told_in_one_line(
