@@ -348,5 +348,5 @@ CASES = [
         ),
     ),
     case("pretrained-and-sizes", "--model.pretrained=corpus", "model.hidden_size", "model.attach"),
-    case("pretrained-alone", "--model={pretrained: corpus}", "model.attach: expected a mapping"),
+    case("pretrained-alone", "--model={pretrained: corpus}", "tokenizer 'corpus' could not be loaded"),
 ]
