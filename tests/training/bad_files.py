@@ -348,5 +348,7 @@ CASES = [
         ),
     ),
     case("pretrained-and-sizes", "--model.pretrained=corpus", "model.hidden_size", "model.attach"),
-    case("pretrained-alone", "--model={pretrained: corpus}", "tokenizer 'corpus' could not be loaded"),
+    case(
+        "pretrained-alone", "--model={pretrained: corpus}", "tokenizer 'corpus' could not be loaded"
+    ),
 ]
