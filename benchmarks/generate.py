@@ -54,6 +54,7 @@ PEERS = ("llama", "qwen3-next")
 GATED_DELTA = {"type": "gated_delta", "num_heads": 4, "head_dim": 48}
 SLIDING = {"type": "sliding_attention", "num_heads": 4, "window": 256}
 ATTENTION = {"type": "attention", "num_heads": 4}
+TITANS = {"type": "titans", "depth": 1, "num_heads": 4, "head_dim": 64}  # as configs/titans.yaml
 # Layers of each of ours: what stands where; whether a token costs the same after any text.
 OURS: dict[str, tuple[list[dict[str, Any]], bool]] = {
     "attention": ([{"mixer": ATTENTION, "ffn": "swiglu"}], False),
@@ -69,7 +70,8 @@ OURS: dict[str, tuple[list[dict[str, Any]], bool]] = {
         [{"mixer": GATED_DELTA, "ffn": "swiglu"}, {"mixer": SLIDING, "ffn": "swiglu"}],
         True,
     ),
-    "titans": ([{"mixer": {"type": "titans", "num_heads": 4}, "ffn": "swiglu"}], True),
+    "titans": ([{"mixer": TITANS, "ffn": "swiglu"}], True),
+    "titans, depth 2": ([{"mixer": {**TITANS, "depth": 2}, "ffn": "swiglu"}], True),
     "product_key": (
         [
             {"mixer": ATTENTION, "ffn": "swiglu"},
