@@ -91,6 +91,18 @@ def test_files_that_were_damaged_on_their_way_are_refused(
     assert not Path("ours").exists()
 
 
+def test_pickled_weights_are_not_downloaded_to_be_refused(
+    llama, client: Client, hub: HubServer, tmp_path: Path, capsys
+) -> None:
+    files = hub.repositories["models", "someone/llama"].revisions[llama[1]]
+    pickled = {"config.json": files["config.json"], "pytorch_model.bin": b"large"}
+    hub.repositories.setdefault(("models", "someone/pickled"), Repository()).commit(pickled)
+    for options in ([], ["--dry_run"]):
+        assert main(["someone/pickled", str(tmp_path / "ours"), *options]) == 2
+        assert "its weights are pickled (pytorch_model.bin)" in capsys.readouterr().err
+    assert not hub.asked("GET", "pytorch_model.bin")
+
+
 def test_what_is_not_there_is_named(llama, client: Client, tmp_path: Path, capsys) -> None:
     cases = {"someone/absent": "someone/absent", "someone/llama": "config.json is missing"}
     for source, named in cases.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, SafetensorsParsingError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -80,8 +80,8 @@ class Checkpoint:
         if not isinstance(self.config.get("model_type"), str):
             raise UserError(f"{source}: {CONFIG_NAME} names no model_type")
         self._opened: dict[str, Any] = {}
-        offline = is_offline_mode() or bool(hub.get("local_files_only"))
-        self.tensors, self._file_of = self._headers(headers_only and not offline)
+        self._offline = is_offline_mode() or bool(hub.get("local_files_only"))
+        self.tensors, self._file_of = self._headers(headers_only and not self._offline)
 
     def read(self, name: str) -> Tensor:
         """The tensor of that name, on the CPU.
@@ -133,11 +133,10 @@ class Checkpoint:
             folder = Path(self.source)
         else:
             options = {key: self.hub.get(key) for key in ("revision", "token", "cache_dir")}
-            offline = bool(self.hub.get("local_files_only")) or is_offline_mode()
             patterns = list(TOKENIZER_FILES)
             try:
                 found = snapshot_download(
-                    self.source, allow_patterns=patterns, local_files_only=offline, **options
+                    self.source, allow_patterns=patterns, local_files_only=self._offline, **options
                 )
             except (OSError, HfHubHTTPError) as error:
                 reason = " ".join(str(error).split())
@@ -191,11 +190,12 @@ class Checkpoint:
 
     def _weight_files(self, headers_only: bool) -> tuple[list[str], dict[str, str]]:
         """The files with weights, and what their index says of each tensor."""
-        if self._exists(SAFE_WEIGHTS_NAME, headers_only):
-            return [SAFE_WEIGHTS_NAME], {}
+        name = SAFE_WEIGHTS_NAME
+        if self._exists(name) if headers_only else self.file(name) is not None:
+            return [name], {}
         index = self.file(SAFE_WEIGHTS_INDEX_NAME)
         if index is None:
-            pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if self.file(name)]
+            pickled = [name for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if self._exists(name)]
             if not pickled:
                 if not self.is_folder:
                     self.file(SAFE_WEIGHTS_NAME, needed=True)  # says why: it may be the connection
@@ -217,11 +217,16 @@ class Checkpoint:
             raise UserError(f"{self.source}: {index.name} has no weight_map")
         return sorted(set(listed.values())), listed
 
-    def _exists(self, file: str, headers_only: bool) -> bool:
-        if self.is_folder or not headers_only:
+    def _exists(self, file: str) -> bool:
+        """Whether the model has a file of that name; one on the Hub is not downloaded for that."""
+        if self.is_folder or self._offline:
             return self.file(file) is not None
+        path = "/".join(filter(None, (self.hub.get("subfolder"), file)))
+        cache = {key: self.hub.get(key) for key in ("revision", "cache_dir")}
+        if isinstance(try_to_load_from_cache(self.source, path, **cache), str):
+            return True
         try:
-            return HfApi().file_exists(self.source, file, **self._remote())
+            return HfApi().file_exists(self.source, path, **self._remote())
         except (HfHubHTTPError, OSError) as error:
             raise UserError(f"{self.source}: the Hub does not answer ({error})") from error
 
