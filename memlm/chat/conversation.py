@@ -123,8 +123,8 @@ class Conversation:
             write: is given the answer piece by piece, never half a character.
 
         Raises:
-            UserError: for a text without a token, or a context that the model does not allow; the
-                states are those before the turn then.
+            UserError: for a text without a token or that is not Unicode, or a context that the
+                model does not allow; the states are those before the turn then.
         """
         ids = self._ids(text).to(self.model.device)
         streamer = _Streamer(self.tokenizer, write)
@@ -160,6 +160,10 @@ class Conversation:
     def _ids(self, text: str) -> Tensor:
         """int64 [1, T], what a turn adds to the conversation."""
         begins = self.states is None
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is not Unicode ({error.reason})") from error
         if self.tokenizer.chat_template:
             piece, special = self._from_template(text, begins), False
         else:

@@ -52,10 +52,17 @@ def _chat(options: argparse.Namespace) -> None:
     if options.seed is not None:
         torch.manual_seed(options.seed)
     if options.prompt is not None or not sys.stdin.isatty():
-        _once(conversation, sys.stdin.read() if options.prompt is None else options.prompt)
+        _once(conversation, _piped() if options.prompt is None else options.prompt)
         return
     print(dim(f"{options.model}: {len(conversation.model.memories())} memories; /help"))
     Chat(conversation).run()
+
+
+def _piped() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not {error.encoding} ({error.reason})") from error
 
 
 def _once(conversation: Conversation, text: str) -> None:
@@ -68,6 +75,8 @@ def _sampling(options: argparse.Namespace) -> Sampling:
     temperature = parse_temperature(options.temperature, "--temperature")
     if not 0 < options.top_p <= 1:
         raise UserError(f"--top_p is {options.top_p}; it must be above 0 and at most 1")
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed is {options.seed}; it must be between 0 and 2^63 - 1")
     if options.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {options.max_new_tokens}; it must be at least 1")
     return Sampling(temperature, options.top_p, options.max_new_tokens)

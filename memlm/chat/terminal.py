@@ -19,6 +19,7 @@ HELP = """/save PATH      keep what has been read in a file
 /help           this list
 /quit           leave, as the end of file does; Ctrl-C stops an answer"""
 PROMPT = "> "
+LOWEST_TEMPERATURE = 0.001
 
 
 class Quit(Exception):
@@ -58,6 +59,9 @@ class Chat:
                 return
             except KeyboardInterrupt:
                 print("\n/quit or the end of file (Ctrl-D) leaves")
+                continue
+            except UnicodeDecodeError as error:
+                print(f"error: the line is not {error.encoding} ({error.reason})")
                 continue
             try:
                 if line.startswith("/"):
@@ -145,8 +149,9 @@ def parse_temperature(text: str, what: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise UserError(f"{what} is {text!r}; it must be a number of at least 0")
+    # Below, logits by the temperature are no finite numbers any more.
+    if value != 0 and not LOWEST_TEMPERATURE <= value < math.inf:
+        raise UserError(f"{what} is {text!r}; it must be 0, or at least {LOWEST_TEMPERATURE}")
     return value
 
 

@@ -139,7 +139,7 @@ def test_commands_that_cannot_be_go_on(talk, tmp_path):
     assert parts[1] == "error: nothing has been read yet, so there is nothing to save"
     assert parts[2] == "error: /save needs a file, as in /save memory.safetensors"
     assert "/load needs a file" in parts[3] and "no such file" in parts[4]
-    assert parts[5] == "error: /temperature is 'hot'; it must be a number of at least 0"
+    assert parts[5] == "error: /temperature is 'hot'; it must be 0, or at least 0.001"
     assert parts[6] == parts[7] == "" and "/wipe" in parts[8]
 
 
@@ -152,6 +152,17 @@ def test_a_single_turn_without_a_terminal(talk):
     assert code == 0 and piped.out == out.out
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_not_utf8_is_told(folder, terminal, monkeypatch, capsys):
+    typed = io.TextIOWrapper(io.BytesIO(b"the \xff key\n"), encoding="utf-8")
+    monkeypatch.setattr(typed, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert main(["--model", folder]) == (0 if terminal else 2)
+    out = capsys.readouterr()
+    found, where = (out.out, "the line") if terminal else (out.err, "standard input")
+    assert f"error: {where} is not utf-8 (invalid start byte)" in found
+
+
 def test_samples_with_a_seed(talk):
     sampled = ["--temperature", "3", "--prompt", "the key"]
     same = [talk([], *sampled, "--seed", "5")[1].out for _ in range(2)]
@@ -161,7 +172,10 @@ def test_samples_with_a_seed(talk):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--temperature", "-1"], "--temperature is '-1'; it must be a number of at least 0"),
+        (["--temperature", "-1"], "--temperature is '-1'; it must be 0, or at least 0.001"),
+        (["--temperature", "1e-300"], "it must be 0, or at least 0.001"),
+        (["--seed", "-1"], "--seed is -1; it must be between 0 and 2^63 - 1"),
+        (["--prompt", "half \udcff"], "the text is not Unicode (surrogates not allowed)"),
         (["--top_p", "2"], "--top_p is 2.0; it must be above 0 and at most 1"),
         (["--max_new_tokens", "0"], "--max_new_tokens is 0; it must be at least 1"),
         (["--dtype", "floot32"], "did you mean 'float32'?"),
