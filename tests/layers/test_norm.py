@@ -46,6 +46,13 @@ def test_zero_centered_norm_of_narrow_numbers_is_computed_in_float32():
     assert (found == theirs(x)).float().mean() > 0.99
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [RMSNorm(16, 1e-5), GatedRMSNorm(16, 1e-5)])
+def test_rows_of_another_width_are_refused_without_gradients_too(norm):
+    with pytest.raises(RuntimeError, match="shape"):
+        norm(torch.randn(2, 32))
+
+
 def test_gradients_of_the_zero_centered_norm():
     norm = RMSNorm(5, 1e-3, True).double()
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)

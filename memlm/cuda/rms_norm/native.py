@@ -24,6 +24,8 @@ def refusal(x: Tensor, weight: Tensor) -> str | None:
         return "it has no gradients and is not traced"
     if x.dtype != torch.float32 or weight.dtype != torch.float32:
         return "it computes in float32"
+    if x.shape[-1:] != weight.shape:
+        return f"the weight has the shape {tuple(weight.shape)}, the rows {tuple(x.shape[-1:])}"
     if not may_be_chosen("rms_norm", "native"):
         return "another implementation is forced"
     return native.refusal("rms_norm", SOURCE)
