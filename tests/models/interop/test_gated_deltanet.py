@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memlm import MemLMConfig
+from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.errors import UserError
 from memlm.models.convert import main
 from memlm.models.interop import ARCHITECTURES
@@ -168,6 +168,19 @@ def test_the_same_logits_and_every_tensor_back_bit_by_bit(options, tmp_path):
     written = json.loads((back / "config.json").read_text())
     read = ARCHITECTURES["gated_deltanet"].read_config
     assert read(written) == read(config)
+
+
+@torch.no_grad()
+def test_64_greedy_tokens_are_those_of_the_definition(tmp_path):
+    config = CONFIG | CASES["hybrid"]
+    tensors = make_tensors(config)
+    reference = DeltaReference(config, tensors)
+    ids = torch.randint(50, (9,))
+    model = MemLMForCausalLM.from_pretrained(save(tmp_path / "theirs", config, tensors))
+    found = model.generate(ids[None], max_new_tokens=64, do_sample=False, eos_token_id=None)
+    for _ in range(64):
+        ids = torch.cat([ids, reference.logits(ids)[-1:].argmax(-1)])
+    assert torch.equal(found[0], ids)
 
 
 def test_biases_of_the_convolutions_are_found_by_their_tensors(tmp_path):
