@@ -5,7 +5,7 @@ and every rearrangement that generation asks for is passed to it.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -143,6 +143,15 @@ class MemLMCache(Cache):
         self.columns = 0
 
 
+def check_cache(cache: Any) -> None:
+    """Raise UserError for what is no MemLMCache, nor None."""
+    if cache is not None and not isinstance(cache, MemLMCache):
+        raise UserError(
+            f"past_key_values is a {type(cache).__name__}, which cannot hold memories; pass a "
+            "memlm.models.MemLMCache, or nothing"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Carried:
     """What a call goes on from, and what it gives back.
@@ -178,11 +187,7 @@ def carried(
         UserError: for a Cache that cannot hold memories.
         ValueError: for states given twice.
     """
-    if past_key_values is not None and not isinstance(past_key_values, MemLMCache):
-        raise UserError(
-            f"past_key_values is a {type(past_key_values).__name__}, which cannot hold "
-            "memories; pass a memlm.models.MemLMCache, or nothing"
-        )
+    check_cache(past_key_values)
     if past_key_values is not None and memory_states is not None:
         raise ValueError("give memory_states or past_key_values, not both")
     returns_states = return_memory_states or memory_states is not None

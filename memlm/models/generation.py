@@ -13,7 +13,7 @@ from transformers.generation import GenerationMode, StoppingCriteriaList
 
 from memlm.errors import UserError
 from memlm.layers.state import MemoryState
-from memlm.models.cache import MemLMCache
+from memlm.models.cache import MemLMCache, check_cache
 from memlm.models.memory_state_files import load_memory_state, save_memory_state
 
 MODES = (
@@ -58,12 +58,13 @@ class MemoryGeneration:
         for argument in ("memory_states", "segment_ids"):
             if model_kwargs.get(argument) is not None:
                 raise UserError(_NOT_IN_GENERATE[argument])
+        check_cache(model_kwargs.get("past_key_values"))
         return inputs, name, model_kwargs
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict):
         position_ids = super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         cache = model_kwargs.get("past_key_values")
-        if not isinstance(cache, MemLMCache):  # refused by the call
+        if cache is None:  # use_cache=False
             return position_ids
         return cache.continued_positions(
             position_ids, model_kwargs.get("attention_mask"), inputs_tensor.shape[0]
@@ -98,9 +99,8 @@ class MemoryGeneration:
                 )
             model_kwargs["past_key_values"] = MemLMCache()
             return
-        if isinstance(cache, MemLMCache):
-            cache._is_user_defined = True  # it outlives generate(), which must leave it exact
-        if isinstance(cache, MemLMCache) and cache.states is not None:
+        cache._is_user_defined = True  # it outlives generate(), which must leave it exact
+        if cache.states is not None:
             columns = (
                 mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", 0)
             )

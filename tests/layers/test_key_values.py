@@ -206,3 +206,13 @@ def test_bytes_are_those_held_and_what_is_saved_is_what_is_there(window):
     slot = 2 * 2 * 4 * 8 + 8  # keys and values of two heads, and a position
     held = prompt.keys.shape[1] + SPARE
     assert state.nbytes == 2 * held * slot + state.tail.nbytes
+
+
+@torch.no_grad()
+def test_a_state_whose_rows_are_all_reset_holds_nothing(window):
+    layer, hidden = build(window), tokens(PROMPT)
+    new, found = layer.init_state(2, dtype=hidden.dtype), prompted(layer, hidden).reset()
+    assert_same(found, contents(new))
+    assert found.nbytes == new.nbytes
+    output, _ = steps(layer, hidden, found, 0)
+    torch.testing.assert_close(output, whole(layer, hidden))

@@ -352,6 +352,8 @@ def test_other_caches_are_refused(model):
     for call in (model, model.generate):
         with pytest.raises(UserError, match="DynamicCache, which cannot hold memories"):
             call(tokens(1, 6), past_key_values=DynamicCache())
+        with pytest.raises(UserError, match="tuple, which cannot hold memories"):
+            call(tokens(1, 6), past_key_values=((torch.zeros(1), torch.zeros(1)),))
     with pytest.raises(UserError, match="cache_implementation 'static'"):
         model.generate(tokens(1, 6), cache_implementation="static", **GREEDY)
 
