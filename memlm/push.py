@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+
 from memlm.cli import Parser, run_entry_point
 from memlm.data import load_tokenizer
 from memlm.errors import UserError
@@ -44,13 +46,18 @@ def _push(argv: Sequence[str] | None) -> None:
             f"{options.run}: no model of memlm and no memory for one; transformers pushes others: "
             "AutoModelForCausalLM.from_pretrained(...).push_to_hub(...)"
         )
+    tokenizer = None
+    # A memory for a pretrained model goes without one: the tokenizer is that model's.
+    if isinstance(config, MemLMConfig) or (options.run / TOKENIZER_CONFIG_FILE).is_file():
+        tokenizer = load_tokenizer(str(options.run))
 
     def write(folder: Path) -> None:
         for path in files:
             (folder / path.name).symlink_to(path.resolve())
         if isinstance(config, MemLMConfig):
             config.save_pretrained(folder)
-        load_tokenizer(str(options.run)).save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         write_card(folder, config, options.run, options.repository, options.license)
 
     address = push_folder(

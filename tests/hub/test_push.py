@@ -92,12 +92,13 @@ def test_an_attached_memory_of_a_run(client: Client, hub: HubServer, tmp_path: P
     model.push_to_hub("someone/direct")
     run = tmp_path / "run"
     model.save_pretrained(run)
+    assert push.main([str(run), "someone/saved"]) == 0  # without a tokenizer, which is its model's
     load_tokenizer("bytes").save_pretrained(run)
     (run / "run.json").write_text("[]")
     (run / "config.yaml").write_text("train: {steps: 7, tokens_per_step: 100}\n")
     assert push.main([str(run), "someone/memory"]) == 0
     ids = torch.arange(1, 21)[None]
-    for name in ("someone/memory", "someone/direct"):
+    for name in ("someone/memory", "someone/direct", "someone/saved"):
         card = ModelCard(files(hub, name)["README.md"].decode())
         assert card.data.base_model == "someone/llama"
         assert ("7 steps" in card.content) is (name == "someone/memory")
@@ -110,11 +111,13 @@ def test_mistakes_are_one_line(
     (tmp_path / "empty" / "checkpoints" / "step_5").mkdir(parents=True)
     (tmp_path / "empty" / "checkpoints" / "step_5" / "model.safetensors").touch()
     base_model("llama").save_pretrained(tmp_path / "llama")
+    MemLMForCausalLM.from_pretrained(run).save_pretrained(tmp_path / "mute")
     cases = [
         ([str(run)], "the following arguments are required: OWNER/NAME"),
         ([str(tmp_path / "absent"), "someone/x"], "absent: no model there"),
         ([str(tmp_path / "empty"), "someone/x"], "did you mean"),
         ([str(tmp_path / "llama"), "someone/x"], "no model of memlm"),
+        ([str(tmp_path / "mute"), "someone/x"], "a model without the files of a tokenizer"),
         ([str(run), "some/one/x"], "some/one/x: the Hub did not take it (Repo id must be"),
         ([str(run), "someone/x", "--licence", "mit"], "unrecognized arguments: --licence"),
         ([str(run), "someone/y", "--license", "no-such"], '"license" must be one of [apache'),
