@@ -50,6 +50,11 @@ def insert_memory(
             f"a {type(model).__name__} is no model of this library; load it with "
             "MemLMForCausalLM.from_pretrained, or use attach_memory"
         )
+    if hasattr(model, "hf_device_map") and any(p.is_meta for p in model.parameters()):
+        raise UserError(
+            "weights of the model are offloaded, and new memories start from them; load it with a "
+            "device for every module"
+        )
     options = {"memory": memory, "layers": layers, "window": window}
     return insert(model, InsertConfig.from_mapping(options))
 

@@ -300,6 +300,16 @@ def test_another_kind_of_model_is_refused():
         insert_memory(llama, "min_gru")
 
 
+def test_a_model_with_offloaded_weights_is_refused(tmp_path):
+    base_model().save_pretrained(tmp_path / "base")
+    devices = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu"}
+    model = MemLMForCausalLM.from_pretrained(
+        tmp_path / "base", device_map=devices | {"lm_head": "cpu"}, offload_folder=tmp_path / "disk"
+    )
+    with pytest.raises(UserError, match="weights of the model are offloaded"):
+        insert_memory(model, "min_gru")
+
+
 def test_a_model_without_weights_tells_the_sizes():
     with torch.device("meta"):
         model = MemLMForCausalLM(MemLMConfig(hidden_size=32, layers=LAYERS))
