@@ -88,6 +88,9 @@ class AttentionConfig:
             )
         if self.rope:
             self._check_rotary(head_dim)
+        elif self.rope_fraction != 1 or self.rope_scaling is not None:
+            name = "rope_fraction" if self.rope_scaling is None else "rope_scaling"
+            raise UserError(f"{name} is given, but rope is false: nothing is turned; leave it out")
 
     def _check_rotary(self, head_dim: int) -> None:
         if not 0 < self.rope_fraction <= 1:

@@ -85,13 +85,17 @@ class GatedDeltaConfig(MemoryConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"gated_delta: {name} is {value}, it must be at least 1")
+        if not 0 < self.expand_v < math.inf:
+            raise UserError(
+                f"gated_delta: expand_v is {self.expand_v}, it must be positive and finite"
+            )
         heads, value_heads, head_dim, value_dim = self.sizes(hidden_size)
         if value_heads % heads:
             raise UserError(
                 f"gated_delta: num_v_heads {value_heads} is not a multiple of num_heads {heads}"
             )
         # A third of 24 channels is 8, whatever the last bit of the fraction.
-        if value_dim < 1 or not math.isclose(value_dim, head_dim * self.expand_v, rel_tol=1e-9):
+        if not math.isclose(value_dim, head_dim * self.expand_v, rel_tol=1e-9):
             raise UserError(
                 f"gated_delta: expand_v {self.expand_v} times head_dim {head_dim} is not a "
                 "whole number of channels"
@@ -103,17 +107,21 @@ class GatedDeltaConfig(MemoryConfig):
             )
         if self.conv_bias and self.conv_size is None:
             raise UserError("gated_delta: conv_bias needs a convolution, conv_size is null")
+        if self.gate_activation != "silu" and not self.use_gate:
+            raise UserError("gated_delta: gate_activation needs a gate, use_gate is false")
         if self.norm_eps is not None and not 0 <= self.norm_eps < math.inf:
             raise UserError(
                 f"gated_delta: norm_eps is {self.norm_eps}, it must be at least 0 and finite, or "
                 "null for the model's"
             )
         for low, high in (("dt_min", "dt_max"), ("A_min", "A_max")):
-            if not 0 < getattr(self, low) <= getattr(self, high):
+            if not 0 < getattr(self, low) <= getattr(self, high) < math.inf:
                 raise UserError(
                     f"gated_delta: {low} {getattr(self, low)} and {high} {getattr(self, high)} "
-                    f"must satisfy 0 < {low} <= {high}"
+                    f"must satisfy 0 < {low} <= {high} and be finite"
                 )
+        if self.beta_bias is not None and not math.isfinite(self.beta_bias):
+            raise UserError(f"gated_delta: beta_bias is {self.beta_bias}, it must be finite")
 
 
 @dataclasses.dataclass
@@ -175,7 +183,7 @@ class GatedDelta(MemoryModule):
 
         def wide(tensor: Tensor) -> Tensor:
             found = fn(tensor)
-            return found if found.dtype.itemsize >= 4 else tensor.to(found.device)
+            return found if found.dtype.itemsize >= 4 else tensor.to(found.device, torch.float32)
 
         if recurse:
             for child in self.children():

@@ -108,6 +108,8 @@ BAD = [
     ({"rope_scaling": {**YARN, "beta_fast": 0.5}}, "beta_fast must be at least beta_slow"),
     ({"rope_scaling": YARN, "rope_theta": 1.0}, "yarn needs a rope_theta above 1"),
     ({"rope_scaling": "yarn"}, "rope_scaling"),
+    ({"rope_scaling": YARN, "rope": False}, "rope_scaling is given, but rope is false"),
+    ({"rope_fraction": 0.5, "rope": False}, "rope_fraction is given, but rope is false"),
 ]
 
 
@@ -118,11 +120,6 @@ def test_what_cannot_be_turned_is_refused_in_one_line(options, message):
         MemLMConfig.from_mapping({"hidden_size": 32, "layers": [{"mixer": mixer}]})
     assert message in str(error.value) and "layers.0.mixer" in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_nothing_is_turned_without_rotary_positions():
-    mixer = {"type": "attention", "num_heads": 2, "rope": False, "rope_fraction": 0.3}
-    MemLMConfig(hidden_size=32, layers=[{"mixer": mixer}])
 
 
 def test_stretched_frequencies_are_constants_of_a_compiled_graph():

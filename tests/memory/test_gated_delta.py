@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -131,6 +133,11 @@ def test_sizes_follow_the_hidden_size(options, hidden_size, sizes):
         ({"norm_eps": -1.0}, "norm_eps is -1.0, it must be at least 0"),
         ({"dt_min": 0.5, "dt_max": 0.1}, "0 < dt_min <= dt_max"),
         ({"A_min": 0.0}, "0 < A_min <= A_max"),
+        ({"A_max": math.inf}, "A_max inf must satisfy 0 < A_min <= A_max and be finite"),
+        ({"beta_bias": math.nan}, "beta_bias is nan, it must be finite"),
+        ({"expand_v": math.inf}, "expand_v is inf, it must be positive and finite"),
+        ({"expand_v": 1e-9}, "not a whole number"),
+        ({"use_gate": False, "gate_activation": "sigmoid"}, "gate_activation needs a gate"),
     ],
 )
 def test_impossible_sizes(options, message):
@@ -189,6 +196,7 @@ def test_casts_leave_the_decay_in_float32(narrow):
     module = model.model.layers[0].mixer.module
     assert module.A_log.grad.dtype == torch.float32
     assert module.double().A_log.dtype == module.q_proj.weight.dtype == torch.float64
+    assert module.to(narrow).A_log.dtype == torch.float32
 
 
 def test_decay_has_no_weight_decay():

@@ -47,7 +47,7 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
     }
     if theirs.take("conv_bias") and convolves:
         mixer["conv_bias"] = True
-    if _ACTIVATIONS[activation] != "silu":
+    if mixer["use_gate"] and _ACTIVATIONS[activation] != "silu":
         mixer["gate_activation"] = _ACTIVATIONS[activation]
     return fla.read_model(theirs, mixer)
 
