@@ -20,8 +20,8 @@ def room_for_hidden_states(
     """
     if _flag(config, "output_attentions", output_attentions):
         raise UserError(
-            "output_attentions: the weights of attention are never computed as a whole; leave it "
-            "unset (output_hidden_states=True gives the hidden states of every layer)"
+            "output_attentions: the weights of attention are not kept; leave it unset "
+            "(output_hidden_states=True gives the hidden states of every layer)"
         )
     wanted = _flag(config, "output_hidden_states", output_hidden_states)
     if not isinstance(wanted, bool):
