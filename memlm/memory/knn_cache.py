@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from memlm.cuda.knn_step import native as native_step
 from memlm.layers.attention_weights import AttentionWeights
 from memlm.memory.base import CallContext, MemoryModule, register
 from memlm.memory.knn_cache_config import KnnCacheConfig
@@ -99,8 +100,16 @@ class KnnCache(MemoryModule):
 
     def _attend(self, hidden: Tensor, found: Found) -> Tensor:
         B, T, _ = hidden.shape
-        H = self.num_heads
-        q = self.q_proj(hidden).unflatten(-1, (H, -1))  # [B, T, H, D]
+        H, config = self.num_heads, self.config
+        q = self.q_proj(hidden)
+        weights = (self.k_proj.weight, self.v_proj.weight, self.log_temperature, self.sink)
+        parts = (q, *weights, self.place_bias, found.entries, found.similarity)
+        if T == 1 and native_step.refusal(*parts) is None:
+            out = native_step.attend(
+                *parts, found.exists, neighborhood=config.neighborhood, reads=config.reads
+            )
+            return self.o_proj(out)
+        q = q.unflatten(-1, (H, -1))  # [B, T, H, D]
         # q.(K z) = (K^T q).z and sum p (V z) = V (sum p z): what was found is never projected.
         k_weight = self.k_proj.weight.unflatten(0, (H, -1))
         v_weight = self.v_proj.weight.unflatten(0, (H, -1))
@@ -109,7 +118,7 @@ class KnnCache(MemoryModule):
         wide = torch.promote_types(q.dtype, torch.float32)
         logits = (q_z @ entries.transpose(-1, -2)).to(wide)  # [B, T, H, K]
         temperature = self.log_temperature.to(wide).exp()[:, None]
-        shape = (H, self.config.context, self.config.top_k, self.config.neighborhood)
+        shape = (H, config.context, config.top_k, config.neighborhood)
         bias = self.place_bias.to(wide).view(H, shape[1], 1, -1).expand(shape).flatten(1)
         logits = logits + temperature * found.similarity.to(wide)[:, :, None] + bias
         logits = logits.masked_fill(~found.exists[:, :, None], -torch.inf)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from memlm.cuda.knn_step import native as native_step
 from memlm.memory.base import CallContext
 from memlm.memory.knn_cache_config import KnnCacheConfig
 from memlm.memory.knn_lru import retrieve_lru
@@ -146,14 +147,45 @@ class Retriever:
         if self.config.eviction == "lru":
             found, after = retrieve_lru(self, z, values, state, context)
         else:
-            store, after = read_store(state, z, context, self.config.segment, values)
-            found, _ = self.find(
-                z, store, *store.visible(self.config.capacity, self.config.segment)
-            )
+            found, after = self._step(z, state, context) or self._call(z, state, context, values)
         if self.config.context == 1:
             return found, after
         found, recent = with_context(found, state, context, self.config.context)
         return found, dataclasses.replace(after, **recent) if context.write else state
+
+    def _step(
+        self, z: Tensor, state: KnnCacheState, context: CallContext
+    ) -> tuple[Found, KnnCacheState] | None:
+        """As `_call`, in decoding on a CPU; None where it is not for this call."""
+        config = self.config
+        if not (context.layout.is_step and context.write) or config.reproject or not len(z):
+            return None
+        if state.pending.shape[1] != config.segment:
+            return None
+        if native_step.refusal(z, state.keys, state.pending) is not None:
+            return None
+        parts = native_step.find(
+            *(z, state.keys, state.positions, state.written),
+            *(state.pending, state.pending_positions, context.position_ids),
+            metric=config.metric,
+            top_k=config.top_k,
+            neighborhood=config.neighborhood,
+            grid=GRID,
+        )
+        if parts is None:
+            return None
+        *found, pending, positions = parts
+        after = dataclasses.replace(state, pending=pending, pending_positions=positions)
+        return Found(*found), after
+
+    def _call(
+        self, z: Tensor, state: KnnCacheState, context: CallContext, values: tuple[Tensor, ...]
+    ) -> tuple[Found, KnnCacheState]:
+        """What the tokens find in a store that is first in, first out, and the new state."""
+        config = self.config
+        store, after = read_store(state, z, context, config.segment, values)
+        found, _ = self.find(z, store, *store.visible(config.capacity, config.segment))
+        return found, after
 
     def find(self, z: Tensor, store: Store, first: Tensor, last: Tensor) -> tuple[Found, Tensor]:
         """The nearest of tokens z [B, T, r] among the entries with first <= place < last [B, T].
