@@ -177,8 +177,9 @@ def _tasks(folder: Path, source: Path) -> Iterator[TaskScores]:
                 if name in seen:
                     continue
                 seen.add(name)
-                pictures = [f"{name}_depths_{number}.png", f"{name}_curves.png"]
-                there = [path.with_name(p) for p in pictures if path.with_name(p).is_file()]
+                kinds = (f"depths_{number}", "curves", "losses")
+                pictures = [path.with_name(f"{name}_{kind}.png") for kind in kinds]
+                there = [picture for picture in pictures if picture.is_file()]
                 words = {k: task[k] for k in ("title", "description", "metric", "kind", "scores")}
                 confidence, picture = results["confidence"], there[0] if there else None
                 yield TaskScores(name, **words, confidence=confidence, picture=picture)

@@ -94,7 +94,7 @@ def run(tmp_path: Path) -> Path:
     (folder / "training.png").write_bytes(PICTURE)
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "results.json").write_text(json.dumps(RESULTS))
-    for name in ("needle_curves.png", "needle_depths_1.png"):
+    for name in ("needle_curves.png", "needle_depths_1.png", "perplexity_losses.png"):
         (folder / "evaluation" / name).write_bytes(PICTURE + name.encode())
     return folder
 
@@ -130,6 +130,7 @@ def test_a_card_tells_what_the_run_folder_knows(run, tmp_path):
         "| 512 | 87.5 [50.0, 98.0] | 0.0 [0.0, 30.0] |\n| 1024 | 50.0 [20.0, 80.0] | – |",
         "| all | 1.250 [1.200, ?] |",
         "![Needle in real text](needle_depths_1.png)",
+        "![Loss by position](perplexity_losses.png)",
         "tokenizer `bytes`, from the weights of `llama`, on:",
         "python train.py --config=mine.yaml --a b",
         "torch 2.13.0; revision `abc123`, changed. Processes: 2 (NVIDIA H100).",
@@ -138,7 +139,7 @@ def test_a_card_tells_what_the_run_folder_knows(run, tmp_path):
     for words in ("secret-machine", "/home/user/m", "/home/user/v", "old.py", "answers"):
         assert words not in text
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert pictures == ["needle_depths_1.png", "training.png"]
+    assert pictures == ["needle_depths_1.png", "perplexity_losses.png", "training.png"]
     assert (tmp_path / "needle_depths_1.png").read_bytes() == PICTURE + b"needle_depths_1.png"
 
 
