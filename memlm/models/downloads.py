@@ -19,6 +19,7 @@ from memlm.files import file_hash
 
 CONFIG_NAME = "config.json"
 _MARKS = ".memlm_checked"
+_SUFFIXES = (".json", ".safetensors", ".bin")
 
 
 def check_downloads(source: str, options: dict[str, Any]) -> None:
@@ -41,11 +42,15 @@ def check_downloads(source: str, options: dict[str, Any]) -> None:
         if mark.exists() and mark.stat().st_mtime_ns >= blob.stat().st_mtime_ns:
             continue
         if not _is_whole(blob):
-            path.unlink()
-            blob.unlink()
+            then = "it was deleted: load again to fetch it anew"
+            try:
+                path.unlink()
+                blob.unlink()
+            except OSError as error:
+                then = f"delete {blob} and load again ({error.strerror})"
             raise UserError(
                 f"{source}: {path.name} was damaged on its way from the Hub (its hash is not the "
-                "one that the Hub has for it); it was deleted: load again to fetch it anew"
+                f"one that the Hub has for it); {then}"
             )
         try:
             marks.mkdir(exist_ok=True)
@@ -69,7 +74,7 @@ def _cached_files(source: str, options: dict[str, Any]) -> Iterator[Path]:
     if isinstance(found, str):
         for path in sorted(Path(found).parent.glob("*")):
             # Where the file system has no links, copies lie under their own names.
-            if path.suffix in (".json", ".safetensors") and path.is_symlink() and path.exists():
+            if path.suffix in _SUFFIXES and path.is_symlink() and path.exists():
                 yield path
 
 

@@ -23,6 +23,7 @@ def cache(tmp_path):
     for name in ("blobs", "refs", f"snapshots/{COMMIT}"):
         (folder / name).mkdir(parents=True)
     (folder / "refs" / "main").write_text(COMMIT)
+    (tmp_path / "saved" / "pytorch_model.bin").write_bytes(b"pickled weights")
     for path in (tmp_path / "saved").iterdir():
         content = path.read_bytes()
         blob = hashlib.sha256(content).hexdigest()
@@ -47,7 +48,7 @@ def change(path):
     path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "pytorch_model.bin"])
 def test_a_changed_file_is_refused_and_deleted(cache, name):
     load(cache)
     blob = blob_of(cache, name)
