@@ -406,6 +406,12 @@ class Attention(nn.Module):
         keep = torch.where(last < 0, untouched, documents == last)
         positions = torch.where(keep, positions, -1)
         if self.window is None:
+            if not (layout.uniform and layout.all_continue):
+                # Away with what no row keeps: former documents would pile up from call to call.
+                columns = keep.any(0).nonzero().squeeze(1)
+                keys, values, positions = (
+                    tensor.index_select(1, columns) for tensor in (keys, values, positions)
+                )
             return AttentionState(keys, values, positions, state.tail)
         if not layout.uniform:
             # Padding may lie between kept tokens: move them to the right end, in order.

@@ -11,6 +11,7 @@ from memlm.layers.attention_config import AttentionConfig
 from memlm.layers.attention_state import AttentionState
 from memlm.layers.context import CallContext
 from memlm.layers.key_values import SPARE
+from tests.memory.law_tools import build_model
 
 HIDDEN, PROMPT = 16, 7
 pytestmark = pytest.mark.parametrize("window", [None, 5])
@@ -216,3 +217,21 @@ def test_a_state_whose_rows_are_all_reset_holds_nothing(window):
     assert found.nbytes == new.nbytes
     output, _ = steps(layer, hidden, found, 0)
     torch.testing.assert_close(output, whole(layer, hidden))
+
+
+@torch.no_grad()
+def test_keys_of_former_documents_do_not_pile_up(window):
+    """Lanes of documents: what a state holds is no more than the longest that still goes on."""
+    model = build_model([{"mixer": {"type": "attention", "num_heads": 2, "window": window}}])
+    ids = torch.randint(1, 40, (2, 24))
+    segments = torch.stack([torch.arange(24) // 5, torch.arange(24) // 7]) + 1
+    positions = torch.stack([torch.arange(24) % 5, torch.arange(24) % 7])
+    expected = model(ids, segment_ids=segments).logits
+    states, found = None, []
+    for piece in (slice(0, 9), slice(9, 12), slice(12, 20), slice(20, 21), slice(21, 24)):
+        options = {"memory_states": states, "return_memory_states": True}
+        output = model(ids[:, piece], position_ids=positions[:, piece], **options)
+        states = output.memory_states
+        found.append(output.logits)
+        assert states["0.mixer"].positions.shape[1] <= 7
+    torch.testing.assert_close(torch.cat(found, 1), expected)
