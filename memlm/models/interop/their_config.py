@@ -14,6 +14,7 @@ _DESCRIPTIVE = {
     "_attn_implementation",
     "_attn_implementation_autoset",
     "_commit_hash",
+    "_flash_attn_2_enabled",
     "_name_or_path",
     "architectures",
     "attn_implementation",
@@ -125,7 +126,9 @@ class TheirConfig:
     def rope(self) -> dict[str, Any]:
         """`rope_theta`, `rope_fraction` and `rope_scaling` of an attention layer of ours."""
         self.understood.update(_ROPE)
-        scaling = dict(self.values["rope_parameters"])
+        given = self.values["rope_parameters"]
+        scaling = {key: value for key, value in given.items() if value is not None}
+        scaling.pop("finetuned", None)  # what a file was made with
         theta = scaling.pop("rope_theta")
         fraction = scaling.pop("partial_rotary_factor", None)
         scaling.pop("type", None)  # an older spelling of rope_type

@@ -124,6 +124,10 @@ def test_files_of_older_versions_spell_stretched_positions_otherwise():
     newer = read("llama", rope_parameters={"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0})
     assert older.layers == newer.layers
     assert older.layers[0]["mixer"]["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    scaling = {"type": "yarn", "factor": 4.0, "finetuned": True, "beta_fast": None}
+    yarn = read("mistral", rope_scaling=scaling).layers[0]["mixer"]["rope_scaling"]
+    assert (yarn["rope_type"], yarn["factor"]) == ("yarn", 4.0)
+    assert not {"finetuned", "beta_fast", "type"} & yarn.keys()
 
 
 def test_what_is_left_out_of_a_config_json_is_what_transformers_takes():
