@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from memlm.errors import UserError
 from memlm.models.configuration import MemLMConfig
@@ -72,8 +73,8 @@ def load_foreign(load: Callable[..., Any], source: Any, options: Mapping[str, An
     for key in _UNSUPPORTED:
         if rest.pop(key, None) is not None:
             raise UserError(
-                f"from_pretrained: {key} is not known for models of other libraries; convert the "
-                f"model first: python -m memlm.models.convert {source} FOLDER"
+                f"from_pretrained: {key} is not known for models of other libraries, which are read "
+                f"from {SAFE_WEIGHTS_NAME} or its parts"
             )
     if rest.pop("config", None) is not None:
         raise UserError(
