@@ -73,8 +73,8 @@ def load_foreign(load: Callable[..., Any], source: Any, options: Mapping[str, An
     for key in _UNSUPPORTED:
         if rest.pop(key, None) is not None:
             raise UserError(
-                f"from_pretrained: {key} is not known for models of other libraries, which are read "
-                f"from {SAFE_WEIGHTS_NAME} or its parts"
+                f"from_pretrained: {key} is not known for models of other libraries, which are "
+                f"read from {SAFE_WEIGHTS_NAME} or its parts"
             )
     if rest.pop("config", None) is not None:
         raise UserError(
