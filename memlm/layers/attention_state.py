@@ -65,9 +65,8 @@ class AttentionState(MemoryState):
         return super().nbytes if self.room is None else self.room.nbytes + self.tail.nbytes
 
     def reset(self, rows: Tensor | None = None) -> "AttentionState":
-        if rows is None:  # copies: a view would keep all keys alive
-            held = (self.keys, self.values, self.positions)
-            return AttentionState(*(x[:, :0].clone() for x in held), torch.zeros_like(self.tail))
+        if rows is None:
+            rows = torch.ones(self.batch_size, dtype=torch.bool, device=self.positions.device)
         return AttentionState(
             self.keys,
             self.values,

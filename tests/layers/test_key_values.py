@@ -210,13 +210,12 @@ def test_bytes_are_those_held_and_what_is_saved_is_what_is_there(window):
 
 
 @torch.no_grad()
-def test_a_state_whose_rows_are_all_reset_holds_nothing(window):
+def test_keys_before_a_reset_are_gone_with_the_next_tokens(window):
     layer, hidden = build(window), tokens(PROMPT)
-    new, found = layer.init_state(2, dtype=hidden.dtype), prompted(layer, hidden).reset()
-    assert_same(found, contents(new))
-    assert found.nbytes == new.nbytes
-    output, _ = steps(layer, hidden, found, 0)
-    torch.testing.assert_close(output, whole(layer, hidden))
+    state = prompted(layer, hidden).reset()
+    _, state = layer(hidden, state, CallContext.plain(*hidden.shape[:2]))
+    assert_same(state, contents(prompted(layer, hidden)))
+    assert state.nbytes == prompted(layer, hidden).nbytes
 
 
 @torch.no_grad()
