@@ -187,6 +187,21 @@ class MemLMConfig(PreTrainedConfig):
             )
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "MemLMConfig":
+        """As in transformers.
+
+        Raises:
+            UserError: for the config of another architecture.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise UserError(
+                f"a {model_type} config is none of memlm; MemLMForCausalLM.from_pretrained "
+                "converts a model with its config"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def from_mapping(cls, values: dict[str, Any], where: str = "model") -> "MemLMConfig":
         """A config from the `model` section of a run, checked strictly.
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from memlm import MemLMForCausalLM
+from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.errors import UserError
 from memlm.models.convert import main
 from memlm.models.interop.checkpoint import Checkpoint
@@ -199,6 +199,11 @@ def test_arguments_of_from_pretrained_hold_for_models_of_others(llama, folder):
     for config in (folder, llama.config, model.config):
         with pytest.raises(UserError, match="leave config out, it is read from there"):
             MemLMForCausalLM.from_pretrained(folder, config=config)
+
+
+def test_a_config_alone_is_not_converted(folder):
+    with pytest.raises(UserError, match="a llama config is none of memlm"):
+        MemLMConfig.from_pretrained(folder)
 
 
 def test_transformers_own_class_is_what_auto_model_loads(folder):
