@@ -322,6 +322,7 @@ def test_nothing_is_compiled_where_another_implementation_is_forced(monkeypatch)
         raise AssertionError("it asks for the library")
 
     monkeypatch.setattr(loader, "unavailable", fail)
+    monkeypatch.setattr(loader, "_tried", set())
     tensors = Case((3,)).make(torch.float32)
     call("eager", tensors)
     with pytest.raises(AssertionError, match="asks for"):
