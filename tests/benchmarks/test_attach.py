@@ -38,6 +38,7 @@ def tiny_config(folder: Path, steps: int = 2) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_runs_are_kept_and_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(attach, "BASE", TINY)
     names = ["knn_cache", "knn_cache + LoRA"]

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from benchmarks import llama_baseline
@@ -10,6 +11,7 @@ from memlm.evaluation.main import main as evaluate
 from memlm.models import MemLMConfig, MemLMForCausalLM
 
 
+@pytest.mark.slow
 def test_a_llama_and_a_memory_in_one_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(llama_baseline, "STAGES", ((2, 128), (1, 256)))
     monkeypatch.setattr(llama_baseline, "TOKENS_PER_STEP", 256)

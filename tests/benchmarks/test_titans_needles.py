@@ -34,6 +34,7 @@ def tiny_config(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_runs_are_kept_and_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(titans_needles, "STREAM_TOKENS", 1024)
     monkeypatch.setattr(titans_needles, "STREAM_PART", 512)

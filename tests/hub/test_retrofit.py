@@ -45,7 +45,10 @@ def one_step(folder: Path, base: PreTrainedModel, memory: dict) -> tuple[Path, s
     return Trainer(run).run().output_dir, name
 
 
-@pytest.mark.parametrize("build", [llama, lambda: MemLMForCausalLM(MemLMConfig(**SIZES))])
+@pytest.mark.parametrize(
+    "build",
+    [llama, pytest.param(lambda: MemLMForCausalLM(MemLMConfig(**SIZES)), marks=pytest.mark.slow)],
+)
 def test_the_revision_is_recorded(build, client: Client, hub: HubServer, tmp_path: Path) -> None:
     torch.manual_seed(0)
     folder, name = one_step(tmp_path, build(), {"insert": {"memory": "min_gru"}})

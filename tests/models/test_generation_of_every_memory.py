@@ -135,6 +135,7 @@ def test_only_full_attention_grows_with_the_tokens(model):
     assert sizes == [sizes[0] + grown * step for step in range(16)]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_nothing_is_kept_alive_beside_the_states():
     model = build_model(

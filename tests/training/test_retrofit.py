@@ -67,7 +67,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-@pytest.mark.parametrize("base", ["own", "llama"])
+@pytest.mark.parametrize("base", [pytest.param("own", marks=pytest.mark.slow), "llama"])
 def test_a_frozen_base_keeps_its_logits_where_the_memory_is_off(retrofit, folders, base, capsys):
     memory = {**DELTA, "parallel": True}
     config = retrofit(base=base, insert={"memory": memory, "freeze_base": True}, steps=20)
@@ -97,7 +97,7 @@ def test_a_frozen_base_keeps_its_logits_where_the_memory_is_off(retrofit, folder
     assert record["base"] == {"name": str(folders / base), "revision": None}
 
 
-@pytest.mark.parametrize("base", ["own", "llama"])
+@pytest.mark.parametrize("base", [pytest.param("own", marks=pytest.mark.slow), "llama"])
 def test_a_pretrained_model_goes_on_without_new_memories(retrofit, folders, base):
     trainer = Trainer(retrofit(base=base, steps=6))
     first = MemLMForCausalLM.from_pretrained(folders / base, dtype=torch.float32)
