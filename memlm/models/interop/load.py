@@ -37,9 +37,6 @@ def names_foreign(source: Any, options: Mapping[str, Any]) -> bool:
     if isinstance(config, PreTrainedConfig):
         if is_foreign({"model_type": config.model_type}):
             return True
-        commit = getattr(config, "_commit_hash", None)
-        if commit is not None and config.name_or_path == str(source):  # it was read from there
-            return False
     elif config is not None:
         places.append(config)
     return any(_holds_foreign(place, options) for place in places if place is not None)
