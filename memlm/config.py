@@ -102,7 +102,16 @@ class TrainConfig:
         max_skipped_steps: a step whose loss or gradient is not finite changes nothing and its batch
             is kept in the run folder's `skipped`; one more than so many in a row end the run.
         mixed_precision: no, or bf16.
-        gradient_checkpointing: recompute the blocks in the backward pass to save memory.
+        activations: what a block keeps for its backward pass. keep = everything; recompute = its
+            input, and it runs twice; selective = what matrix products and attention gave, and only
+            the rest is computed again; offload = everything, in the CPU's memory;
+            recompute_offload = its input, in the CPU's memory.
+        blockwise_tokens: attention and feed-forward run over so many tokens of a row at a time, and
+            each piece is computed again in the backward pass (Blockwise Parallel Transformer);
+            None = over whole rows.
+        compile: compile the blocks with torch.compile.
+        z_loss: weight of the square of the log of the softmax's denominator in the loss.
+        sequence_parallel: processes that hold each row together, a run of its tokens each.
         reinit_keys_after: half keys of product-key memories that no token chose in so many steps
             are drawn anew; None = never. Many unread slots early in training are normal: usage
             can fall to a tenth before it recovers.
@@ -148,7 +157,11 @@ class TrainConfig:
     clip_norm: float = 1.0
     max_skipped_steps: int = 5
     mixed_precision: Literal["no", "bf16"] = "no"
-    gradient_checkpointing: bool = False
+    activations: Literal["keep", "recompute", "selective", "offload", "recompute_offload"] = "keep"
+    blockwise_tokens: int | None = None
+    compile: bool = False
+    z_loss: float = 0.0
+    sequence_parallel: int = 1
     reinit_keys_after: int | None = None
     log_every: int = 10
     evaluate_every: int = 0
@@ -226,6 +239,9 @@ _LEAST = {
     "micro_batch_rows": 1,
     "replay_segment": 1,
     "memory_parallel": 1,
+    "blockwise_tokens": 1,
+    "z_loss": 0,
+    "sequence_parallel": 1,
     "warmup_steps": 0,
     "learning_rate": 0,
     "muon_learning_rate": 0,

@@ -2,6 +2,7 @@
 
 from memlm.cuda.diagonal_scan import diagonal_scan
 from memlm.cuda.large_chunk_memory import LargeChunkMemoryState, large_chunk_memory
+from memlm.cuda.linear_cross_entropy import linear_cross_entropy
 from memlm.cuda.linear_recurrence import linear_recurrence, linear_recurrence_step
 from memlm.cuda.neural_memory import NeuralMemoryState, neural_memory
 from memlm.cuda.product_key import product_key_select
@@ -28,6 +29,7 @@ __all__ = [
     "diagonal_scan",
     "gathered_dot",
     "large_chunk_memory",
+    "linear_cross_entropy",
     "linear_recurrence",
     "linear_recurrence_step",
     "neural_memory",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memlm.layers.rotary import Rotary
+from memlm.layers.sequence_group import SequenceGroup
 from memlm.layers.state import MemoryState
 
 State = TypeVar("State", bound=MemoryState)
@@ -187,6 +188,8 @@ class CallContext:
         shared: objects shared by the layers of this call, by name: modules owned by the model
             (value tables) and results of this call (retrievals).
         input_ids: int64 [B, T], or None when embeddings were given.
+        sequence: the processes that hold the rows together; then everything else here is about
+            this process's columns. None = it has whole rows.
     """
 
     layout: SequenceLayout
@@ -194,6 +197,7 @@ class CallContext:
     write: bool = True
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
     input_ids: Tensor | None = None
+    sequence: SequenceGroup | None = None
 
     def rotary_angles(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the tokens' rotary angles, [B, T, channels], made once in a call."""

@@ -68,6 +68,7 @@ class MemLMConfig(PreTrainedConfig):
             in Gemma and Qwen3-Next. Memories have norms of their own, which stay as they are.
         initializer_range: standard deviation of new linear and embedding weights.
         tie_word_embeddings: whether the head is the embedding matrix.
+        final_logit_softcapping: bound c of the logits, c tanh(logits / c); None = none.
     """
 
     model_type = "memlm"
@@ -83,6 +84,7 @@ class MemLMConfig(PreTrainedConfig):
     zero_centered_norm: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
+    final_logit_softcapping: float | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -107,6 +109,9 @@ class MemLMConfig(PreTrainedConfig):
         for name in ("rms_norm_eps", "initializer_range"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{name}: must be at least 0 and finite, got {getattr(self, name)}")
+        cap = self.final_logit_softcapping
+        if cap is not None and not 0 < cap < math.inf:
+            raise UserError(f"final_logit_softcapping: must be positive and finite, got {cap}")
         # Plain dicts whatever the caller used, so that config.json holds them.
         self.layers = [
             dict(pattern) if isinstance(pattern, Mapping) else pattern for pattern in self.layers

@@ -267,7 +267,7 @@ def build_model(
         model = MemLMForCausalLM(model_config)
     if inserted is not None and inserted.freeze_base:
         freeze_base(model, inserted)
-    if config.train.gradient_checkpointing:
+    if config.train.activations == "recompute":
         model.gradient_checkpointing_enable()
     return model
 

@@ -96,7 +96,7 @@ def test_only_the_memory_is_trained_and_saved(attached, base, capsys):
     ("memory", "options"),
     [
         (KNN, {"lora": LORA, "carry_state": True, "micro_batch_rows": 2}),
-        (KNN, {"optimizer": "muon", "gradient_checkpointing": True}),
+        (KNN, {"optimizer": "muon", "activations": "recompute"}),
         (TABLE, {"value_optimizer": "lazy_adam"}),
         ({"type": "titans", "num_heads": 2, "head_dim": 8, "chunk_size": 8}, {"carry_state": True}),
     ],
@@ -121,7 +121,7 @@ def test_a_resumed_run_repeats_losses_and_weights_exactly(attached, memory, opti
 def test_recomputed_layers_change_nothing(attached):
     plain = attached("plain", lora=LORA, steps=3, carry_state=True)
     recomputed = attached("recomputed", lora=LORA, steps=3, carry_state=True)
-    recomputed.train.gradient_checkpointing = True
+    recomputed.train.activations = "recompute"
     trainers = [Trainer(plain), Trainer(recomputed)]
     for trainer in trainers:
         trainer.run()

@@ -228,7 +228,7 @@ def said(config, step=1):
 @pytest.mark.parametrize(
     "options",
     [
-        {"gradient_checkpointing": True, "micro_batch_rows": 3},
+        {"activations": "recompute", "micro_batch_rows": 3},
         {"backprop": "replay", "replay_segment": 24},
     ],
 )

@@ -112,7 +112,7 @@ def test_a_pretrained_model_goes_on_without_new_memories(retrofit, folders, base
     ("base", "insert", "options"),
     [
         ("own", {"memory": TITANS, "window": 16, "freeze_base": True}, {"carry_state": True}),
-        ("llama", {"memory": {**KNN, "parallel": True}}, {"gradient_checkpointing": True}),
+        ("llama", {"memory": {**KNN, "parallel": True}}, {"activations": "recompute"}),
         pytest.param(
             *("own", {"memory": TABLE, "layers": [0, 1]}, {"value_optimizer": "lazy_adam"}),
             marks=pytest.mark.slow,

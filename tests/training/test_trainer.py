@@ -111,7 +111,7 @@ def test_micro_batches_do_not_change_the_step(make_config, corpus, loss_weights)
 
 
 def test_gradient_checkpointing_does_not_change_the_step(make_config):
-    plain, saving = make_config("plain"), make_config("saving", gradient_checkpointing=True)
+    plain, saving = make_config("plain"), make_config("saving", activations="recompute")
     for config in (plain, saving):
         Trainer(config).run()
     assert losses(saving) == pytest.approx(losses(plain), abs=1e-5)
@@ -334,7 +334,7 @@ def test_every_update_of_a_table_learns_accumulates_and_resumes(make_config, met
 def test_recomputing_blocks_reads_no_row_twice(make_config):
     options = {"model": {"layers": TABLE}, "steps": 3, "value_optimizer": "lazy_adam"}
     plain, recomputed = make_config("plain", **options), make_config("recomputed", **options)
-    recomputed.train.gradient_checkpointing = True
+    recomputed.train.activations = "recompute"
     first, second = Trainer(plain), Trainer(recomputed)
     first.run()
     second.run()

@@ -55,7 +55,7 @@ def test_recomputed_tokens_and_padding_do_not_count(make_config, monkeypatch):
         "saving",
         model={"layers": [LAYER]},
         steps=2,
-        gradient_checkpointing=True,
+        activations="recompute",
         micro_batch_rows=2,
     )
     for config in (plain, saving):
