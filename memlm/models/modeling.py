@@ -32,6 +32,7 @@ from memlm.models.cache import MemLMCache, carried
 from memlm.models.configuration import MemLMConfig
 from memlm.models.documents import PositionState, advance, call_layout, longest_context
 from memlm.models.generation import MemoryGeneration
+from memlm.models.head_loss import HeadLoss, cap_logits
 from memlm.models.hidden_states import room_for_hidden_states
 from memlm.models.hub_model import HubModel
 from memlm.models.start_values import init_module
@@ -45,10 +46,12 @@ class MemLMOutput(CausalLMOutputWithPast):
     """Adds `memory_states`: every state of the batch by name, when they were asked for.
 
     `hidden_states` are as of Llama in transformers: what every block is given, [B, T, hidden_size],
-    and the output of the last one behind the last norm, which the head is given.
+    and the output of the last one behind the last norm, which the head is given. `token_losses`
+    are of a loss without logits: nats [B, T] of each token's target, detached, 0 where it has none.
     """
 
     memory_states: States | None = None
+    token_losses: Tensor | None = None
 
 
 class MemLMPreTrainedModel(HubModel):
@@ -296,6 +299,10 @@ class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
         return_memory_states: bool = False,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        shift_labels: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        z_loss: float = 0.0,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> MemLMOutput:
         """Predict the next token.
@@ -315,10 +322,17 @@ class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
             return_memory_states: return the states also when none were passed.
             output_hidden_states: return those of every layer; None = as the config says.
             output_attentions: refused where true; None = as the config says.
+            shift_labels: int64 [B, T], the targets, in place of `labels`.
+            token_weights: float [B, T]: the loss is the sum of the tokens' losses times these, not
+                their mean. The target counts where it is predicted.
+            z_loss: weight of the square of the logarithm of the softmax's denominator in the loss.
+            skip_logits: make the loss without logits, which are None then; None = in training.
+            kwargs: `num_items_in_batch` and `ignore_index` of the loss, as in transformers.
 
         Raises:
             UserError: when full attention does not allow so long a context, for a Cache that
-                cannot hold memories, or when weights of attention are asked for.
+                cannot hold memories, when weights of attention are asked for, or `skip_logits`
+                where logits are needed.
         """
         between = room_for_hidden_states(self.config, output_hidden_states, output_attentions)
         caches = self.config.use_cache and not self.training
@@ -336,8 +350,15 @@ class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
             write_memory=write_memory,
             hidden_states=between,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])
+        head_loss = HeadLoss(self, labels, shift_labels, token_weights, z_loss, kwargs)
+        logits = loss = token_losses = None
+        if head_loss.skips_logits(skip_logits, logits_to_keep):
+            loss, token_losses = head_loss.of_hidden(hidden)
+        else:
+            keep = logits_to_keep
+            kept = slice(-keep, None) if isinstance(keep, int) else keep
+            logits = self.lm_head(hidden[:, kept])
+            logits = cap_logits(logits, self.config.final_logit_softcapping)
         if self.output_memory is not None:
             masks = (attention_mask, segment_ids, position_ids)
             context = self.model.call_context(hidden, *masks, given, input_ids, write_memory)
@@ -348,15 +369,15 @@ class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
             states.update(output_states)
         if going.cache is not None:
             going.cache.store(states, hidden.shape[1])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        if logits is not None and head_loss.wanted:
+            loss = head_loss.of_logits(logits)
         return MemLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=going.cache if going.returns_cache else None,
             hidden_states=None if between is None else tuple(between),
             memory_states=states if going.returns_states else None,
+            token_losses=token_losses,
         )
 
     def set_output_memory(self, output: str | dict[str, Any] | None) -> None:

@@ -38,6 +38,8 @@ class OurConfig:
         self.plans: list[LayerPlan] = config.plan()
         if config.output is not None:
             self.refuse("output", "the output memory")
+        if config.final_logit_softcapping is not None:
+            self.refuse("final_logit_softcapping", "a bound of the logits")
 
     def refuse(self, where: str, what: str) -> None:
         """Raise UserError for what has no place on the other side."""
