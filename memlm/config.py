@@ -203,6 +203,17 @@ class TrainConfig:
                     f"train.tokens_per_step: {self.tokens_per_step} is not a multiple of the row "
                     f"length {stage.length}"
                 )
+        for stage in self.stages():
+            if stage.length % self.sequence_parallel:
+                raise UserError(
+                    f"train.sequence_parallel: rows of {stage.length} tokens cannot be shared "
+                    f"equally by {self.sequence_parallel} processes"
+                )
+        if self.sequence_parallel > 1 and self.backprop == "replay":
+            raise UserError(
+                "train.sequence_parallel: replay needs whole rows; use train.backprop: truncated, "
+                "with train.activations: recompute to save memory"
+            )
         if (self.backprop == "replay") != (self.replay_segment is not None):
             raise UserError(
                 f"train.replay_segment: {self.replay_segment} does not fit train.backprop: "

@@ -29,6 +29,7 @@ from memlm.memory.query_norm import average_running_statistics
 from memlm.training.held_out import HeldOut
 from memlm.training.logs import RunLog
 from memlm.training.loss import RowLoss, total
+from memlm.training.row_shares import whole_rows
 from memlm.training.together import on_each, on_main
 from memlm.training.usage import held_out_usage
 
@@ -184,7 +185,7 @@ class TrainingTasks:
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), whole_rows(self.model):
                 found = [
                     (task.name, record.setting, record.condition, record.trial, record.score)
                     for task, setting, rows in self._share()

@@ -18,6 +18,7 @@ from memlm.training.lanes import Lanes
 from memlm.training.loss import Batch
 from memlm.training.retention import by_step
 from memlm.training.row_optimizer import RowOptimizer
+from memlm.training.row_shares import RowShares
 from memlm.training.together import on_main
 from memlm.training.updates import UpdateLog
 from memlm.training.usage import UsageLog
@@ -37,6 +38,7 @@ class StepGuard:
         accelerator: its processes.
         folder: the run folder.
         limit: most skipped steps in a row; one more ends the run.
+        shares: how the processes share rows.
 
     Attributes:
         skipped: steps skipped so far, of earlier parts of a resumed run too.
@@ -50,9 +52,10 @@ class StepGuard:
         accelerator: Accelerator,
         folder: Path,
         limit: int,
+        shares: RowShares,
     ):
         self.model, self.optimizers, self.accelerator = model, optimizers, accelerator
-        self.folder, self.limit = folder / SKIPPED_FOLDER, limit
+        self.folder, self.limit, self.shares = folder / SKIPPED_FOLDER, limit, shares
         self.skipped = self.in_a_row = 0
 
     def remember(self, lanes: Lanes, updates: UpdateLog, usage: UsageLog) -> Callable[[], None]:
@@ -100,7 +103,7 @@ class StepGuard:
         """
         self.skipped += 1
         self.in_a_row += 1
-        parts = gather_object([batch])
+        parts = gather_object([batch] if self.shares.first else [])
         found = gather_object([_broken_gradients(self.model, self.optimizers)])
         record = {
             "step": step,

@@ -8,6 +8,7 @@ from memlm.data import ByteTokenizer, PackedDataset
 from memlm.training.feed import Batch, read_batch
 from memlm.training.logs import bits
 from memlm.training.loss import RowLoss, group_counts, total
+from memlm.training.row_shares import RowShares
 
 
 class HeldOut:
@@ -17,14 +18,21 @@ class HeldOut:
         dataset: the validation split.
         options: with the number of rows, rounded up so that every process has as many.
         accelerator: the processes.
+        shares: how they share rows.
     """
 
-    def __init__(self, dataset: PackedDataset, options: TrainConfig, accelerator: Accelerator):
-        self.dataset, self.accelerator = dataset, accelerator
-        self.share = -(-options.evaluation_rows // accelerator.num_processes)
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        options: TrainConfig,
+        accelerator: Accelerator,
+        shares: RowShares,
+    ):
+        self.dataset, self.accelerator, self.shares = dataset, accelerator, shares
+        self.share = -(-options.evaluation_rows // shares.count)
         in_a_step = options.tokens_per_step // options.stages()[-1].length
         # Most rows of one forward pass: as many as training has in its last stage.
-        self.size = options.micro_batch_rows or in_a_step // accelerator.num_processes
+        self.size = options.micro_batch_rows or in_a_step // shares.count
         self._batches: list[Batch] | None = None
 
     @torch.no_grad()
@@ -47,7 +55,7 @@ class HeldOut:
         for batch in self._rows():
             counts += group_counts(batch, len(names))
             on_device = {name: row.to(device) for name, row in batch.items()}
-            sums += row_loss(on_device, use_memory=use_memory)[0]
+            sums += row_loss(on_device, use_memory=use_memory)[1]
         row_loss.train(training)
         sums, counts = total(sums, self.accelerator), total(counts, self.accelerator)
         result = bits(sums.tolist(), counts.tolist(), names)
@@ -57,10 +65,10 @@ class HeldOut:
 
     def _rows(self) -> list[Batch]:
         if self._batches is None:
-            first = self.accelerator.process_index * self.share
+            first = self.shares.number * self.share
             mine = range(first, first + self.share)
             self._batches = [
-                read_batch(self.dataset, mine[start : start + self.size])
+                self.shares.own_targets(read_batch(self.dataset, mine[start : start + self.size]))
                 for start in range(0, self.share, self.size)
             ]
         return self._batches

@@ -27,10 +27,11 @@ class Lanes:
         first: first lane of this process.
         count: lanes of this process.
         size: most lanes of one micro-batch; None = all.
+        saves: whether this process writes its lanes; of several with the same ones, one does.
     """
 
-    def __init__(self, first: int, count: int, size: int | None = None):
-        self.first = first
+    def __init__(self, first: int, count: int, size: int | None = None, saves: bool = True):
+        self.first, self.saves = first, saves
         self.slices = [
             slice(start, min(start + (size or count), count))
             for start in range(0, count, size or count)
@@ -40,8 +41,10 @@ class Lanes:
     def own(self) -> dict[str, Tensor]:
         """The states of this process's lanes on the CPU, by `first lane/state name/field`.
 
-        Empty when nothing is carried.
+        Empty when nothing is carried, or another process writes them.
         """
+        if not self.saves:
+            return {}
         return {
             f"{self.first + rows.start}/{name}/{field}": tensor.cpu()
             for rows, states in zip(self.slices, self.states, strict=True)

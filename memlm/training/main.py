@@ -11,6 +11,7 @@ from memlm.config import RunConfig, load_config
 from memlm.errors import UserError
 from memlm.models.card import write_run_card
 from memlm.training.interrupt import Interruption
+from memlm.training.row_shares import whole_rows
 from memlm.training.run_lock import RunLock
 from memlm.training.setup import build_accelerator
 from memlm.training.together import shared_errors
@@ -64,7 +65,9 @@ def _evaluate(trainer: Trainer) -> None:
     if trainer.accelerator.is_fsdp2 or trainer.options.memory_parallel > 1:
         # Its shards answer only when all processes call them; the saved model is whole.
         model = load_model(str(trainer.folder)).to(trainer.accelerator.device)
-    evaluate(model, trainer.tokenizer, trainer.config.evaluate, folder, name=trainer.folder.name)
+    name = trainer.folder.name
+    with whole_rows(model):
+        evaluate(model, trainer.tokenizer, trainer.config.evaluate, folder, name=name)
     trainer.log.line(f"evaluation in {folder}")
 
 

@@ -96,12 +96,20 @@ def check_processes(started: int, options: TrainConfig) -> None:
             f"train.memory_parallel: {started} processes cannot be divided into groups of "
             f"{options.memory_parallel}"
         )
+    together = options.sequence_parallel
+    if started % together:
+        raise UserError(
+            f"train.sequence_parallel: {started} processes cannot be divided into groups of "
+            f"{together}"
+        )
+    groups = started // together
+    named = f"{groups} processes" if together == 1 else f"{groups} groups of {together} processes"
     for stage in options.stages():
         rows = options.tokens_per_step // stage.length
-        if rows % started:
+        if rows % groups:
             raise UserError(
                 f"train.tokens_per_step: {rows} rows of {stage.length} tokens cannot be shared "
-                f"by {started} processes"
+                f"by {named}"
             )
 
 
@@ -207,6 +215,11 @@ def check_model(
             checkpoint of another architecture.
     """
     section = config.model
+    if "attach" in section and config.train.sequence_parallel > 1:
+        raise UserError(
+            "train.sequence_parallel: the layers of a pretrained model need whole rows; leave it "
+            "at 1, or use model.insert instead of model.attach"
+        )
     if "attach" in section:
         wanted = AttachConfig.from_mapping(section["attach"], "model.attach")
     elif "pretrained" in section:

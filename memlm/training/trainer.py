@@ -29,6 +29,7 @@ from memlm.training.plot import plot_run
 from memlm.training.replay import row_passes
 from memlm.training.report import Report, StepResult, opening
 from memlm.training.retention import checkpoint_path, set_aside_later
+from memlm.training.row_shares import share_rows
 from memlm.training.run_folder import create_folder, find_start
 from memlm.training.saving import restore, save_checkpoint, save_model
 from memlm.training.schedule import CurriculumState, learning_rate_factor
@@ -101,10 +102,15 @@ class Trainer:
             self.accelerator, lambda: build_inputs(config, source)
         )
         share_tables(self.accelerator, model, self.options)
+        self.shares = share_rows(
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.options.sequence_parallel,
+        )
         self.table_updates = table_updates(model, self.options)
         self.row_loss, *self.optimizers = prepare(
             self.accelerator,
-            RowLoss(model, len(self.dataset.sources)),
+            RowLoss(model, len(self.dataset.sources), self.options.z_loss),
             build_optimizers(model, self.options),
         )
         self.passes = row_passes(self.options, self.accelerator, self.row_loss)
@@ -113,7 +119,11 @@ class Trainer:
         self.model: PreTrainedModel = self.plain_loss.model
         for stage in self.stages:  # a window that does not fit should not end a run half-way
             self.model.set_attention_window(stage.window)
-        rows = None if held_out is None else HeldOut(held_out, self.options, self.accelerator)
+        if self.shares.group is not None:
+            self.model.set_sequence_group(self.shares.group)
+        rows = None
+        if held_out is not None:
+            rows = HeldOut(held_out, self.options, self.accelerator, self.shares)
         self.evaluation = Evaluation(
             self.plain_loss, self.tokenizer, rows, self.options, self.accelerator
         )
@@ -128,6 +138,7 @@ class Trainer:
             self.accelerator,
             self.folder,
             self.options.max_skipped_steps,
+            self.shares,
         )
         self.step = 0
         self.curriculum = CurriculumState()
@@ -154,13 +165,14 @@ class Trainer:
 
     def start_stage(self) -> None:
         """Read rows of the current stage from the current step on; no lane carries a state."""
-        stage, processes = self.stage, self.accelerator.num_processes
-        rows = self._rows(stage)
+        stage, rows = self.stage, self._rows(self.stage)
         if self.feed is not None:
             self.feed.close()
         dataset = self.dataset.with_length(stage.length, stage.digits, lanes=rows)
-        self.feed = RowFeed(dataset, rows, self.accelerator.process_index, processes)
-        self.lanes = Lanes(self.feed.first, self.feed.share, self.options.micro_batch_rows)
+        self.feed = RowFeed(dataset, rows, self.shares.number, self.shares.count)
+        self.lanes = Lanes(
+            self.feed.first, self.feed.share, self.options.micro_batch_rows, self.shares.first
+        )
         self.model.set_attention_window(stage.window)
 
     # --- a step ---
@@ -250,7 +262,8 @@ class Trainer:
         options, accelerator = self.options, self.accelerator
         started = time.perf_counter()
         self._seed()
-        batch = self.feed.get(self.step)
+        whole = self.feed.get(self.step)
+        batch = self.shares.own_targets(whole)
         data_seconds = time.perf_counter() - started
         counts = total(group_counts(batch, len(self.dataset.sources)), accelerator)
         coefficients = group_coefficients(counts, options.loss_weights).to(accelerator.device)
@@ -274,8 +287,8 @@ class Trainer:
             part = {name: row[rows].to(accelerator.device) for name, row in batch.items()}
             with contextlib.nullcontext() if last else accelerator.no_sync(self.row_loss):
                 with self.report.watch(self.step + 1):
-                    losses, states = self.passes.forward(part, self.lanes.states[index])
-                self.passes.backward(scale)
+                    losses, states = self.passes.forward(part, self.lanes.states[index], scale)
+                self.passes.backward()
             self.lanes.states[index] = states
             sums += losses
         sums = total(sums, accelerator)
@@ -288,7 +301,7 @@ class Trainer:
             for optimizer in self.optimizers:
                 optimizer.step()
         else:
-            line = self.guard.skip(self.step + 1, batch, loss, grad_norm, self.updates)
+            line = self.guard.skip(self.step + 1, whole, loss, grad_norm, self.updates)
             self.log.line(line)
             undo()
         for optimizer in self.optimizers:

@@ -1,12 +1,11 @@
 """The loss on held-out rows."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from memlm.training import Trainer
 from memlm.training.held_out import HeldOut
+from memlm.training.row_shares import RowShares
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def test_the_loss_does_not_depend_on_the_batches(make_config, two_sources):
     whole = trainer.evaluate()
     dataset, options = trainer.evaluation.held_out.dataset, trainer.options
     options.micro_batch_rows = 3
-    parts = HeldOut(dataset, options, trainer.accelerator)
+    parts = HeldOut(dataset, options, trainer.accelerator, trainer.shares)
     assert [len(batch["labels"]) for batch in parts._rows()] == [3, 3, 2]
     assert parts.evaluate(trainer.plain_loss) == pytest.approx(whole, abs=1e-5)
 
@@ -52,8 +51,8 @@ def test_a_process_has_its_share_in_passes_as_large_as_those_of_training(make_co
     dataset = trainer.evaluation.held_out.dataset
     found = []
     for process in (0, 1):
-        two = SimpleNamespace(num_processes=2, process_index=process)
-        found += HeldOut(dataset, trainer.options, two)._rows()
+        shares = RowShares(2, process)
+        found += HeldOut(dataset, trainer.options, trainer.accelerator, shares)._rows()
     assert [len(batch["labels"]) for batch in found] == [2, 2, 2, 2]
     rows = torch.cat([batch["input_ids"] for batch in found])
     assert torch.equal(rows, dataset.batch(range(8))["input_ids"])
