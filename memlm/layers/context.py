@@ -190,6 +190,7 @@ class CallContext:
         input_ids: int64 [B, T], or None when embeddings were given.
         sequence: the processes that hold the rows together; then everything else here is about
             this process's columns. None = it has whole rows.
+        before: of the columns before them, which other processes have; None where there are none.
     """
 
     layout: SequenceLayout
@@ -198,6 +199,7 @@ class CallContext:
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
     input_ids: Tensor | None = None
     sequence: SequenceGroup | None = None
+    before: "CallContext | None" = None
 
     def rotary_angles(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the tokens' rotary angles, [B, T, channels], made once in a call."""

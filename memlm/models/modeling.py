@@ -16,7 +16,9 @@ from memlm.fingerprint import fingerprint
 from memlm.layers.attention import Attention
 from memlm.layers.context import CallContext
 from memlm.layers.norm import RMSNorm
+from memlm.layers.sequence_group import SequenceGroup
 from memlm.layers.state import MemoryState
+from memlm.layers.state_passing import share_states
 from memlm.memory import MemoryModule
 from memlm.memory.output_memory import (
     OUTPUT,
@@ -35,6 +37,7 @@ from memlm.models.generation import MemoryGeneration
 from memlm.models.head_loss import HeadLoss, cap_logits
 from memlm.models.hidden_states import room_for_hidden_states
 from memlm.models.hub_model import HubModel
+from memlm.models.sequence import own_columns, own_targets, refuse_call
 from memlm.models.start_values import init_module
 
 States = dict[str, MemoryState]
@@ -109,6 +112,9 @@ def _refuse_parts(source: str) -> None:
 class MemLMModel(MemLMPreTrainedModel):
     """The decoder without a head."""
 
+    # The processes that hold the rows of every call together; None = each call has whole rows.
+    sequence_group: SequenceGroup | None = None
+
     def __init__(self, config: MemLMConfig):
         super().__init__(config)
         plans = config.plan()
@@ -160,6 +166,16 @@ class MemLMModel(MemLMPreTrainedModel):
         )
         return self.config.max_position_embeddings if full else None
 
+    def set_sequence_group(self, group: SequenceGroup | None) -> None:
+        """Share the rows of every call among processes, or no longer (None).
+
+        Each of them then makes every call, with the whole rows (tokens, masks, positions, labels)
+        and the states at their start. Hidden states, logits and the loss are those of its own
+        columns; losses and gradients add up over the processes. States that are returned are those
+        at the end of the whole rows, the same on all processes, without gradient.
+        """
+        self.sequence_group = group
+
     def set_attention_window(self, window: int | None) -> None:
         """Cap the window of every sliding attention (None = as configured).
 
@@ -202,23 +218,33 @@ class MemLMModel(MemLMPreTrainedModel):
         use_memory: bool = True,
         write_memory: bool = True,
         hidden_states: list[Tensor] | None = None,
+        return_states: bool = True,
     ) -> tuple[Tensor, States]:
         """Hidden states [B, T, hidden_size] after the last norm, and the new states.
 
         Args:
             hidden_states: those on the way are put into it, in the order of `MemLMOutput`.
+            return_states: False = the new states are not wanted; with a sequence group they then
+                do not travel to all processes.
 
         Other arguments as in `MemLMForCausalLM.forward`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        sequence = self.sequence_group
+        rows = own = input_ids if inputs_embeds is None else inputs_embeds
+        if sequence is not None:
+            own = rows[:, sequence.columns(rows.shape[1])]
+        hidden = self.embed_tokens(own) if inputs_embeds is None else own
         batch_size = hidden.shape[0]
         states = self.init_states(batch_size) if memory_states is None else memory_states
         masks = (attention_mask, segment_ids, position_ids)
-        context = self.call_context(hidden, *masks, memory_states, input_ids, write_memory)
+        whole = hidden if sequence is None else rows
+        context = self.call_context(whole, *masks, memory_states, input_ids, write_memory)
         self._check_length(context)
         following = advance(states["position"], context.position_ids, context.layout)
+        if sequence is not None:
+            context = own_columns(context, sequence)
         new_states: States = {"position": following}
         for block in self.layers:
             if hidden_states is not None:
@@ -229,6 +255,8 @@ class MemLMModel(MemLMPreTrainedModel):
         hidden = self.norm(hidden)
         if hidden_states is not None:
             hidden_states.append(hidden)
+        if sequence is not None and return_states:
+            new_states = share_states(new_states, sequence)
         return hidden, new_states
 
     def call_context(
@@ -322,7 +350,8 @@ class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
             return_memory_states: return the states also when none were passed.
             output_hidden_states: return those of every layer; None = as the config says.
             output_attentions: refused where true; None = as the config says.
-            shift_labels: int64 [B, T], the targets, in place of `labels`.
+            shift_labels: int64 [B, T], the targets, in place of `labels`; with a sequence group
+                those of this process's columns, as `token_weights`.
             token_weights: float [B, T]: the loss is the sum of the tokens' losses times these, not
                 their mean. The target counts where it is predicted.
             z_loss: weight of the square of the logarithm of the softmax's denominator in the loss.
@@ -335,9 +364,12 @@ class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
                 where logits are needed.
         """
         between = room_for_hidden_states(self.config, output_hidden_states, output_attentions)
-        caches = self.config.use_cache and not self.training
+        sequence = self.model.sequence_group
+        caches = self.config.use_cache and not self.training and sequence is None
         going = carried(memory_states, past_key_values, return_memory_states, use_cache, caches)
         given = going.states
+        if sequence is not None:
+            refuse_call(going.cache is not None, logits_to_keep, self.output_memory is not None)
 
         hidden, states = self.model(
             input_ids,
@@ -349,7 +381,12 @@ class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
             use_memory=use_memory,
             write_memory=write_memory,
             hidden_states=between,
+            return_states=going.returns_states or going.cache is not None,
         )
+        if sequence is not None:
+            targets = (labels, shift_labels, token_weights)
+            shift_labels, kwargs = own_targets(*targets, kwargs, sequence)
+            labels = None
         head_loss = HeadLoss(self, labels, shift_labels, token_weights, z_loss, kwargs)
         logits = loss = token_losses = None
         if head_loss.skips_logits(skip_logits, logits_to_keep):
@@ -415,6 +452,15 @@ class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
     def max_context(self) -> int | None:
         """Longest context in tokens, None where nothing limits it."""
         return self.model.max_context
+
+    @property
+    def sequence_group(self) -> SequenceGroup | None:
+        """The processes that hold the rows of every call together; None = whole rows."""
+        return self.model.sequence_group
+
+    def set_sequence_group(self, group: SequenceGroup | None) -> None:
+        """Share the rows of every call among processes (see `MemLMModel.set_sequence_group`)."""
+        self.model.set_sequence_group(group)
 
     def set_attention_window(self, window: int | None) -> None:
         """Cap the window of every sliding attention (None = as configured)."""
