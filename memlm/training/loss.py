@@ -3,12 +3,12 @@
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memlm.config import LOSS_GROUPS
 from memlm.layers.state import MemoryState
+from memlm.models.head_loss import IGNORED, logits_loss, needs_logits
+from memlm.models.modeling import MemLMForCausalLM
 
-IGNORED = -100
 MODEL_INPUTS = ("input_ids", "segment_ids", "position_ids")
 Batch = dict[str, Tensor]
 States = dict[str, MemoryState]
@@ -57,66 +57,71 @@ def total(values: Tensor, accelerator: Accelerator) -> Tensor:
 
 
 class RowLoss(nn.Module):
-    """A language model that returns the summed losses of a batch.
+    """A language model that returns the loss of a batch.
 
     Data parallelism wraps this module, so it sees exactly the graph of the loss: returned states
-    are detached and logits never leave.
+    are detached and logits never leave. A `MemLMForCausalLM` makes none unless it has to.
 
     Args:
         model: the language model.
         sources: sources of the data, whose losses are told apart.
+        z_loss: weight of the square of the logarithm of the softmax's denominator.
     """
 
-    def __init__(self, model: nn.Module, sources: int = 1):
+    def __init__(self, model: nn.Module, sources: int = 1, z_loss: float = 0.0):
         super().__init__()
-        self.model, self.sources = model, sources
+        self.model, self.sources, self.z_loss = model, sources, z_loss
 
     def forward(
         self,
         batch: Batch,
         memory_states: States | None = None,
+        scale: Tensor | None = None,
         carry: bool = False,
         use_memory: bool = True,
         state_gradients: StateGradients | None = None,
-    ) -> tuple[Tensor, States | None]:
-        """Sum the negative log-likelihoods, in nats, of each loss group.
+    ) -> tuple[Tensor, Tensor, States | None]:
+        """The loss, and the negative log-likelihoods, in nats, summed for each loss group.
 
         Args:
             batch: int64 [B, T] input_ids, segment_ids, position_ids, labels (shifted already,
                 -100 = no target) and loss_groups; where sources are told apart, sources too.
             memory_states: states the rows continue from; None = none.
+            scale: float32 [groups], or [sources * groups] where the batch has sources: the weight
+                of a target in the loss, by its group; None = 1.
             carry: whether to return the new states, detached.
             use_memory: False switches every memory off.
             state_gradients: with `carry`, the gradients of the new states in a loss of later
-                tokens. One more entry follows the groups: its gradient is what flows back through
-                those states, its value means nothing.
+                tokens. What flows back through those states is added to the gradient of the loss,
+                whose value means nothing then.
 
         Returns:
-            float32 (float64 of a float64 model) [groups], or [sources * groups] where the batch
-            has sources, and the states or None.
+            The loss to back-propagate, with the z-loss in it; the sums, detached, float32 (float64
+            of a float64 model) and shaped as `scale`; and the states or None.
         """
-        output = self.model(
-            **{name: batch[name] for name in MODEL_INPUTS},
-            memory_states=memory_states,
-            return_memory_states=carry,
-            use_memory=use_memory,
-            use_cache=False,
-        )
         sources = self.sources if "sources" in batch else 1
-        labels, cells = batch["labels"].flatten(), _cells(batch, sources).flatten()
-        logits = output.logits.flatten(0, 1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+        labels, cells = batch["labels"], _cells(batch, sources)
+        weights = torch.ones_like(cells, dtype=torch.float32) if scale is None else scale[cells]
+        arguments = {
+            **{name: batch[name] for name in MODEL_INPUTS},
+            "memory_states": memory_states,
+            "return_memory_states": carry,
+            "use_memory": use_memory,
+            "use_cache": False,
+        }
+        if isinstance(self.model, MemLMForCausalLM) and needs_logits(self.model) is None:
+            targets = {"shift_labels": labels, "token_weights": weights, "z_loss": self.z_loss}
+            output = self.model(**arguments, **targets, skip_logits=True)
+            loss, losses = output.loss, output.token_losses
+        else:
+            output = self.model(**arguments)
+            loss, losses = logits_loss(output.logits, labels, weights, self.z_loss)
         # Without indexing by a mask, which would wait for the device.
         count = sources * len(LOSS_GROUPS)
         sums = torch.stack([torch.where(cells == cell, losses, 0).sum() for cell in range(count)])
         if not carry:
-            return sums, None
-        if state_gradients is not None:
-            flows = [
-                output.memory_states[name].tensors()[field].flatten().dot(gradient.flatten())
-                for (name, field), gradient in state_gradients.items()
-            ]
-            flow = sum((flow.to(sums.dtype) for flow in flows), sums.new_zeros(()))
-            sums = torch.cat([sums, flow[None]])
-        return sums, {name: state.detach() for name, state in output.memory_states.items()}
+            return loss, sums, None
+        for (name, field), gradient in (state_gradients or {}).items():
+            state = output.memory_states[name].tensors()[field]
+            loss = loss + state.flatten().dot(gradient.flatten()).to(loss.dtype)
+        return loss, sums, {n: state.detach() for n, state in output.memory_states.items()}

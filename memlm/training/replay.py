@@ -22,16 +22,19 @@ _POSSIBLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULT
 class RowPasses(Protocol):
     """The forward and the backward pass of the rows of one micro-batch."""
 
-    def forward(self, batch: Batch, states: States | None) -> tuple[Tensor, States | None]:
+    def forward(
+        self, batch: Batch, states: States | None, scale: Tensor
+    ) -> tuple[Tensor, States | None]:
         """Summed losses, float32 [groups], detached, and the new states where they are carried.
 
         Args:
             batch: as `RowLoss` takes it.
             states: what the rows continue from; no gradient goes there.
+            scale: weight of each group in the loss, float32 [groups].
         """
 
-    def backward(self, scale: Tensor) -> None:
-        """Add the gradients of the sum of the losses times `scale`, float32 [groups]."""
+    def backward(self) -> None:
+        """Add the gradients of the loss of the last forward pass."""
 
 
 def row_passes(options: TrainConfig, accelerator: Accelerator, row_loss: nn.Module) -> RowPasses:
@@ -60,17 +63,19 @@ class WholeRows:
 
     def __init__(self, accelerator: Accelerator, row_loss: nn.Module, carry: bool):
         self.accelerator, self.row_loss, self.carry = accelerator, row_loss, carry
-        self._losses: Tensor | None = None
+        self._loss: Tensor | None = None
 
-    def forward(self, batch: Batch, states: States | None) -> tuple[Tensor, States | None]:
+    def forward(
+        self, batch: Batch, states: States | None, scale: Tensor
+    ) -> tuple[Tensor, States | None]:
         """See `RowPasses`."""
-        self._losses, states = self.row_loss(batch, states, self.carry)
-        return self._losses.detach(), states
+        self._loss, sums, states = self.row_loss(batch, states, scale, self.carry)
+        return sums, states
 
-    def backward(self, scale: Tensor) -> None:
+    def backward(self) -> None:
         """See `RowPasses`."""
-        losses, self._losses = self._losses, None
-        self.accelerator.backward((losses * scale).sum())
+        loss, self._loss = self._loss, None
+        self.accelerator.backward(loss)
 
 
 class ReplayedRows:
@@ -102,9 +107,11 @@ class ReplayedRows:
         self.plain_loss: RowLoss = accelerator.unwrap_model(row_loss)
         self.carry, self.segment = carry, segment
         self._kept: list[_Segment] = []
-        self._last: tuple[Tensor, States] | None = None
+        self._last: tuple[Tensor, Tensor, States] | None = None
 
-    def forward(self, batch: Batch, states: States | None) -> tuple[Tensor, States | None]:
+    def forward(
+        self, batch: Batch, states: States | None, scale: Tensor
+    ) -> tuple[Tensor, States | None]:
         """See `RowPasses`."""
         length = batch["labels"].shape[1]
         parts = [
@@ -118,34 +125,34 @@ class ReplayedRows:
             losses.append(sums)
         first = states if len(parts) == 1 else _leaves(states)
         with self._apart(len(parts) > 1):
-            sums, states = self.row_loss(parts[-1], first, self.carry)
-        self._last = (sums, first if len(parts) > 1 else {})
-        return torch.stack([*losses, sums.detach()]).sum(0), states
+            loss, sums, states = self.row_loss(parts[-1], first, scale, self.carry)
+        self._last = (loss, scale, first if len(parts) > 1 else {})
+        return torch.stack([*losses, sums]).sum(0), states
 
-    def backward(self, scale: Tensor) -> None:
+    def backward(self) -> None:
         """See `RowPasses`."""
-        (losses, leaves), self._last = self._last, None
+        (loss, scale, leaves), self._last = self._last, None
         end = self._surroundings()
         with self._apart(bool(self._kept)):
-            self._backward((losses * scale).sum())
-        del losses
+            self._backward(loss)
+        del loss
         while self._kept:
             gradients = _gradients(leaves)
             segment = self._kept.pop()
             self._restore(segment.surroundings)
             leaves = _leaves(segment.states) if self._kept else {}
             with self._apart(bool(self._kept)):
-                losses, _ = self.row_loss(
-                    segment.part, leaves or segment.states, True, state_gradients=gradients
+                loss, *_ = self.row_loss(
+                    segment.part, leaves or segment.states, scale, True, state_gradients=gradients
                 )
-                self._backward((losses[:-1] * scale).sum() + losses[-1])
-            del losses
+                self._backward(loss)
+            del loss
         self._restore(end)
 
     def _without_graph(self, part: Batch, states: States | None) -> tuple[Tensor, States]:
         # The graph must die here, before the next segment makes its own.
-        sums, states = self.plain_loss(part, states, True)
-        return sums.detach(), states
+        _, sums, states = self.plain_loss(part, states, carry=True)
+        return sums, states
 
     def _backward(self, loss: Tensor) -> None:
         # Where only a memory is trained, a segment of nothing but padding has no graph.

@@ -62,23 +62,23 @@ class Chained:
     def __init__(self, model: nn.Module, segment: int, accelerator: Accelerator | None = None):
         accelerator = accelerator or Accelerator(cpu=True)
         self.row_loss, self.segment = accelerator.prepare_model(RowLoss(model)), segment
-        self._losses: Tensor | None = None
+        self._loss: Tensor | None = None
 
-    def forward(self, batch, states):
-        losses = 0
+    def forward(self, batch, states, scale):
+        loss, losses = 0, 0
         detach, MemoryState.detach = MemoryState.detach, lambda state: state
         try:
             for start in range(0, batch["labels"].shape[1], self.segment):
                 part = {key: rows[:, start : start + self.segment] for key, rows in batch.items()}
-                sums, states = self.row_loss(part, states, True)
-                losses = losses + sums
+                part_loss, sums, states = self.row_loss(part, states, scale, True)
+                loss, losses = loss + part_loss, losses + sums
         finally:
             MemoryState.detach = detach
-        self._losses = losses
-        return losses.detach(), {name: state.detach() for name, state in states.items()}
+        self._loss = loss
+        return losses, {name: state.detach() for name, state in states.items()}
 
-    def backward(self, scale):
-        (self._losses * scale).sum().backward()
+    def backward(self):
+        self._loss.backward()
 
 
 Run = tuple[Tensor, dict[str, MemoryState], dict[str, Tensor]]
@@ -87,8 +87,8 @@ Run = tuple[Tensor, dict[str, MemoryState], dict[str, Tensor]]
 def run(model: nn.Module, passes, batch: dict[str, Tensor], states=None) -> Run:
     """Losses, new states, and the gradient of every parameter that has one."""
     model.zero_grad()
-    losses, states = passes.forward(batch, states)
-    passes.backward(SCALE)
+    losses, states = passes.forward(batch, states, SCALE)
+    passes.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return losses, states, {name: gradient.clone() for name, gradient in gradients.items()}
 

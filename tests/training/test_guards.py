@@ -25,7 +25,7 @@ def break_steps(trainer, steps, value=math.nan):
     """In these steps (from 1) losses, carried states and running statistics become `value`."""
 
     def hook(module, inputs, output):
-        losses, states = output
+        loss, sums, states = output
         if trainer.step + 1 not in steps:
             return None
         for buffer in trainer.model.buffers():
@@ -34,7 +34,7 @@ def break_steps(trainer, steps, value=math.nan):
             for tensor in state.tensors().values():
                 if tensor.is_floating_point():
                     tensor.fill_(value)
-        return losses * value, states
+        return loss * value, sums * value, states
 
     trainer.row_loss.register_forward_hook(hook)
     return trainer
@@ -188,9 +188,9 @@ from memlm.training import Trainer
 trainer = Trainer(load_config(sys.argv[1]))
 
 def one_process_fails(module, inputs, output):
-    losses, states = output
+    loss, sums, states = output
     if trainer.step == 2 and trainer.accelerator.process_index == 1:
-        return losses * math.nan, states
+        return loss * math.nan, sums * math.nan, states
 
 trainer.row_loss.register_forward_hook(one_process_fails)
 trainer.run()

@@ -28,8 +28,9 @@ def model():
 
 
 def test_sums_belong_to_their_groups(model, batch):
-    sums, states = RowLoss(model)(batch)
-    assert states is None
+    loss, sums, states = RowLoss(model)(batch)
+    assert states is None and not sums.requires_grad
+    assert torch.allclose(loss, sums.sum())
     logits = model(batch["input_ids"], use_cache=False).logits
     for group in (0, 1):
         mask = (batch["loss_groups"] == group) & (batch["labels"] != -100)
@@ -39,7 +40,7 @@ def test_sums_belong_to_their_groups(model, batch):
 
 
 def test_returned_states_carry_no_gradient(model, batch):
-    _, states = RowLoss(model)(batch, carry=True)
+    *_, states = RowLoss(model)(batch, carry=True)
     tensors = [tensor for state in states.values() for tensor in state.tensors().values()]
     assert tensors
     assert not any(tensor.requires_grad for tensor in tensors)
@@ -62,9 +63,9 @@ def test_telling_sources_apart_changes_no_gradient(model, batch):
 
     def run(sources, rows):
         model.zero_grad()
-        sums, _ = RowLoss(model, sources)(rows)
         counts = group_counts(rows, sources)
-        loss = (sums * group_coefficients(counts, weights)).sum()
+        scale = group_coefficients(counts, weights)
+        loss, sums, _ = RowLoss(model, sources)(rows, scale=scale)
         loss.backward()
         return loss, [p.grad.clone() for p in model.parameters()], sums.view(sources, 2), counts
 
@@ -77,4 +78,4 @@ def test_telling_sources_apart_changes_no_gradient(model, batch):
         assert torch.allclose(mine, other, rtol=1e-4, atol=1e-7)
     assert sums[1].tolist() == [0, 0] and (sums[[0, 2]] > 0).all()
     # Rows of data that are not told apart, as held-out ones, are summed by group alone.
-    assert torch.allclose(RowLoss(model, 3)(batch)[0], plain_sums[0])
+    assert torch.allclose(RowLoss(model, 3)(batch)[1], plain_sums[0])

@@ -57,7 +57,7 @@ def first_of_each(spec=True):
 def after_an_update(model):
     """What lanes carry into a step: states of rows that were read with other weights."""
     batch = make_batch(seed=1)
-    _, states = passes_of(model).forward(batch, None)
+    _, states = passes_of(model).forward(batch, None, SCALE)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
@@ -78,7 +78,7 @@ def test_gradients_are_those_of_one_graph_through_the_row(case):
     assert_same_run(actual, expected, 1e-9)
     # The states that are carried on may differ where nobody looks, but not in what they mean.
     later, further = make_batch(first=14, seed=2), passes_of(model)
-    losses = [further.forward(later, states)[0] for _, states, _ in (actual, expected)]
+    losses = [further.forward(later, states, SCALE)[0] for _, states, _ in (actual, expected)]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-9, atol=1e-9)
 
 
@@ -289,8 +289,8 @@ def replay_on_a_share(name):
     for index in range(2):
         part = {key: rows[[2 * rank + index]] for key, rows in batch.items()}
         with accelerator.no_sync(passes.row_loss) if index == 0 else torch.enable_grad():
-            passes.forward(part, None)
-            passes.backward(SCALE * count)
+            passes.forward(part, None, SCALE * count)
+            passes.backward()
     assert len(reductions) == len(set(reductions)) > 0
     return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
@@ -363,7 +363,7 @@ def test_graphs_hold_one_segment_however_long_the_row(memory):
 def test_kept_states_hold_nothing_else():
     model = build_model(LAYERS)
     passes = passes_of(model, SEGMENT)
-    passes.forward(make_batch(), None)
+    passes.forward(make_batch(), None, SCALE)
     kept = [segment.states for segment in passes._kept]
     assert len(kept) == 3 and kept[0] is None
     for states in kept[1:]:
@@ -371,7 +371,7 @@ def test_kept_states_hold_nothing_else():
             for tensor in state.tensors().values():
                 assert not tensor.requires_grad
                 assert tensor.untyped_storage().nbytes() <= tensor.nbytes
-    passes.backward(SCALE)
+    passes.backward()
     assert not passes._kept
 
 
