@@ -6,7 +6,8 @@ Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv 241
 from torch import Tensor
 
 from memlm.cuda.dispatch import choose_name
-from memlm.cuda.linear_cross_entropy.reference import linear_cross_entropy_reference
+from memlm.cuda.linear_cross_entropy import operator
+from memlm.cuda.linear_cross_entropy.inputs import Inputs
 
 __all__ = ["linear_cross_entropy"]
 
@@ -50,8 +51,9 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes or values that do not fit together.
     """
-    name = choose_name("linear_cross_entropy", {"reference": None}, hidden.device)
-    assert name == "reference"
-    return linear_cross_entropy_reference(
+    inputs = Inputs.of_call(
         hidden, weight, targets, token_weights, ignore_index, softcap, z_loss, shift
     )
+    name = choose_name("linear_cross_entropy", operator.refusals(inputs), hidden.device)
+    loss, losses = operator.run(name, inputs)
+    return loss, losses.view(targets.shape)

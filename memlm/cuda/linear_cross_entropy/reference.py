@@ -2,32 +2,21 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from memlm.cuda.linear_cross_entropy.inputs import Inputs
 
 
-def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    token_weights: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    z_loss: float,
-    shift: bool,
-) -> tuple[Tensor, Tensor]:
-    """See `memlm.cuda.linear_cross_entropy`."""
-    if shift:
-        targets = F.pad(targets[..., 1:], (0, 1), value=ignore_index)
-    logits = hidden @ weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    counts = targets != ignore_index
+def linear_cross_entropy_reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The loss, with autograd's gradients, and the losses [N]: see `linear_cross_entropy`."""
+    logits = inputs.hidden.to(inputs.dtype) @ inputs.weight.to(inputs.dtype).T
+    logits = logits.to(inputs.sum_dtype)
+    if inputs.softcap is not None:
+        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+    counts = inputs.targets != inputs.ignore_index
     log_sum = logits.logsumexp(-1)
-    chosen = logits.gather(-1, targets.where(counts, 0)[..., None]).squeeze(-1)
-    losses = torch.where(counts, log_sum - chosen, 0)
-    penalties = torch.where(counts, z_loss * log_sum.square(), 0)
-    total = losses + penalties
-    if token_weights is not None:
-        total = total * token_weights.to(total.dtype)
-    return total.sum(), losses.detach()
+    chosen = logits.gather(-1, inputs.targets.where(counts, 0)[:, None]).squeeze(-1)
+    losses = log_sum - chosen
+    total = losses + inputs.z_loss * log_sum.square()
+    if inputs.token_weights is not None:
+        total = total * inputs.token_weights
+    return torch.where(counts, total, 0).sum(), torch.where(counts, losses, 0).detach()
