@@ -1,9 +1,10 @@
 """One call of a model with an attached memory, as its attention layers see it."""
 
 import contextlib
+import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,6 +75,12 @@ class AttachedCall:
             self._new.update(new)
         return added
 
+    def again(self, shared: dict[Any, Any]) -> "AttachedCall":
+        """The same call for a layer that runs again: it finds `shared`, and shares nothing."""
+        call = copy.copy(self)
+        call.context = dataclasses.replace(self.context, shared=dict(shared))
+        return call
+
     def finish(self) -> States:
         """The memories' new states. The call keeps none of them, as they hold its graph."""
         new, self._new = self._new, None
@@ -142,12 +149,21 @@ class CallCheckpoint:
         self.function = function
 
     def __call__(self, layer: Callable, *args: Any) -> Any:
-        return self.function(partial(_run_in, _active(), layer), *args)
+        return self.function(_InCall(_active(), layer), *args)
 
 
-def _run_in(call: AttachedCall, layer: Callable, *args: Any) -> Any:
-    with call.active():
-        return layer(*args)
+class _InCall:
+    """A layer that runs inside a call, and finds there the same each time it runs."""
+
+    def __init__(self, call: AttachedCall, layer: Callable):
+        self.call, self.layer, self.runs = call, layer, 0
+        self.shared = dict(call.context.shared)
+
+    def __call__(self, *args: Any) -> Any:
+        self.runs += 1
+        call = self.call if self.runs == 1 else self.call.again(self.shared)
+        with call.active():
+            return self.layer(*args)
 
 
 def _active() -> AttachedCall:

@@ -24,6 +24,7 @@ from memlm.data.hub import hub_documents
 from memlm.data.shard_manifest import tokenizer_hash
 from memlm.errors import UserError
 from memlm.gloo import hold_gloo
+from memlm.memory import ValueTable
 from memlm.memory.exchange import all_gather_reads
 from memlm.memory.sharding import MEMORY, shard_values, tables_apart
 from memlm.models import (
@@ -34,7 +35,7 @@ from memlm.models import (
     attach_memory,
     load_memory,
 )
-from memlm.models.attached import AttachedMixin
+from memlm.models.activations import set_activations
 from memlm.models.insert import freeze_base, insert
 from memlm.models.retrofit import INSERT, retrofit_config
 from memlm.training.base_model import (
@@ -45,6 +46,7 @@ from memlm.training.base_model import (
     load_own,
 )
 from memlm.training.checkpoint import check_architecture
+from memlm.training.fully_sharded import main_has_weights, prepare_sharded, send_from_main
 from memlm.training.logs import check_trackers
 from memlm.training.loss import RowLoss
 from memlm.training.row_optimizer import RowOptimizer
@@ -122,6 +124,11 @@ def _check_sharding(accelerator: Accelerator) -> None:
             "configs/accelerate/fsdp2.yaml"
         )
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded and accelerator.state.fsdp_plugin.activation_checkpointing:
+        raise UserError(
+            "fsdp_activation_checkpointing is not supported; leave it out of the launch config and "
+            "use train.activations"
+        )
     if asked and not sharded and accelerator.is_main_process:
         print(
             "warning: FSDP was asked for, but accelerate does not shard in "
@@ -174,8 +181,18 @@ def open_datasets(
     return training, held_out.with_length(last.length, last.digits)
 
 
+def starts_empty(accelerator: Accelerator, source: Path | None) -> bool:
+    """Whether this process's model is built on the meta device.
+
+    Under FSDP2 it gets its weights when it is sharded, from the main process, or from the parts of
+    a checkpoint.
+    """
+    in_parts = source is not None and has_parts(source)
+    return accelerator.is_fsdp2 and (in_parts or not accelerator.is_main_process)
+
+
 def build_inputs(
-    config: RunConfig, source: Path | None
+    config: RunConfig, source: Path | None, empty: bool = False
 ) -> tuple[PreTrainedTokenizerBase, PackedDataset, PackedDataset | None, PreTrainedModel]:
     """The tokenizer, the training rows, the held-out rows if any are wanted, and the model.
 
@@ -185,6 +202,7 @@ def build_inputs(
     Args:
         config: the run.
         source: the checkpoint to go on from; None = it is new.
+        empty: the model has no weights yet (see `build_model`).
 
     Raises:
         UserError: for anything that does not fit.
@@ -199,7 +217,7 @@ def build_inputs(
                 "trained with; resume with that one"
             )
     training, held_out = open_datasets(config, tokenizer)
-    return tokenizer, training, held_out, build_model(config, tokenizer, source)
+    return tokenizer, training, held_out, build_model(config, tokenizer, source, empty)
 
 
 def check_model(
@@ -249,7 +267,10 @@ def _insert_config(config: RunConfig) -> InsertConfig | None:
 
 
 def build_model(
-    config: RunConfig, tokenizer: PreTrainedTokenizerBase, source: Path | None
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Path | None,
+    empty: bool = False,
 ) -> PreTrainedModel:
     """The model with new weights, those of a pretrained model, or those of a checkpoint.
 
@@ -259,6 +280,8 @@ def build_model(
         config: the run.
         tokenizer: of the data.
         source: the checkpoint to go on from; None = it is new.
+        empty: on the meta device, without weights; not for a memory that is attached to a
+            pretrained model, which every process loads.
 
     Raises:
         UserError: as `check_model`; for a pretrained model that cannot be loaded, or knows fewer
@@ -268,6 +291,9 @@ def build_model(
     inserted = _insert_config(config)
     if isinstance(model_config, AttachConfig):
         model = _build_attached(config, model_config, tokenizer, source)
+    elif empty:
+        with torch.device("meta"):
+            model = MemLMForCausalLM(model_config)
     elif source is not None and not has_parts(source):
         model = load_checkpoint(source)
     elif source is None and "pretrained" in config.model:
@@ -280,8 +306,7 @@ def build_model(
         model = MemLMForCausalLM(model_config)
     if inserted is not None and inserted.freeze_base:
         freeze_base(model, inserted)
-    if config.train.activations == "recompute":
-        model.gradient_checkpointing_enable()
+    set_activations(model, config.train.activations)
     return model
 
 
@@ -308,9 +333,15 @@ def share_tables(accelerator: Accelerator, model: PreTrainedModel, options: Trai
     """
     if options.memory_parallel == 1:
         return
+    tables = {name: table for name, table in model.named_modules() if isinstance(table, ValueTable)}
+    sends = accelerator.is_fsdp2 and main_has_weights(accelerator, model)
+    whole = {name: table.weight.detach() for name, table in tables.items() if sends}
     shape = (accelerator.num_processes // options.memory_parallel, options.memory_parallel)
     mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=(REPLICATE, MEMORY))
     shard_values(model, mesh, options.memory_shard)
+    if sends:
+        parts = {name: table.weight for name, table in tables.items()}
+        send_from_main(parts, whole, accelerator.device)
 
 
 def prepare(
@@ -327,18 +358,17 @@ def prepare(
     if accelerator.ddp_handler is not None:
         # A memory's parameters have no gradient in a step whose rows never reach them.
         accelerator.ddp_handler.find_unused_parameters = bool(row_loss.model.memories())
-    if accelerator.is_fsdp2 and isinstance(row_loss.model, AttachedMixin):
-        # The units of sharding: the decoder layers of the pretrained model, not our blocks.
-        layers = row_loss.model.attachment.layers
-        names = {type(row_loss.model.get_submodule(layer.name)).__name__ for layer in layers}
-        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(names)
-    with warnings.catch_warnings(), tables_apart(row_loss, accelerator.device):
-        # The name that replaces it in torch 2.13 does not exist in torch 2.11.
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-        row_loss, *wrapped = accelerator.prepare(row_loss, *others)
+    if accelerator.is_fsdp2:
+        prepare_sharded(accelerator, row_loss, optimizers)
+    else:
+        with warnings.catch_warnings(), tables_apart(row_loss, accelerator.device):
+            # The name that replaces it in torch 2.13 does not exist in torch 2.11.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            row_loss, *wrapped = accelerator.prepare(row_loss, *others)
+        others = [optimizer.optimizer for optimizer in wrapped]
     if accelerator.num_processes > 1:
         _exchange_reads(rows, accelerator.num_processes)
-    return [row_loss, *(optimizer.optimizer for optimizer in wrapped), *rows]
+    return [row_loss, *others, *rows]
 
 
 def _exchange_reads(optimizers: list[RowOptimizer], processes: int) -> None:

@@ -32,7 +32,9 @@ def refusals(inputs: Inputs) -> dict[str, str | None]:
 def run(implementation: str, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """h [B, T, D] and the final states [N, D]."""
     arguments = (inputs.a, inputs.b, inputs.initial_state, inputs.cu_seqlens, implementation)
-    if type(inputs.b) is Tensor and not torch.compiler.is_compiling():
+    # A dispatch mode, such as selective checkpointing, is to see one op.
+    watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if type(inputs.b) is Tensor and not watched:
         if not torch.is_grad_enabled():
             return _module(implementation).forward(inputs)
         return _Untraced.apply(*arguments)
