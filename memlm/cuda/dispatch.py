@@ -27,6 +27,8 @@ SPEED_ORDER = ("cuda", "triton", "native", "eager", "reference")  # fastest firs
 KERNELS = ("cuda", "triton")
 
 _logged: set[tuple[str, str, str]] = set()
+Chooser = Callable[[str, Mapping[str, str | None]], str]
+_chooser: contextvars.ContextVar[Chooser | None] = contextvars.ContextVar("chooser", default=None)
 
 
 def choose(
@@ -61,6 +63,9 @@ def choose_name(
     `refusals` names the implementations there are, each with the reason why the operation cannot
     take it for these arguments, or None. Raises what `choose` raises.
     """
+    chooser = _chooser.get()
+    if chooser is not None:
+        return chooser(operation, refusals)
     device = torch.device("cpu") if device is None else device
     wanted = _wanted(operation)
     if wanted == "auto":
@@ -74,8 +79,30 @@ def choose_name(
 
 
 def may_be_chosen(operation: str, implementation: str) -> bool:
-    """Whether ``MEMLM_KERNELS`` names this implementation or leaves the choice open."""
+    """Whether ``MEMLM_KERNELS`` names this implementation or leaves the choice open.
+
+    Under `chosen_by` nothing runs that is not asked for by name.
+    """
+    if _chooser.get() is not None:
+        return False
     return _wanted(operation) in ("auto", implementation)
+
+
+@contextlib.contextmanager
+def chosen_by(chooser: Chooser) -> Iterator[None]:
+    """Let a function choose, whatever ``MEMLM_KERNELS`` says and the device is.
+
+    To find what another device would keep for a backward pass, with tensors that have only a shape.
+
+    Args:
+        chooser: gives the name of an implementation for an operation and the `refusals` of
+            `choose_name`.
+    """
+    token = _chooser.set(chooser)
+    try:
+        yield
+    finally:
+        _chooser.reset(token)
 
 
 def _wanted(operation: str) -> str:
