@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from memlm.cuda import linear_recurrence
 from memlm.errors import UserError
-from memlm.layers.context import SequenceLayout
 from memlm.layers.convolution import ShortConvolution
 from memlm.layers.gated_norm import GatedRMSNorm
+from memlm.layers.row_convolution import convolve_rows
 from memlm.memory.base import CallContext, MemoryConfig, MemoryModule, register
-from memlm.memory.matrix_state import MatrixState, zero_matrices
+from memlm.memory.matrix_state import MatrixState, read_and_write, zero_matrices
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -141,6 +140,8 @@ class GatedDelta(MemoryModule):
     the given state as it is: it neither decays nor takes anything up between them.
     """
 
+    shares_sequence = True
+
     def __init__(self, config: GatedDeltaConfig, hidden_size: int, norm_eps: float = 1e-6):
         super().__init__(config, hidden_size, norm_eps)
         H, HV, K, V = self.sizes = config.sizes(hidden_size)
@@ -203,33 +204,25 @@ class GatedDelta(MemoryModule):
     ) -> tuple[Tensor, GatedDeltaState]:
         layout = context.layout
         x = layout.pack(hidden)
-        incoming = layout.incoming(state)
-        q, k, v, tail = self._queries_keys_values(x, incoming.conv, layout)
+        q, k, v, tail = self._queries_keys_values(x, state.conv, context)
         if context.write:
             gates = self._gates(x)
         else:
             k, gates = torch.zeros_like(k), {"log_decay": None, "beta": None}
-        o, recurrent = linear_recurrence(
-            q,
-            k,
-            v,
-            **gates,
-            initial_state=incoming.recurrent,
-            cu_seqlens=layout.cu_seqlens,
-            return_state=True,
-            qk_l2norm=self.conv1d is None,  # the convolution normalizes what it hands out
+        normalize = self.conv1d is None  # the convolution normalizes what it hands out
+        o, recurrent = read_and_write(
+            q, k, v, carried=state.recurrent, context=context, qk_l2norm=normalize, **gates
         )
         o = self.o_norm(o, None if self.g_proj is None else self.g_proj(x))
         output = layout.unpack(self.o_proj(o.flatten(-2)))
         if not context.write:
             return output, state
-        final = GatedDeltaState(recurrent, tail.to(state.conv.dtype))
-        return output, layout.outgoing(final, state)
+        return output, GatedDeltaState(recurrent, tail.to(state.conv.dtype))
 
     def _queries_keys_values(
-        self, x: Tensor, tail: Tensor, layout: SequenceLayout
+        self, x: Tensor, tail: Tensor, context: CallContext
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k [B, T, H, K] and v [B, T, HV, V] of packed tokens, and the new tails."""
+        """q, k [B, T, H, K] and v [B, T, HV, V] of packed tokens, and the new tails of the rows."""
         H, HV, K, V = self.sizes
         projected = [layer(x) for layer in (self.q_proj, self.k_proj, self.v_proj)]
         if self.conv1d is None:
@@ -238,7 +231,8 @@ class GatedDelta(MemoryModule):
             q, k, v = (F.silu(part).unflatten(-1, shape) for part, shape in parts)
         else:
             split = ((H, K, True), (H, K, True), (HV, V, False))
-            (q, k, v), tail = self.conv1d(torch.cat(projected, -1), tail, layout, split)
+            inputs = torch.cat(projected, -1)
+            (q, k, v), tail = convolve_rows(self.conv1d, inputs, tail, context, split)
         return q, k, v, tail
 
     def _gates(self, x: Tensor) -> dict[str, Any]:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memlm.cuda import linear_recurrence
 from memlm.errors import UserError
 from memlm.memory.base import CallContext, MemoryConfig, MemoryModule, register
-from memlm.memory.matrix_state import MatrixState, zero_matrices
+from memlm.memory.matrix_state import MatrixState, read_and_write, zero_matrices
 
 # Beside a sum of products of positive features; keeps the first read of an empty state finite.
 NORMALIZER_EPS = 1e-6
@@ -79,6 +78,8 @@ class LinearAttention(MemoryModule):
     after its own write. With `context.write` False, tokens read the given state as it is.
     """
 
+    shares_sequence = True
+
     def __init__(self, config: LinearAttentionConfig, hidden_size: int, norm_eps: float = 1e-6):
         super().__init__(config, hidden_size, norm_eps)
         H, D = self.sizes = config.sizes(hidden_size)
@@ -106,23 +107,20 @@ class LinearAttention(MemoryModule):
         v = self.v_proj(x).unflatten(-1, self.sizes)
         if self.config.normalizer:
             v = F.pad(v, (0, 1), value=1.0)  # sums the keys themselves
-        o, recurrent = linear_recurrence(
+        o, recurrent = read_and_write(
             q,
             k if context.write else torch.zeros_like(k),
             v,
-            log_decay=None,
-            beta=None,
+            None,
+            None,
+            state.recurrent,
+            context,
             scale=1.0,
-            initial_state=layout.incoming(state).recurrent,
-            cu_seqlens=layout.cu_seqlens,
-            return_state=True,
         )
         if self.config.normalizer:
             o = o[..., :-1] / (o[..., -1:] + NORMALIZER_EPS)
         output = layout.unpack(self.o_proj(self.o_norm(o.flatten(-2))))
-        if not context.write:
-            return output, state
-        return output, layout.outgoing(MatrixState(recurrent), state)
+        return output, MatrixState(recurrent) if context.write else state
 
     def flops(self, tokens: int) -> int:
         """Projections and the recurrence token by token (4 per state entry)."""

@@ -8,15 +8,18 @@ sequences.
 
 import dataclasses
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from memlm.cuda import diagonal_scan
+from memlm.cuda.recurrence_maps import diagonal_scan_map
 from memlm.errors import UserError
+from memlm.layers.affine_states import continue_rows
 from memlm.layers.convolution import ShortConvolution
+from memlm.layers.row_convolution import convolve_rows
 from memlm.memory.base import CallContext, MemoryConfig, MemoryModule, MemoryState, register
 
 
@@ -53,22 +56,23 @@ class DiagonalConfig(MemoryConfig):
 
 
 @dataclasses.dataclass
-class DiagonalState(MemoryState):
-    """The state of single channels.
-
-    Attributes:
-        recurrent: [B, width], at least float32; zero before the first token.
-        conv: [B, conv_size - 1, hidden_size], the last inputs of the convolution (no tokens
-            without one).
-    """
+class ScanState(MemoryState):
+    """recurrent: [B, width], at least float32; zero before the first token."""
 
     recurrent: Tensor
-    conv: Tensor
 
-    def reset(self, rows: Tensor | None = None) -> "DiagonalState":
+    def reset(self, rows: Tensor | None = None) -> Self:
         if rows is None:
             return self._map(torch.zeros_like)
         return self._map(lambda x: x.masked_fill(rows.view(-1, *[1] * (x.ndim - 1)), 0))
+
+
+@dataclasses.dataclass
+class DiagonalState(ScanState):
+    """As ScanState; conv: [B, conv_size - 1, hidden_size], the last inputs of the convolution (no
+    tokens without one)."""
+
+    conv: Tensor
 
 
 class DiagonalMemory(MemoryModule):
@@ -78,6 +82,7 @@ class DiagonalMemory(MemoryModule):
     it is.
     """
 
+    shares_sequence = True
     gates: ClassVar[tuple[str, ...]]  # names of the projections with a bias
 
     def __init__(self, config: DiagonalConfig, hidden_size: int, norm_eps: float = 1e-6):
@@ -110,30 +115,38 @@ class DiagonalMemory(MemoryModule):
     def forward(
         self, hidden: Tensor, state: DiagonalState, context: CallContext
     ) -> tuple[Tensor, DiagonalState]:
-        layout = context.layout
-        incoming = layout.incoming(state)
-        x, tail = layout.pack(hidden), incoming.conv
+        x, tail = context.layout.pack(hidden), state.conv
         if self.conv1d is not None:
-            x, tail = self.conv1d(x, tail, layout)
+            x, tail = convolve_rows(self.conv1d, x, tail, context)
         candidate = self.h_proj(x)
         if context.write:
             keep, take = self.keep_and_take(x)
             b = (take * positive(candidate)).to(candidate.dtype)
         else:
             keep, b = torch.ones_like(candidate), torch.zeros_like(candidate)
-        h, recurrent = diagonal_scan(
-            keep, b, incoming.recurrent, layout.cu_seqlens, return_state=True
-        )
-        output = layout.unpack(self.o_proj(h))
+        h, recurrent = _scan(keep, b, state.recurrent, context)
+        output = context.layout.unpack(self.o_proj(h))
         if not context.write:
             return output, state
-        final = DiagonalState(recurrent, tail.to(state.conv.dtype))
-        return output, layout.outgoing(final, state)
+        return output, DiagonalState(recurrent, tail.to(state.conv.dtype))
 
     def flops(self, tokens: int) -> int:
         """Projections, convolution and three per channel of the state."""
         matrices = sum(p.numel() for p in self.parameters() if p.ndim > 1)
         return tokens * (2 * matrices + 3 * self.width)
+
+
+def _scan(keep: Tensor, b: Tensor, carried: Tensor, context: CallContext) -> tuple[Tensor, Tensor]:
+    """h of packed tokens and the new states of the rows [B, width], given those before the call:
+    see `memlm.memory.matrix_state.read_and_write`."""
+    layout = context.layout
+    if context.sequence is not None:
+        run = diagonal_scan_map(keep, b, layout.cu_seqlens)
+        return continue_rows(run, carried, layout, context.sequence)
+    state = ScanState(carried)
+    before = layout.incoming(state).recurrent
+    h, final = diagonal_scan(keep, b, before, layout.cu_seqlens, return_state=True)
+    return h, layout.outgoing(ScanState(final), state).recurrent
 
 
 def positive(x: Tensor) -> Tensor:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from memlm.cuda import linear_recurrence
 from memlm.errors import UserError
 from memlm.layers.gated_norm import GatedRMSNorm
 from memlm.layers.rotary import Rotary
 from memlm.memory.base import CallContext, MemoryConfig, MemoryModule, register
-from memlm.memory.matrix_state import MatrixState, zero_matrices
+from memlm.memory.matrix_state import MatrixState, read_and_write, zero_matrices
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -91,6 +90,8 @@ class Retention(MemoryModule):
     it is: it neither fades nor takes anything up between them.
     """
 
+    shares_sequence = True
+
     def __init__(self, config: RetentionConfig, hidden_size: int, norm_eps: float = 1e-6):
         super().__init__(config, hidden_size, norm_eps)
         H, K, V = self.sizes = config.sizes(hidden_size)
@@ -126,21 +127,18 @@ class Retention(MemoryModule):
         positions = layout.pack(context.position_ids)
         cos, sin = Rotary(K, self.config.rope_theta).angles(positions, q.dtype)
         q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
-        o, recurrent = linear_recurrence(
+        o, recurrent = read_and_write(
             q,
             k if context.write else torch.zeros_like(k),
             self.v_proj(x).unflatten(-1, (H, V)),
             self.log_decay(x) if context.write else None,
-            beta=None,
-            initial_state=layout.incoming(state).recurrent,
-            cu_seqlens=layout.cu_seqlens,
-            return_state=True,
+            None,
+            state.recurrent,
+            context,
         )
         o = self.o_norm(o, self.g_proj(x))
         output = layout.unpack(self.o_proj(o.flatten(-2)))
-        if not context.write:
-            return output, state
-        return output, layout.outgoing(MatrixState(recurrent), state)
+        return output, MatrixState(recurrent) if context.write else state
 
     def flops(self, tokens: int) -> int:
         """Projections and the recurrence token by token (5 per state entry)."""
