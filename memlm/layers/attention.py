@@ -16,16 +16,35 @@ from memlm.cuda.attention_step import native
 from memlm.layers.attention_config import AttentionConfig
 from memlm.layers.attention_state import AttentionState
 from memlm.layers.context import CallContext, SequenceLayout
-from memlm.layers.convolution import ConvolutionState, ShortConvolution
+from memlm.layers.convolution import ConvolutionState, ShortConvolution, carried_tail
 from memlm.layers.norm import RMSNorm
 from memlm.layers.rotary import Rotary, rotate_both
+from memlm.layers.sequence_group import tied
 from memlm.layers.short_attention import short_causal_attention, suits
 
 
 def _decodes(context: CallContext) -> bool:
     """Whether each row has the next token of its document, and nothing records the call."""
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    recorded = recorded or context.sequence is not None
     return context.layout.is_step and not context.layout.may_jump and not recorded
+
+
+def _behind_carried(
+    key: Tensor, value: Tensor, state: AttentionState, context: CallContext
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys, values, positions and documents of the carried document and the call, side by side."""
+    positions, documents = context.position_ids, context.layout.document
+    if not state.positions.shape[1]:
+        return key, value, positions, documents
+    continued = (documents == 0).any(1, keepdim=True)
+    carried = torch.where((state.positions >= 0) & continued, 0, -1)
+    return (
+        torch.cat([state.keys.to(key.dtype), key], dim=1),
+        torch.cat([state.values.to(value.dtype), value], dim=1),
+        torch.cat([state.positions, positions], dim=1),
+        torch.cat([carried, documents], dim=1),
+    )
 
 
 class Attention(nn.Module):
@@ -41,6 +60,8 @@ class Attention(nn.Module):
     is_causal = True
     # Whether a token in decoding may pass by `_project` and `_attend`.
     steps_natively = True
+    # It attends to the columns of all processes that hold the rows together.
+    shares_sequence = True
 
     def __init__(
         self,
@@ -112,6 +133,9 @@ class Attention(nn.Module):
             [B, T, hidden_size] and the new state.
         """
         if self.convolution is not None:
+            if context.sequence is not None:
+                before = carried_tail(hidden, state.tail, context.layout, context.sequence)
+                state = state.with_tail(before)
             hidden, tail = self.convolve(hidden, state, context.layout)
             state = state.with_tail(tail)
         angles = None
@@ -145,15 +169,9 @@ class Attention(nn.Module):
         layout = context.layout
         if _decodes(context) and (state.has_no_gaps() or not self._uses_flash()):
             return self._step(query, key, value, state, context)
-        keys, values, positions, documents = key, value, context.position_ids, layout.document
-        if state.positions.shape[1]:
-            keys = torch.cat([state.keys.to(key.dtype), key], dim=1)
-            values = torch.cat([state.values.to(value.dtype), value], dim=1)
-            positions = torch.cat([state.positions, positions], dim=1)
-            continued = (documents == 0).any(1, keepdim=True)
-            carried = torch.where((state.positions >= 0) & continued, 0, -1)
-            documents = torch.cat([carried, documents], dim=1)
-
+        if context.sequence is not None:
+            key, state = self._behind_others(key, value, state, context)
+        keys, values, positions, documents = _behind_carried(key, value, state, context)
         if self._uses_flash():
             output = self._packed(query, keys, values, documents, layout)
         elif self.window is not None and query.shape[1] > self.window and bool(layout.valid.all()):
@@ -162,6 +180,31 @@ class Attention(nn.Module):
             output = self._masked(query, keys, values, positions, documents, layout)
         state = self._next_state(state, keys, values, positions, documents, layout)
         return output.flatten(2), state
+
+    def _behind_others(
+        self, key: Tensor, value: Tensor, state: AttentionState, context: CallContext
+    ) -> tuple[Tensor, AttentionState]:
+        """What this process's columns carry in from those of the processes before, and `key`."""
+        sequence, before = context.sequence, context.before
+        own, reach = key.shape[1], None if self.window is None else self.window - 1
+        both = torch.cat([key, value], dim=-1)
+        if context.dense and reach is not None and 0 < reach <= own:
+            # All that a query may see lies in its own columns and at the end of those before.
+            found = sequence.from_previous(both[:, own - reach :])
+            key = tied(key, found)
+            if before is None:
+                return key, state
+            documents = before.layout.document[:, -reach:]
+            positions = before.position_ids[:, -reach:]
+            positions = torch.where(documents == documents[:, -1:], positions, -1)
+            return key, AttentionState(*found.chunk(2, dim=-1), positions, state.tail)
+        parts = sequence.all(both)
+        key = tied(key, *parts)
+        if before is None:
+            return key, state
+        earlier = torch.cat(parts[: sequence.rank], dim=1).chunk(2, dim=-1)
+        columns = _behind_carried(*earlier, state, before)
+        return key, self._next_state(state, *columns, before.layout)
 
     def _uses_flash(self) -> bool:
         return "flash" in (self.config._attn_implementation or "")
@@ -358,6 +401,8 @@ class Attention(nn.Module):
         self, query: Tensor, keys: Tensor, values: Tensor, documents: Tensor, layout: SequenceLayout
     ) -> Tensor:
         """Flash attention takes the borders of packed documents instead of a mask."""
+        if not layout.num_tokens:
+            return tied(torch.zeros_like(query), query, keys, values)
         batch_size, length = query.shape[:2]
         columns = documents.shape[1]
         key_index = (documents >= 0).flatten().nonzero().squeeze(1)

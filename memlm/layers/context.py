@@ -191,6 +191,7 @@ class CallContext:
         sequence: the processes that hold the rows together; then everything else here is about
             this process's columns. None = it has whole rows.
         before: of the columns before them, which other processes have; None where there are none.
+        dense: whether the whole rows that they are part of have no padding.
     """
 
     layout: SequenceLayout
@@ -200,6 +201,7 @@ class CallContext:
     input_ids: Tensor | None = None
     sequence: SequenceGroup | None = None
     before: "CallContext | None" = None
+    dense: bool = False
 
     def rotary_angles(self, rotary: Rotary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the tokens' rotary angles, [B, T, channels], made once in a call."""

@@ -83,12 +83,15 @@ def tied(tensor: Tensor, *others: Tensor) -> Tensor:
 class _Tied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, *others: Tensor) -> Tensor:
-        ctx.others = len(others)
+        ctx.others = [(other.shape, other.dtype) for other in others]
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient, *[None] * ctx.others
+        # Zeros rather than nothing: on a GPU, autograd runs what is given nothing in a thread of
+        # its own, out of order.
+        zeros = [gradient.new_zeros((), dtype=dtype).expand(shape) for shape, dtype in ctx.others]
+        return gradient, *zeros
 
 
 class _AllGather(torch.autograd.Function):

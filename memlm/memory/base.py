@@ -74,6 +74,12 @@ class MemoryModule(nn.Module, ABC):
     name: ClassVar[str]
     # Set by the model where an earlier layer has the same `share` and keeps what is shared.
     follows = False
+    # Whether `forward` deals with `context.sequence`. Otherwise the processes that hold rows
+    # together run it in turn, each from the state that the one before hands on. Then it is given
+    # the state at the start of the whole rows, has to make every collective also where its own
+    # columns are nothing but padding, and its new state on the last process has to be that of the
+    # whole rows; what the others return is not used.
+    shares_sequence = False
 
     def __init__(self, config: MemoryConfig, hidden_size: int, norm_eps: float = 1e-6):
         super().__init__()

@@ -1,5 +1,6 @@
 """One layer of the model: a mixer, an optional memory and a feed-forward site."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from memlm.layers.mlp import SwiGLU
 from memlm.layers.moe import MixtureOfExperts
 from memlm.layers.norm import RMSNorm
 from memlm.layers.state import MemoryState
+from memlm.layers.state_passing import hand_on, receive_states
 from memlm.memory import MemoryModule, memory_class
 from memlm.memory.base import AttendingMemory
 from memlm.models.configuration import FEED_FORWARDS, SITES, LayerPlan, MemLMConfig
@@ -86,17 +88,47 @@ class Branch(nn.Module):
             The branch [B, T, hidden_size] to add to the stream, None for a memory left out, and the
             new states of the site.
         """
-        state, attention = states.get(name), attention_state_name(name)
         attends = isinstance(self.module, AttendingMemory)
         if self.is_memory and not use_memory and not attends:
-            return None, {} if state is None else {name: state}
-        new_states = {}
+            return None, {name: states[name]} if name in states else {}
         hidden = self.norm(hidden)
+        if context.sequence is not None and name in states and not self.module.shares_sequence:
+            output, new_states = self._in_turn(hidden, name, states, context, use_memory)
+        else:
+            output, new_states = self._run(hidden, name, states, context, use_memory)
+        if not isinstance(self.post_norm, nn.Identity):
+            output = self.post_norm(output)
+        if self.gate is not None:
+            # A closed channel adds nothing, also where the module overflows: 0 * inf is NaN.
+            closed = (self.gate == 0) & ~output.isfinite()
+            output = output.masked_fill(closed, 0) * self.gate
+        return output, new_states
+
+    def _in_turn(
+        self, hidden: Tensor, name: str, states: States, context: CallContext, use_memory: bool
+    ) -> tuple[Tensor, States]:
+        """As `_run`, from the state that the process before hands on."""
+        names = (name, attention_state_name(name))
+        given = {name: states[name] for name in names if name in states}
+        given, token = receive_states(given, context.sequence)
+        if context.layout.num_tokens:
+            alone = dataclasses.replace(context, sequence=None, before=None)
+            output, given = self._run(hidden, name, given, alone, use_memory)
+        else:
+            output = torch.zeros_like(hidden)
+        return hand_on(output, given, token, context.sequence), given
+
+    def _run(
+        self, hidden: Tensor, name: str, states: States, context: CallContext, use_memory: bool
+    ) -> tuple[Tensor, States]:
+        """What the module makes of its input, and its new states."""
+        state, attention = states.get(name), attention_state_name(name)
+        new_states = {}
         if isinstance(self.module, MixtureOfExperts):
             output, state = self.module(hidden, context.layout.valid), None
         elif self.stateless:
             output, state = self.module(hidden), None
-        elif attends:
+        elif isinstance(self.module, AttendingMemory):
             output, state, new_states[attention] = self.module(
                 hidden, state, context, states[attention], use_memory
             )
@@ -104,12 +136,6 @@ class Branch(nn.Module):
             output, state = self.module(hidden, state, context)
         if state is not None:
             new_states[name] = state
-        if not isinstance(self.post_norm, nn.Identity):
-            output = self.post_norm(output)
-        if self.gate is not None:
-            # A closed channel adds nothing, also where the module overflows: 0 * inf is NaN.
-            closed = (self.gate == 0) & ~output.isfinite()
-            output = output.masked_fill(closed, 0) * self.gate
         return output, new_states
 
 
@@ -191,7 +217,8 @@ class Block(GradientCheckpointingLayer):
             context: the documents of the call.
             use_memory: False leaves every memory out, its state untouched.
         """
-        if context.layout.num_tokens == 0:  # nothing but padding
+        # Nothing but padding; but columns of other processes may hold tokens.
+        if context.layout.num_tokens == 0 and context.sequence is None:
             return hidden, states
         new_states = {}
         before = hidden

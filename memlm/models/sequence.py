@@ -34,6 +34,7 @@ def own_columns(context: CallContext, sequence: SequenceGroup) -> CallContext:
         before = _of_columns(context, slice(0, columns.start))
     own = _of_columns(context, columns)
     own.sequence, own.before = sequence, before
+    own.dense = context.layout.num_tokens == context.layout.valid.numel()
     return own
 
 
@@ -85,7 +86,7 @@ def own_targets(
     ignored = options.get("ignore_index", IGNORED)
     if shift_labels is None and labels is not None:
         columns = sequence.columns(labels.shape[1])
-        shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignored)[:, columns]
+        shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignored)[:, columns].contiguous()
     options = dict(options)
     counted = token_weights is not None or options.get("num_items_in_batch") is not None
     if shift_labels is not None and not counted:

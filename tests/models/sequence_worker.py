@@ -1,0 +1,116 @@
+"""What every process does in test_sequence_parallel.py."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from memlm import MemLMForCausalLM
+from memlm.layers.sequence_group import SequenceGroup
+from tests.memory.law_tools import VOCABULARY, build_model
+
+ROWS, LENGTH = 3, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model that whole rows and shared rows go through.
+
+    Attributes:
+        name: of the case.
+        layers: of the config.
+        dtype: of the weights.
+        checkpointing: whether blocks run again in the backward pass.
+        use_memory: as in a call of the model.
+    """
+
+    name: str
+    layers: list[dict[str, Any]]
+    dtype: torch.dtype = torch.float64
+    checkpointing: bool = False
+    use_memory: bool = True
+
+    def build(self) -> MemLMForCausalLM:
+        model = build_model(self.layers, self.dtype)
+        if self.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model.train()
+
+
+def rows(call: int) -> dict[str, Tensor]:
+    """Two calls, the second of which continues the rows of the first.
+
+    In the first, row 0 is one document, row 1 has borders within the columns of a process and where
+    those of another begin, row 2 is padded at both ends. In the second no token is padding.
+    """
+    generator = torch.Generator().manual_seed(call)
+    tokens = torch.randint(1, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    segments = torch.ones(ROWS, LENGTH, dtype=torch.int64)
+    if call == 0:
+        segments[1] = torch.tensor([1] * 3 + [2] * 5 + [3] * 1 + [4] * 4 + [5] * 3)
+        segments[2] = torch.tensor([0] * 5 + [1] * 4 + [2] * 2 + [0] * 5)
+    else:
+        segments[1] = torch.tensor([1] * 8 + [2] * 5 + [3] * 3)
+    return {
+        "input_ids": tokens,
+        "segment_ids": segments,
+        "labels": torch.where(segments > 0, tokens, -100),
+    }
+
+
+def run(model: MemLMForCausalLM, use_memory: bool) -> list[dict[str, Any]]:
+    """Logits, loss and gradients of the calls, each of which goes on from the one before."""
+    results, states = [], None
+    for call in range(2):
+        model.zero_grad(set_to_none=False)
+        output = model(
+            **rows(call),
+            memory_states=states,
+            return_memory_states=True,
+            use_memory=use_memory,
+            skip_logits=False,
+        )
+        output.loss.backward()
+        states = {name: state.detach() for name, state in output.memory_states.items()}
+        gradients = {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for name, p in model.named_parameters()
+        }
+        results.append(
+            {"logits": output.logits.detach(), "loss": output.loss.detach(), "grads": gradients}
+        )
+    results[-1]["states"] = states
+    return results
+
+
+def differences(case: Case) -> dict[str, float]:
+    """The largest differences between whole rows and rows that all processes hold together."""
+    model = case.build()
+    expected = run(model, case.use_memory)
+    sequence = SequenceGroup(dist.group.WORLD)
+    model.set_sequence_group(sequence)
+    found = run(model, case.use_memory)
+    columns = sequence.columns(LENGTH)
+    largest = {"logits": 0.0, "loss": 0.0, "gradients": 0.0}
+
+    def note(what: str, one: Tensor, other: Tensor) -> None:
+        largest[what] = max(largest[what], (one - other).abs().max().item())
+
+    for call, (one, other) in enumerate(zip(expected, found, strict=True)):
+        valid = rows(call)["segment_ids"][:, columns] > 0
+        if valid.any():
+            note("logits", one["logits"][:, columns][valid], other["logits"][valid])
+        summed = [other["loss"], *other["grads"].values()]
+        for tensor in summed:
+            dist.all_reduce(tensor)
+        note("loss", one["loss"], summed[0])
+        for before, after in zip(one["grads"].values(), summed[1:], strict=True):
+            note("gradients", before, after)
+    return largest
+
+
+def compare(cases: list[Case]) -> dict[str, dict[str, float]]:
+    """`differences` of every case."""
+    return {case.name: differences(case) for case in cases}
