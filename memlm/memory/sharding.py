@@ -26,8 +26,8 @@ def shard_values(model: nn.Module, mesh: DeviceMesh, by: By = "columns") -> None
     passes leave on a process is the gradient of its part, summed over the tokens of the processes
     that hold the table together; over the other dimensions it is still to be summed.
 
-    Every process of the mesh must come here with equal tables, and has to call the model as often
-    as the others that hold the table with it.
+    Every process of the mesh must come here with equal tables, or with tables on the meta device,
+    and has to call the model as often as the others that hold the table with it.
 
     Args:
         model: has at least one `ValueTable`.
@@ -62,14 +62,18 @@ def shard_values(model: nn.Module, mesh: DeviceMesh, by: By = "columns") -> None
 def local_part(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
     """A DTensor of the whole `tensor`, which every process has.
 
-    As `distribute_tensor`, but nothing travels and only the part comes to the device.
+    As `distribute_tensor`, but nothing travels and only the part comes to the device. Of a tensor
+    on the meta device there is room for the part, whatever is in it.
     """
     part = tensor
     for dimension, placement in enumerate(placements):
         if isinstance(placement, Shard):
             parts = part.chunk(mesh.size(dimension), placement.dim)
             part = parts[mesh.get_local_rank(dimension)]
-    part = part.to(mesh.device_type, copy=True, memory_format=torch.contiguous_format)
+    if part.is_meta:
+        part = torch.empty(part.shape, dtype=part.dtype, device=mesh.device_type)
+    else:
+        part = part.to(mesh.device_type, copy=True, memory_format=torch.contiguous_format)
     return DTensor.from_local(
         part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
@@ -106,7 +110,7 @@ def tables_apart(model: nn.Module, device: torch.device) -> Iterator[None]:
     or shards them. These are the sharded tables and those whose gradient waits in `pending`.
 
     Args:
-        device: where the tables are afterwards.
+        device: where the tables are afterwards; those on the meta device get room there.
     """
     apart = {
         module: module.weight
@@ -121,7 +125,9 @@ def tables_apart(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for table, weight in apart.items():
             table.weight = weight
-            if table.sharding is None:  # sharded ones are there since they were sharded
+            if weight.is_meta:
+                table.to_empty(device=device)
+            elif table.sharding is None:  # sharded ones are there since they were sharded
                 table.to(device)
 
 

@@ -38,6 +38,7 @@ from memlm.training.setup import (
     build_inputs,
     prepare,
     share_tables,
+    starts_empty,
 )
 from memlm.training.together import on_each, on_main
 from memlm.training.updates import UpdateLog
@@ -98,8 +99,9 @@ class Trainer:
         self.stages = self.options.stages()
         self.accelerator = accelerator or build_accelerator(config)
         source = on_main(self.accelerator, lambda: find_start(config, resume))
+        empty = starts_empty(self.accelerator, source)
         self.tokenizer, self.dataset, held_out, model = on_each(
-            self.accelerator, lambda: build_inputs(config, source)
+            self.accelerator, lambda: build_inputs(config, source, empty)
         )
         share_tables(self.accelerator, model, self.options)
         self.shares = share_rows(
