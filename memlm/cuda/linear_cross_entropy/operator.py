@@ -133,7 +133,8 @@ def _differentiate(ctx, grad: Tensor | None, *_) -> tuple[Tensor | None, ...]:
         return None, None, *nothing
     tensors, saved = _saved_tensors(ctx)
     if tensors[0] is None:
-        gradients = [_scaled(gradient, grad) for gradient in saved]
+        # Detached: as outputs of the op they would seem to have gradients of their own.
+        gradients = [_scaled(gradient.detach(), grad) for gradient in saved]
     else:
         gradients = _backward(
             *tensors, *options, saved, grad, needs_hidden, needs_weight, implementation
