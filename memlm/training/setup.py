@@ -93,18 +93,23 @@ def check_processes(started: int, options: TrainConfig) -> None:
     launcher = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
     if started == 1 and launcher and "WORLD_SIZE" not in os.environ:
         raise UserError(f"asked for several processes but only one was started; {_CPU_HINT}")
-    if started % options.memory_parallel:
+    check_shares(started, options)
+
+
+def check_shares(processes: int, options: TrainConfig) -> None:
+    """Raise UserError unless so many processes can share the rows of a step and the tables."""
+    if processes % options.memory_parallel:
         raise UserError(
-            f"train.memory_parallel: {started} processes cannot be divided into groups of "
+            f"train.memory_parallel: {processes} processes cannot be divided into groups of "
             f"{options.memory_parallel}"
         )
     together = options.sequence_parallel
-    if started % together:
+    if processes % together:
         raise UserError(
-            f"train.sequence_parallel: {started} processes cannot be divided into groups of "
+            f"train.sequence_parallel: {processes} processes cannot be divided into groups of "
             f"{together}"
         )
-    groups = started // together
+    groups = processes // together
     named = f"{groups} processes" if together == 1 else f"{groups} groups of {together} processes"
     for stage in options.stages():
         rows = options.tokens_per_step // stage.length
