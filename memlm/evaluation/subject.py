@@ -241,7 +241,15 @@ class Subject(ABC):
 
 
 class MemorySubject(Subject):
-    """A model of this library, or one with an attached memory. Its states are never changed."""
+    """A model of this library, or one with an attached memory. Its states are never changed.
+
+    Attributes:
+        call_model: gives the output of the model; it is called itself unless this is replaced.
+    """
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        super().__init__(model, *args, **kwargs)
+        self.call_model: Callable[..., Any] = model
 
     @property
     def max_context(self) -> int | None:
@@ -263,7 +271,7 @@ class MemorySubject(Subject):
         return output.logits, output.memory_states
 
     def _call(self, tokens, mask, states: Any, use_memory: bool, logits_to_keep: int = 1):
-        return self.model(
+        return self.call_model(
             input_ids=tokens,
             attention_mask=None if mask is None else mask.long(),
             memory_states=states,

@@ -103,9 +103,7 @@ def _refuse_parts(source: str) -> None:
     if (folder / PARTS_FOLDER).is_dir() and not any(folder.glob("model*.safetensors")):
         raise UserError(
             "the weights are in parts, for a run to go on from; to make them whole: "
-            f"python train.py --config CONFIG --resume {shlex.quote(source)} --train.steps STEPS "
-            "--train.memory_parallel 1 --train.output_dir NEW, with the run's config.yaml, the "
-            "steps that the checkpoint has behind it, and a new folder"
+            f"python -m memlm.training.consolidate {shlex.quote(source)} FOLDER"
         )
 
 

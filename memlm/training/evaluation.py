@@ -47,8 +47,7 @@ class Evaluation:
         accelerator: the processes; `held_out_loss` and `run` are collective.
 
     Raises:
-        UserError: for tasks that do not fit the model or its tokenizer, or a model that cannot be
-            asked while it is trained.
+        UserError: for tasks that do not fit the model or its tokenizer.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class Evaluation:
         self.tasks = None
         if options.evaluate_during is not None:
             self.tasks = on_each(
-                accelerator, lambda: TrainingTasks(self.model, tokenizer, options, accelerator)
+                accelerator, lambda: TrainingTasks(row_loss, tokenizer, options, accelerator)
             )
         self._latest: tuple[int, dict[str, float] | None] | None = None
 
@@ -135,30 +134,26 @@ class TrainingTasks:
     """The tasks of `train.evaluate_during`; prompts are the same at every step.
 
     Args:
-        model: the model that is trained, without a data-parallel wrapper.
+        row_loss: the loss of the model that is trained, without a data-parallel wrapper.
         tokenizer: what it is trained with.
         options: with the tasks.
-        accelerator: the processes. They share the prompts, unless they hold tables together: those
-            answer only when all of them read the same.
+        accelerator: the processes. They share the prompts, unless they hold tables or, under FSDP2,
+            all weights together: those answer only when all of them read the same.
 
     Raises:
-        UserError: for tasks that do not fit, or a model that is sharded by FSDP2.
+        UserError: for tasks that do not fit.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        row_loss: RowLoss,
         tokenizer: PreTrainedTokenizerBase,
         options: TrainConfig,
         accelerator: Accelerator,
     ):
-        if accelerator.is_fsdp2:
-            raise UserError(
-                "train.evaluate_during: a model that FSDP2 shards cannot be asked while it is "
-                "trained; leave it out and run eval.py on checkpoints"
-            )
+        model = row_loss.model
         self.model, self.accelerator = model, accelerator
-        self.together = options.memory_parallel > 1
+        self.together = options.memory_parallel > 1 or accelerator.is_fsdp2
         try:
             self.config = EvaluationConfig.from_dict(options.during())
             self.config.validate()
@@ -166,6 +161,7 @@ class TrainingTasks:
                 model, tokenizer, make_plan(model, self.config.conditions), self.config.segment
             )
             self.subject.broadcasts = self.together
+            self.subject.call_model = row_loss.call_model
             tools = Tools(self.config, tokenizer, self.subject.plan.attention_reach or 0)
             self.tasks = [make_task(name, tools) for name in expand_tasks(self.config.tasks)]
             check_tasks(self.subject, self.tasks)
@@ -237,7 +233,11 @@ class TrainingTasks:
 
 
 class _TrainedSubject(MemorySubject):
-    """A model whose processes may have to stay together: all of them go on with the same token."""
+    """A model whose processes may have to stay together: all of them go on with the same token.
+
+    Attributes:
+        broadcasts: whether they have to.
+    """
 
     broadcasts = False
 

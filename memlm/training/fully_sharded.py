@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, Shard
 
@@ -72,6 +73,7 @@ def prepare_sharded(
         if any(map(_is_meta, row_loss.parameters())):
             offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
             row_loss.to_empty(device="cpu" if offloaded else device)
+    register_fsdp_forward_method(row_loss, "call_model")
     parameters = dict(row_loss.named_parameters())
     for optimizer in optimizers:
         for group in optimizer.param_groups:

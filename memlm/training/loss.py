@@ -1,5 +1,7 @@
 """Losses of packed rows, summed per group of targets."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 from memlm.config import LOSS_GROUPS
 from memlm.layers.state import MemoryState
 from memlm.models.head_loss import IGNORED, logits_loss, needs_logits
-from memlm.models.modeling import MemLMForCausalLM
+from memlm.models.modeling import MemLMForCausalLM, MemLMOutput
 
 MODEL_INPUTS = ("input_ids", "segment_ids", "position_ids")
 Batch = dict[str, Tensor]
@@ -125,3 +127,10 @@ class RowLoss(nn.Module):
             state = output.memory_states[name].tensors()[field]
             loss = loss + state.flatten().dot(gradient.flatten()).to(loss.dtype)
         return loss, sums, {n: state.detach() for n, state in output.memory_states.items()}
+
+    def call_model(self, **arguments: Any) -> MemLMOutput:
+        """The model's own output.
+
+        Weights outside of the blocks that FSDP2 shards are there only while this module is called.
+        """
+        return self.model(**arguments)

@@ -13,8 +13,8 @@ from memlm.errors import UserError
 from memlm.evaluation.loading import load_model
 from memlm.training import Trainer, trainer
 from memlm.training.checkpoint import find_checkpoint, read_state
+from memlm.training.consolidate import main as consolidate
 from memlm.training.logs import METRICS_FILE, read_metrics
-from memlm.training.main import main
 from memlm.training.manifest import check_manifest
 from memlm.training.retention import checkpoint_path
 from memlm.training.setup import check_processes
@@ -313,10 +313,10 @@ def test_sharded_weights_train_save_and_go_on_as_whole_ones(make_config, optimiz
     # Nor are the parts a model; what the refusal tells to do makes one of them.
     with pytest.raises(UserError, match=f"model: {middle}: the weights are in parts") as refusal:
         load_model(str(middle))
-    words = shlex.split(str(refusal.value).partition("train.py ")[2].partition(",")[0])
-    config, new = whole.output_dir / "config.yaml", whole.output_dir.with_name("new")
-    meant = {"CONFIG": str(config), "STEPS": "3", "NEW": str(new)}
-    assert main([meant.get(word, word) for word in words]) == 0
+    words = shlex.split(str(refusal.value).partition("python -m memlm.training.consolidate ")[2])
+    new = whole.output_dir.with_name("new")
+    assert words.pop() == "FOLDER"
+    assert consolidate([*words, str(new)]) == 0
     found = load_model(str(new)).state_dict()
     plain_ones = load_file(checkpoint_path(plain.output_dir, 3) / "model.safetensors")
     for name, tensor in plain_ones.items():

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from memlm.config import Stage, TrainConfig, load_config, save_config
+from memlm.config import Stage, load_config, save_config
 from memlm.data import ByteTokenizer
 from memlm.errors import UserError
 from memlm.evaluation import EvaluationConfig, evaluate
@@ -17,6 +17,7 @@ from memlm.training.evaluation import TrainingTasks, unchanged
 from memlm.training.logs import METRICS_FILE, read_metrics
 from memlm.training.main import main
 from memlm.training.retention import checkpoint_path
+from tests.training.launching import Job, train_in_two
 from tests.training.test_processes import launch
 from tests.training.test_trainer import losses
 
@@ -91,10 +92,8 @@ def test_random_numbers_modes_and_statistics_are_what_they_were(make_config, dur
     model = trainer.model.train()
     next(model.children()).eval()
     modes = [module.training for module in model.modules()]
-    tasks = TrainingTasks(
-        model, trainer.tokenizer, dataclasses.replace(trainer.options, evaluate_during=during),
-        trainer.accelerator,
-    )  # fmt: skip
+    options = dataclasses.replace(trainer.options, evaluate_during=during)
+    tasks = TrainingTasks(trainer.plain_loss, trainer.tokenizer, options, trainer.accelerator)
     (statistics,) = (b for name, b in model.named_buffers() if name.endswith("running_mean"))
     before = torch.get_rng_state()
     with unchanged(model, trainer.accelerator):
@@ -184,7 +183,7 @@ def test_a_resumed_run_measures_what_a_signal_kept_it_from(make_config, during, 
 def test_processes_share_the_prompts_and_join_the_scores(make_config, during, monkeypatch):
     trainer = Trainer(make_config(model={"layers": [LAYER]}, length=128))
     options = dataclasses.replace(trainer.options, evaluate_during=during)
-    tasks = TrainingTasks(trainer.model, trainer.tokenizer, options, trainer.accelerator)
+    tasks = TrainingTasks(trainer.plain_loss, trainer.tokenizer, options, trainer.accelerator)
     expected, whole = tasks.run(), tasks._share()
     gathered = []
 
@@ -243,6 +242,18 @@ def test_processes_that_hold_tables_together_read_together(make_config, during, 
     require_the_same(one, two, tmp_path / "two.yaml")
 
 
+@pytest.mark.slow
+def test_processes_that_hold_all_weights_together_read_together(make_config, during):
+    options = {"model": {"layers": [LAYER]}, "steps": 2, "evaluation_rows": 4}
+    options |= {"evaluate_during": during, "length": 128}
+    one, two = make_config("one", **options), make_config("two", **options)
+    Trainer(one).run()
+    train_in_two(Job(two, sharded=True))
+    for mine, other in zip(evaluations(one), evaluations(two), strict=True):
+        assert scores(mine)
+        assert other == pytest.approx(mine, abs=1e-5)
+
+
 def test_what_cannot_be_measured_is_refused_before_the_run_begins(make_config, during):
     def refused(message, **changed):
         config = make_config(
@@ -261,15 +272,6 @@ def test_what_cannot_be_measured_is_refused_before_the_run_begins(make_config, d
     )
     with pytest.raises(UserError, match="^train.evaluate_during: needle: a prompt of 150"):
         Trainer(config)
-
-
-def test_a_sharded_model_is_refused(make_config, during):
-    class Sharded:
-        is_fsdp2 = True
-
-    options = TrainConfig(evaluate_during=during)
-    with pytest.raises(UserError, match="^train.evaluate_during: a model that FSDP2 shards"):
-        TrainingTasks(None, None, options, Sharded())
 
 
 @pytest.mark.parametrize(
