@@ -234,6 +234,7 @@ ATTENTION = {"type": "attention", "num_heads": 2}
         ),
         ("llama", {"output": "neural_cache"}, "output"),
         ("llama", {"zero_centered_norm": True}, "zero_centered_norm"),
+        ("qwen3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: a bound of the log"),
         (
             "mistral",
             {"layers": [{"mixer": ATTENTION | {"qk_norm": True}, "ffn": "swiglu"}]},
