@@ -81,12 +81,12 @@ def table_updates(model: nn.Module, config: TrainConfig) -> list[TableUpdate]:
     Raises:
         UserError: for an optimizer that tables which several processes hold together cannot have.
     """
-    per_token = _reads_per_token(model)
+    per_token = table_reads(model)
     updates = []
     for name, table in model.named_modules():
         if not isinstance(table, ValueTable) or not table.weight.requires_grad:
             continue
-        rows, reads = len(table.weight), per_token[table] * config.tokens_per_step
+        rows, reads = len(table.weight), sum(per_token[table]) * config.tokens_per_step
         covered = -math.expm1(-reads / rows)  # of the rows, were they read at random
         method, why = config.value_optimizer, "as configured"
         if table.sharding is not None:
@@ -105,22 +105,22 @@ def table_updates(model: nn.Module, config: TrainConfig) -> list[TableUpdate]:
     return updates
 
 
-def _reads_per_token(model: nn.Module) -> dict[ValueTable, int]:
-    """Rows that a token reads of each table, all layers together."""
+def table_reads(model: nn.Module) -> dict[ValueTable, list[int]]:
+    """Rows that a token reads of each table, by layer."""
     shared = {
         name: module
         for owner in model.modules()
         if isinstance(getattr(owner, "shared", None), nn.ModuleDict)
         for name, module in owner.shared.items()
     }
-    reads: dict[ValueTable, int] = {}
+    reads: dict[ValueTable, list[int]] = {}
     for memory in model.modules():
         if isinstance(memory, ProductKey):
             config = memory.config
             owner = memory.values if config.share is None else shared[config.share]
             for table in owner.modules():
                 if isinstance(table, ValueTable):
-                    reads[table] = reads.get(table, 0) + config.num_heads * config.top_k
+                    reads.setdefault(table, []).append(config.num_heads * config.top_k)
     return reads
 
 
