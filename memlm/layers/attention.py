@@ -5,6 +5,8 @@ Who sees whom is decided from positions and documents alone. The keys of the car
 in the state; padding and other documents are masked, never trusted to be absent.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +17,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from memlm.cuda.attention_step import native
 from memlm.layers.attention_config import AttentionConfig
 from memlm.layers.attention_state import AttentionState
+from memlm.layers.blockwise import attend_in_blocks
 from memlm.layers.context import CallContext, SequenceLayout
 from memlm.layers.convolution import ConvolutionState, ShortConvolution, carried_tail
 from memlm.layers.norm import RMSNorm
@@ -55,6 +58,9 @@ class Attention(nn.Module):
         config: of the model; its hidden size and attention implementation are read.
         norm_eps: epsilon of the norms of queries and keys.
         zero_centered_norm: whether the gain of these is 1 + weight.
+
+    Attributes:
+        block_tokens: queries that attend at a time, see `memlm.models.activations.set_blockwise`.
     """
 
     is_causal = True
@@ -83,6 +89,7 @@ class Attention(nn.Module):
             self.rotary = Rotary.scaled(turned, spec.rope_theta, spec.rope_scaling)
         self.configured_window = spec.window
         self.window = spec.window
+        self.block_tokens: int | None = None
 
         width = self.num_heads * self.head_dim
         key_width = self.num_key_value_heads * self.head_dim
@@ -174,6 +181,8 @@ class Attention(nn.Module):
         keys, values, positions, documents = _behind_carried(key, value, state, context)
         if self._uses_flash():
             output = self._packed(query, keys, values, documents, layout)
+        elif self.block_tokens is not None and query.shape[1] > self.block_tokens:
+            output = self._blockwise(query, keys, values, positions, documents, layout)
         elif self.window is not None and query.shape[1] > self.window and bool(layout.valid.all()):
             output = self._banded(query, keys, values, positions, documents)
         else:
@@ -359,6 +368,23 @@ class Attention(nn.Module):
         diagonal = torch.eye(length, dtype=torch.bool, device=query.device)
         diagonal = F.pad(diagonal, (keys.shape[1] - length, 0))
         return self._attend(query, keys, values, (visible | (padded & diagonal))[:, None])
+
+    def _blockwise(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        documents: Tensor,
+        layout: SequenceLayout,
+    ) -> Tensor:
+        """As `_masked`, over `block_tokens` queries at a time."""
+        # Padding may lie between a query and what it sees.
+        window = self.window if bool(layout.valid.all()) else None
+        attend = partial(self._masked, layout=layout)
+        return attend_in_blocks(
+            attend, self.block_tokens, query, keys, values, positions, documents, window
+        )
 
     def _banded(
         self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, documents: Tensor

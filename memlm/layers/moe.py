@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from memlm.errors import UserError
+from memlm.layers.blockwise import in_blocks
 from memlm.layers.mlp import SwiGLU
 
 # Grouped products on a GPU want rows of a multiple of 16 bytes.
@@ -77,6 +78,7 @@ class MixtureOfExperts(nn.Module):
         down_proj: [E, D, I].
         balance_scale: weight of a token in the loss of balance, see `set_balance_scale`; None =
             that of a mean over the tokens of the call.
+        block_tokens: tokens of a row at a time, see `memlm.models.activations.set_blockwise`.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class MixtureOfExperts(nn.Module):
         config.check_sizes(hidden_size)
         self.config, self.std = config, std
         self.balance_scale: float | None = None
+        self.block_tokens: int | None = None
         experts, width = config.num_experts, config.intermediate_size or intermediate_size
         self.router = nn.Parameter(torch.empty(experts, hidden_size))
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden_size))
@@ -110,7 +113,13 @@ class MixtureOfExperts(nn.Module):
         valid: bool [...], False for padding, which is nothing to balance; None = all are tokens.
         """
         tokens = hidden.flatten(0, -2)
+        # Over all tokens: how evenly the experts are used is a matter of the call.
         weights, experts = self.route(tokens, None if valid is None else valid.flatten())
+        size = self.block_tokens and self.block_tokens * hidden.shape[:-2].numel()
+        return in_blocks(self._of_experts, size, tokens, weights, experts).view_as(hidden)
+
+    def _of_experts(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Tokens [N, D] through their experts; others [N, experts_per_token]."""
         per_token = self.config.experts_per_token
         # Pairs of token and expert, those of an expert one behind the other.
         order = experts.flatten().argsort(stable=True)
@@ -125,7 +134,7 @@ class MixtureOfExperts(nn.Module):
         output = _Combine.apply(rows, order, place, per_token)
         if self.shared_expert is not None:
             output = output + self.shared_gate(tokens).sigmoid() * self.shared_expert(tokens)
-        return output.view_as(hidden)
+        return output
 
     def route(self, tokens: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The weights and the numbers of the experts of tokens [N, D], both [N, experts_per_token].

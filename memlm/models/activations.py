@@ -15,9 +15,11 @@ from torch.utils.checkpoint import (
 from transformers import PreTrainedModel
 
 from memlm.errors import UserError, require_known
+from memlm.layers.attention import Attention
 from memlm.layers.context import CallContext
 from memlm.layers.saved_tensors import SMALLEST, SavedOnHost
 from memlm.layers.state import MemoryState
+from memlm.models.modeling import MemLMForCausalLM
 
 KEEP = "keep"
 # Products of matrices and attention, by name: which of them exist depends on torch's version.
@@ -82,6 +84,36 @@ def set_activations(
     # before 5.20 and lets the embeddings ask for gradients also where a frozen model needs none.
     model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=run)
     return getattr(run, "host", None)
+
+
+def set_blockwise(model: PreTrainedModel, tokens: int | None) -> None:
+    """Let attention and feed-forward run over some tokens of a row at a time.
+
+    Each block of tokens is computed again in the backward pass, so no mask, no scores and nothing
+    of the intermediate size is there for a whole row (Liu and Abbeel 2023, arXiv 2305.19370).
+    Results differ by the order of sums. Attention through a flash kernel, which has no mask, stays
+    whole, and so do memories, which have chunks of their own.
+
+    Args:
+        model: a `MemLMForCausalLM`.
+        tokens: of a block; None = whole rows.
+
+    Raises:
+        UserError: for a model whose attention and feed-forward are not of this library.
+    """
+    if tokens is None and not isinstance(model, MemLMForCausalLM):
+        return
+    if not isinstance(model, MemLMForCausalLM):
+        raise UserError(
+            f"blockwise_tokens: attention and feed-forward of a {type(model).__name__} are its "
+            "own; leave it out (null), or train a model of this library"
+        )
+    for block in model.model.layers:
+        feed_forward = [branch.module for branch in block.branches().values() if branch.stateless]
+        attentions = [module for module in block.modules() if isinstance(module, Attention)]
+        for module in feed_forward + attentions:
+            if hasattr(module, "block_tokens"):
+                module.block_tokens = tokens
 
 
 class _Recompute:
