@@ -1,8 +1,11 @@
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from memlm.config import TrainConfig
 from memlm.errors import UserError
@@ -12,6 +15,7 @@ from memlm.training.loss import RowLoss
 from memlm.training.optimizer import build_optimizers
 from memlm.training.row_optimizer import RowOptimizer
 from memlm.training.setup import build_accelerator, prepare
+from tests.training.launching import ROOT
 
 TABLE = "model.model.layers.0.ffn.module.values.weight"
 
@@ -59,3 +63,36 @@ def test_the_first_fsdp_is_refused(make_config, monkeypatch):
     monkeypatch.setattr(setup, "Accelerator", lambda **_: accelerator)
     with pytest.raises(UserError, match="fsdp_version: 1 is not supported"):
         build_accelerator(make_config())
+
+
+def test_what_the_trainer_does_itself_is_refused_to_the_launcher(make_config, monkeypatch):
+    plugin = SimpleNamespace(activation_checkpointing=True)
+    accelerator = SimpleNamespace(
+        num_processes=1,
+        distributed_type=DistributedType.FSDP,
+        is_fsdp2=True,
+        state=SimpleNamespace(fsdp_plugin=plugin),
+    )
+    monkeypatch.setattr(setup, "Accelerator", lambda **_: accelerator)
+    with pytest.raises(UserError, match="fsdp_activation_checkpointing .* use train.activations"):
+        build_accelerator(make_config())
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_accelerate_understands_the_launch_configs(monkeypatch, name):
+    path = ROOT / "configs" / "accelerate" / f"{name}.yaml"
+    parser = launch_command_parser()
+    words = parser.parse_args(["--config_file", str(path), "train.py"])
+    known = vars(words).keys()
+    options, _, _ = _validate_launch_command(words)
+    assert options.num_processes == 8 and options.mixed_precision == "bf16"
+    assert (options.use_fsdp, options.multi_gpu) == (name == "fsdp2", name == "ddp")
+    # Keys of fsdp_config that accelerate does not know, it passes over.
+    assert yaml.safe_load(path.read_text()).get("fsdp_config", {}).keys() <= known
+    for key, value in prepare_multi_gpu_env(options).items():
+        if "FSDP" in key:
+            monkeypatch.setenv(key, value)
+    if name == "fsdp2":
+        plugin = FullyShardedDataParallelPlugin()
+        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+        assert not plugin.activation_checkpointing and not plugin.cpu_ram_efficient_loading
