@@ -109,7 +109,7 @@ class TrainConfig:
         blockwise_tokens: attention and feed-forward run over so many tokens of a row at a time, and
             each piece is computed again in the backward pass (Blockwise Parallel Transformer);
             None = over whole rows.
-        compile: compile the blocks with torch.compile.
+        compile: compile the blocks with torch.compile; with activations keep and offload only.
         z_loss: weight of the square of the log of the softmax's denominator in the loss.
         sequence_parallel: processes that hold each row together, a run of its tokens each.
         reinit_keys_after: half keys of product-key memories that no token chose in so many steps
@@ -213,6 +213,17 @@ class TrainConfig:
             raise UserError(
                 "train.sequence_parallel: replay needs whole rows; use train.backprop: truncated, "
                 "with train.activations: recompute to save memory"
+            )
+        again = self.activations not in ("keep", "offload") or self.blockwise_tokens is not None
+        if self.compile and again:
+            raise UserError(
+                "train.compile: what runs again is not compiled; use train.activations: keep or "
+                "offload, without train.blockwise_tokens"
+            )
+        if self.activations == "selective" and self.blockwise_tokens is not None:
+            raise UserError(
+                "train.blockwise_tokens: what activations: selective keeps is what blocks of "
+                "tokens compute again; use keep, recompute, offload or recompute_offload"
             )
         if (self.backprop == "replay") != (self.replay_segment is not None):
             raise UserError(

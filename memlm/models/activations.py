@@ -116,6 +116,29 @@ def set_blockwise(model: PreTrainedModel, tokens: int | None) -> None:
                 module.block_tokens = tokens
 
 
+def compile_blocks(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compile every block where it is, by torch.compile; names of parameters stay as they are.
+
+    Args:
+        model: a `MemLMForCausalLM` whose blocks run once: with what `keep` or `offload` keep.
+        backend: of torch.compile.
+
+    Raises:
+        UserError: for a model whose layers are not blocks of this library, or whose blocks run
+            again: torch runs them uncompiled the second time, which saves other tensors.
+    """
+    if not isinstance(model, MemLMForCausalLM):
+        raise UserError(
+            f"compile: the layers of a {type(model).__name__} call its memory by hooks, which "
+            "cannot be compiled with them; leave it out"
+        )
+    for block in model.model.layers:
+        run = getattr(block, "_gradient_checkpointing_func", None)
+        if block.gradient_checkpointing and type(run) is not _Offload:
+            raise UserError("compile: blocks that run again are not compiled; use keep or offload")
+        block.compile(backend=backend)
+
+
 class _Recompute:
     """Keeps the inputs of a block."""
 

@@ -35,7 +35,7 @@ from memlm.models import (
     attach_memory,
     load_memory,
 )
-from memlm.models.activations import set_activations
+from memlm.models.activations import compile_blocks, set_activations, set_blockwise
 from memlm.models.insert import freeze_base, insert
 from memlm.models.retrofit import INSERT, retrofit_config
 from memlm.training.base_model import (
@@ -312,6 +312,9 @@ def build_model(
     if inserted is not None and inserted.freeze_base:
         freeze_base(model, inserted)
     set_activations(model, config.train.activations)
+    set_blockwise(model, config.train.blockwise_tokens)
+    if config.train.compile:
+        compile_blocks(model)
     return model
 
 
