@@ -59,10 +59,10 @@ def _restore(
     described: Shapes, tensors: list[Tensor] | tuple[Tensor, ...], states: Mapping[str, MemoryState]
 ) -> States:
     """States of the types of the own ones, made of these tensors."""
-    fields: dict[str, dict[str, Tensor]] = {name: {} for name in states}
+    found: dict[str, dict[str, Tensor]] = {}
     for (name, field, _, _), tensor in zip(described, tensors, strict=True):
-        fields[name][field] = tensor
-    return {name: type(state).from_state_dict(fields[name]) for name, state in states.items()}
+        found.setdefault(name, {})[field] = tensor
+    return {name: type(states[name]).from_state_dict(fields) for name, fields in found.items()}
 
 
 def receive_states(

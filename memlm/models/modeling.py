@@ -37,7 +37,7 @@ from memlm.models.generation import MemoryGeneration
 from memlm.models.head_loss import HeadLoss, cap_logits
 from memlm.models.hidden_states import room_for_hidden_states
 from memlm.models.hub_model import HubModel
-from memlm.models.sequence import own_columns, own_targets, refuse_call
+from memlm.models.sequence import own_columns, own_targets, refuse_call, refuse_model
 from memlm.models.start_values import init_module
 
 States = dict[str, MemoryState]
@@ -171,7 +171,12 @@ class MemLMModel(MemLMPreTrainedModel):
         and the states at their start. Hidden states, logits and the loss are those of its own
         columns; losses and gradients add up over the processes. States that are returned are those
         at the end of the whole rows, the same on all processes, without gradient.
+
+        Raises:
+            UserError: for a memory that normalises over the tokens of a call.
         """
+        if group is not None:
+            refuse_model(self)
         self.sequence_group = group
 
     def set_attention_window(self, window: int | None) -> None:

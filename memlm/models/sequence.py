@@ -7,13 +7,14 @@ states at their start; it finds the documents in them and runs its own columns.
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
 from memlm.errors import UserError
 from memlm.layers.context import CallContext, SequenceLayout
 from memlm.layers.sequence_group import SequenceGroup
+from memlm.memory.query_norm import QueryBatchNorm
 
 IGNORED = -100
 
@@ -53,6 +54,15 @@ def _of_columns(context: CallContext, columns: slice) -> CallContext:
         shared=context.shared,
         input_ids=None if context.input_ids is None else context.input_ids[:, columns],
     )
+
+
+def refuse_model(model: nn.Module) -> None:
+    """Raise UserError for a model whose function is not that of each row's earlier tokens."""
+    if any(isinstance(module, QueryBatchNorm) for module in model.modules()):
+        raise UserError(
+            "sequence parallelism: product_key's query_norm: batch normalises over the tokens of "
+            "one process; use layer or none"
+        )
 
 
 def refuse_call(keeps_cache: bool, logits_to_keep: int | Tensor, has_output_memory: bool) -> None:

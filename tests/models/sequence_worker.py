@@ -9,9 +9,10 @@ from torch import distributed as dist
 
 from memlm import MemLMForCausalLM
 from memlm.layers.sequence_group import SequenceGroup
+from memlm.models.activations import set_activations
 from tests.memory.law_tools import VOCABULARY, build_model
 
-ROWS, LENGTH = 3, 16
+ROWS, LENGTH, CALLS = 3, 16, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,28 +23,28 @@ class Case:
         name: of the case.
         layers: of the config.
         dtype: of the weights.
-        checkpointing: whether blocks run again in the backward pass.
+        activations: what blocks keep for the backward pass (`set_activations`).
         use_memory: as in a call of the model.
     """
 
     name: str
     layers: list[dict[str, Any]]
     dtype: torch.dtype = torch.float64
-    checkpointing: bool = False
+    activations: str = "keep"
     use_memory: bool = True
 
     def build(self) -> MemLMForCausalLM:
         model = build_model(self.layers, self.dtype)
-        if self.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        set_activations(model, self.activations)
         return model.train()
 
 
 def rows(call: int) -> dict[str, Tensor]:
-    """Two calls, the second of which continues the rows of the first.
+    """Calls each of which continues the rows of the one before.
 
     In the first, row 0 is one document, row 1 has borders within the columns of a process and where
-    those of another begin, row 2 is padded at both ends. In the second no token is padding.
+    those of another begin, row 2 is padded at both ends. In the second no token is padding. In the
+    third, all tokens in the columns of a process are padding, and a row has none at all.
     """
     generator = torch.Generator().manual_seed(call)
     tokens = torch.randint(1, VOCABULARY, (ROWS, LENGTH), generator=generator)
@@ -51,8 +52,12 @@ def rows(call: int) -> dict[str, Tensor]:
     if call == 0:
         segments[1] = torch.tensor([1] * 3 + [2] * 5 + [3] * 1 + [4] * 4 + [5] * 3)
         segments[2] = torch.tensor([0] * 5 + [1] * 4 + [2] * 2 + [0] * 5)
-    else:
+    elif call == 1:
         segments[1] = torch.tensor([1] * 8 + [2] * 5 + [3] * 3)
+    else:
+        segments[:, 8:] = 0
+        segments[1] = 0
+        segments[2, 7] = 2
     return {
         "input_ids": tokens,
         "segment_ids": segments,
@@ -63,7 +68,7 @@ def rows(call: int) -> dict[str, Tensor]:
 def run(model: MemLMForCausalLM, use_memory: bool) -> list[dict[str, Any]]:
     """Logits, loss and gradients of the calls, each of which goes on from the one before."""
     results, states = [], None
-    for call in range(2):
+    for call in range(CALLS):
         model.zero_grad(set_to_none=False)
         output = model(
             **rows(call),
@@ -86,17 +91,21 @@ def run(model: MemLMForCausalLM, use_memory: bool) -> list[dict[str, Any]]:
 
 
 def differences(case: Case) -> dict[str, float]:
-    """The largest differences between whole rows and rows that all processes hold together."""
+    """The largest differences between whole rows and rows that all processes hold together.
+
+    `states`: between those that the processes return.
+    """
     model = case.build()
     expected = run(model, case.use_memory)
     sequence = SequenceGroup(dist.group.WORLD)
     model.set_sequence_group(sequence)
     found = run(model, case.use_memory)
     columns = sequence.columns(LENGTH)
-    largest = {"logits": 0.0, "loss": 0.0, "gradients": 0.0}
+    largest = {"logits": 0.0, "loss": 0.0, "gradients": 0.0, "states": 0.0}
 
     def note(what: str, one: Tensor, other: Tensor) -> None:
-        largest[what] = max(largest[what], (one - other).abs().max().item())
+        if one.numel():
+            largest[what] = max(largest[what], (one.double() - other.double()).abs().max().item())
 
     for call, (one, other) in enumerate(zip(expected, found, strict=True)):
         valid = rows(call)["segment_ids"][:, columns] > 0
@@ -108,6 +117,11 @@ def differences(case: Case) -> dict[str, float]:
         note("loss", one["loss"], summed[0])
         for before, after in zip(one["grads"].values(), summed[1:], strict=True):
             note("gradients", before, after)
+    for state in found[-1]["states"].values():
+        for tensor in state.tensors().values():
+            first = tensor.contiguous().clone()
+            dist.broadcast(first, 0)
+            note("states", first, tensor)
     return largest
 
 
