@@ -7,11 +7,12 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from memlm.errors import UserError
 from memlm.layers.saved_tensors import SavedOnHost
-from memlm.models.activations import set_activations
+from memlm.models.activations import compile_blocks, set_activations
 from tests.memory.contract import SPECS, cases
 from tests.memory.law_tools import LENGTH, VOCABULARY, build_model, run, snapshot
 from tests.models.attach_tools import FAMILIES, attached
@@ -115,6 +116,48 @@ def test_what_is_unknown_is_refused():
     with pytest.raises(UserError, match="cannot run again"):
         set_activations(model, "recompute")
     assert set_activations(model, "keep") is None
+
+
+MEMORIES = {
+    "gated_delta": {"type": "gated_delta", "num_heads": 2, "head_dim": 8},
+    "retention": {"type": "retention", "num_heads": 2},
+    "titans": {"type": "titans", "num_heads": 2, "head_dim": 8, "chunk_size": 4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["keep", "offload"])
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_compiled_blocks(memory, policy):
+    attention = {"type": "sliding_attention", "window": 6, "num_heads": 2}
+    layers = [{"mixer": attention, "memory": MEMORIES[memory], "ffn": "swiglu"}]
+    model = build_model(layers, torch.float32).train()
+    set_activations(model, policy, smallest=1)
+    ids, found = torch.randint(VOCABULARY, (2, LENGTH)), []
+    names = list(model.state_dict())
+    for compiled in (False, True):
+        torch.compiler.reset()
+        counters.clear()
+        if compiled:
+            compile_blocks(model, "aot_eager")
+        model.zero_grad()
+        output = model(ids, labels=ids, return_memory_states=True)
+        carried = {name: state.detach() for name, state in output.memory_states.items()}
+        (output.loss + model(ids, labels=ids, memory_states=carried).loss).backward()
+        assert (counters["stats"]["unique_graphs"] > 0) == compiled
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert list(model.state_dict()) == names
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_that_cannot_be_compiled_are_refused():
+    model = build_model([{"mixer": "min_gru"}])
+    set_activations(model, "recompute")
+    with pytest.raises(UserError, match="run again are not compiled"):
+        compile_blocks(model)
+    with pytest.raises(UserError, match="by hooks"):
+        compile_blocks(attached("llama", "gated_delta"))
 
 
 # --- what is saved on the host ---

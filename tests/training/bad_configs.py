@@ -55,6 +55,16 @@ CASES = [
     case("key-of-evaluate", "--evaluate.task=x", "'evaluate.task'", "'tasks'"),
     case("key-of-stage", "--train.curriculum=[{lenth: 3}]", "'train.curriculum.0.lenth'"),
     case("section-type", "--train=3", "train: expected a mapping, got 3"),
+    case(
+        "compiled-and-run-again",
+        ("--train.compile=true", "--train.activations=recompute"),
+        "train.compile: what runs again is not compiled",
+    ),
+    case(
+        "selective-in-blocks",
+        ("--train.blockwise_tokens=8", "--train.activations=selective"),
+        "train.blockwise_tokens: what activations: selective keeps",
+    ),
     case("steps-word", "--train.steps=ten", "train.steps: expected int, got 'ten'"),
     case("steps-fraction", "--train.steps=1.5", "train.steps: expected int, got 1.5"),
     case("steps-boolean", "--train.steps=true", "train.steps: expected int, got True"),

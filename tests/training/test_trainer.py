@@ -110,8 +110,9 @@ def test_micro_batches_do_not_change_the_step(make_config, corpus, loss_weights)
         assert torch.allclose(tensor, trainers[1].model.state_dict()[name], atol=1e-4), name
 
 
-def test_gradient_checkpointing_does_not_change_the_step(make_config):
-    plain, saving = make_config("plain"), make_config("saving", activations="recompute")
+def test_what_blocks_keep_does_not_change_the_step(make_config):
+    options = {"activations": "recompute_offload", "blockwise_tokens": 10}
+    plain, saving = make_config("plain"), make_config("saving", **options)
     for config in (plain, saving):
         Trainer(config).run()
     assert losses(saving) == pytest.approx(losses(plain), abs=1e-5)
