@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import itertools
 import re
 import statistics
 import time
@@ -143,6 +144,23 @@ def peak_memory(run: Run, device: torch.device | str) -> int | None:
     run(0)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def peak_allocated(run: Run) -> int:
+    """Bytes of a CPU's memory that torch takes in a call at its peak, beyond what it held before.
+
+    The calls of operations within custom ops count as well; what libraries take by themselves, such
+    as the work space of a product, does not.
+    """
+    with torch.autograd.profiler.profile(use_cpu=True, profile_memory=True) as profile:
+        run(0)
+    events = profile.kineto_results.events()
+    changes = sorted(
+        (event.start_ns(), place, event.nbytes())
+        for place, event in enumerate(events)
+        if event.name() == "[memory]"
+    )
+    return max(itertools.accumulate((change for *_, change in changes), initial=0))
 
 
 def resident_growth(run: Run) -> int:

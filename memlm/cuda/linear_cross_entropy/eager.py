@@ -12,8 +12,9 @@ from memlm.cuda.linear_cross_entropy.inputs import Inputs
 
 backward = None  # forward saves the gradients
 
-KEPT = 0.04  # of all logits that exist at a time
-FEWEST, MOST = 16, 256  # tokens of a chunk: with more, products are no faster
+# So much of all logits exists at a time: this part, of no more tokens than make products faster,
+# but at least this many numbers.
+KEPT, TOKENS, NUMBERS = 0.04, 256, 1 << 19
 TILE = 1 << 18  # logits of a tile, at most
 
 
@@ -32,15 +33,16 @@ def forward(
     dhidden = inputs.hidden.new_zeros(N, D) if needs_hidden else None
     dweight = inputs.hidden.new_zeros(V, D, **sums) if needs_weight else None
     keep = needs_hidden or needs_weight
-    tokens = min(MOST, max(FEWEST, int(KEPT * N)))
-    width = min(V, TILE // tokens)
-    buffer = inputs.hidden.new_empty(tokens * (V if keep else width), **sums)
+    tokens = max(1, min(TOKENS, int(KEPT * N)), min(N, NUMBERS // V))
+    width = max(1, min(V, TILE // tokens))
+    buffer = inputs.hidden.new_empty(tokens * (width + (V if keep else width)), **sums)
     counting = (inputs.targets != inputs.ignore_index).nonzero().squeeze(1)
     for rows in counting.split(tokens) if len(counting) else ():
         chunk = _Chunk(inputs, rows, width, buffer, keep)
         log_sum, chosen = chunk.read_logits()
         losses[rows] = log_sum - chosen
-        totals[rows] = chunk.weights * (log_sum - chosen + inputs.z_loss * log_sum.square())
+        total = log_sum - chosen + inputs.z_loss * log_sum.square()
+        totals[rows] = total if chunk.weights is None else chunk.weights * total
         if keep:
             gradient = chunk.differentiate(log_sum, needs_hidden, dweight)
             if dhidden is not None:
@@ -52,7 +54,7 @@ def forward(
 
 
 class _Chunk:
-    """Some tokens, and their logits in tiles of the vocabulary, each [tokens, width].
+    """Some tokens, and what a tile of the vocabulary has of each, [tokens, width].
 
     A tile lies in one piece: rows as long as the vocabulary would share the sets of a cache.
     """
@@ -61,27 +63,34 @@ class _Chunk:
         self.inputs = inputs
         self.hidden = _operand(inputs, inputs.hidden[rows])
         self.targets = inputs.targets[rows]
-        weights = inputs.token_weights
-        self.weights = buffer.new_ones(()) if weights is None else weights[rows]
+        self.weights = None if inputs.token_weights is None else inputs.token_weights[rows]
         V, n = inputs.weight.shape[0], len(rows)
+        self.logits = buffer[: width * n]
         self.tiles = []
         for first in range(0, V, width):
             columns = slice(first, min(first + width, V))
-            begin, size = (first if keep else 0) * n, (columns.stop - first) * n
+            begin = (1 + (first if keep else 0) // width) * len(self.logits)
+            size = (columns.stop - first) * n
             self.tiles.append((columns, buffer[begin : begin + size].view(n, -1)))
+        self.tile_sums: list[Tensor] = []
 
     def read_logits(self) -> tuple[Tensor, Tensor]:
-        """Fill the tiles; the logarithms of the sums and the targets' logits, both [tokens]."""
+        """The logarithms of the sums and the targets' logits, both [tokens].
+
+        The tiles get the logits less the logarithms of their own sums.
+        """
         softcap = self.inputs.softcap
-        log_sums, chosen = [], torch.zeros_like(self.tiles[0][1][:, 0])
+        chosen = self.logits.new_zeros(len(self.targets))
         for columns, tile in self.tiles:
-            _product(self.hidden, _operand(self.inputs, self.inputs.weight[columns]).T, tile)
+            logits = self.logits[: tile.numel()].view_as(tile)
+            _product(self.hidden, _operand(self.inputs, self.inputs.weight[columns]).T, logits)
             if softcap is not None:
-                tile.div_(softcap).tanh_().mul_(softcap)
-            log_sums.append(tile.logsumexp(1))
+                logits.div_(softcap).tanh_().mul_(softcap)
+            torch.log_softmax(logits, 1, out=tile)
+            self.tile_sums.append(logits[:, :1] - tile[:, :1])
             place, inside = self._place(columns)
-            chosen += torch.where(inside, tile.gather(1, place)[:, 0], 0)
-        return torch.stack(log_sums).logsumexp(0), chosen
+            chosen += torch.where(inside, logits.gather(1, place)[:, 0], 0)
+        return torch.cat(self.tile_sums, 1).logsumexp(1), chosen
 
     def differentiate(
         self, log_sum: Tensor, needs_hidden: bool, dweight: Tensor | None
@@ -89,14 +98,18 @@ class _Chunk:
         """The gradient [tokens, D]; adds to that of the weight. The tiles are used up."""
         inputs = self.inputs
         dhidden = log_sum.new_zeros(self.hidden.shape) if needs_hidden else None
-        factor = (self.weights * (1 + 2 * inputs.z_loss * log_sum))[:, None]
-        for columns, tile in self.tiles:
+        one = log_sum.new_ones(()) if self.weights is None else self.weights
+        factor = (one * (1 + 2 * inputs.z_loss * log_sum))[:, None]
+        for (columns, tile), tile_sum in zip(self.tiles, self.tile_sums, strict=True):
             slope = None
             if inputs.softcap is not None:  # of c tanh(x / c)
-                slope = tile.div(inputs.softcap).square_().neg_().add_(1)
-            tile.sub_(log_sum[:, None]).exp_().mul_(factor)
+                slope = torch.add(tile, tile_sum, out=self.logits[: tile.numel()].view_as(tile))
+                slope.div_(inputs.softcap).square_().neg_().add_(1)
+            tile.add_(tile_sum - log_sum[:, None]).exp_()
+            if self.weights is not None or inputs.z_loss:
+                tile.mul_(factor)
             place, inside = self._place(columns)
-            tile.scatter_add_(1, place, torch.where(inside, -self.weights, 0)[:, None])
+            tile.scatter_add_(1, place, torch.where(inside, -one, 0)[:, None])
             if slope is not None:
                 tile.mul_(slope)
             gradient = tile.to(self.hidden.dtype)
