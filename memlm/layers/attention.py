@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from memlm.cuda.attention_step import native
+from memlm.layers.attention_columns import behind_carried, behind_others, next_state
 from memlm.layers.attention_config import AttentionConfig
 from memlm.layers.attention_state import AttentionState
 from memlm.layers.blockwise import attend_in_blocks
@@ -31,23 +32,6 @@ def _decodes(context: CallContext) -> bool:
     recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
     recorded = recorded or context.sequence is not None
     return context.layout.is_step and not context.layout.may_jump and not recorded
-
-
-def _behind_carried(
-    key: Tensor, value: Tensor, state: AttentionState, context: CallContext
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys, values, positions and documents of the carried document and the call, side by side."""
-    positions, documents = context.position_ids, context.layout.document
-    if not state.positions.shape[1]:
-        return key, value, positions, documents
-    continued = (documents == 0).any(1, keepdim=True)
-    carried = torch.where((state.positions >= 0) & continued, 0, -1)
-    return (
-        torch.cat([state.keys.to(key.dtype), key], dim=1),
-        torch.cat([state.values.to(value.dtype), value], dim=1),
-        torch.cat([state.positions, positions], dim=1),
-        torch.cat([carried, documents], dim=1),
-    )
 
 
 class Attention(nn.Module):
@@ -177,8 +161,8 @@ class Attention(nn.Module):
         if _decodes(context) and (state.has_no_gaps() or not self._uses_flash()):
             return self._step(query, key, value, state, context)
         if context.sequence is not None:
-            key, state = self._behind_others(key, value, state, context)
-        keys, values, positions, documents = _behind_carried(key, value, state, context)
+            key, state = behind_others(key, value, state, context, self.window)
+        keys, values, positions, documents = behind_carried(key, value, state, context)
         if self._uses_flash():
             output = self._packed(query, keys, values, documents, layout)
         elif self.block_tokens is not None and query.shape[1] > self.block_tokens:
@@ -187,33 +171,9 @@ class Attention(nn.Module):
             output = self._banded(query, keys, values, positions, documents)
         else:
             output = self._masked(query, keys, values, positions, documents, layout)
-        state = self._next_state(state, keys, values, positions, documents, layout)
+        columns = (keys, values, positions, documents)
+        state = next_state(state, *columns, layout, self.window)
         return output.flatten(2), state
-
-    def _behind_others(
-        self, key: Tensor, value: Tensor, state: AttentionState, context: CallContext
-    ) -> tuple[Tensor, AttentionState]:
-        """What this process's columns carry in from those of the processes before, and `key`."""
-        sequence, before = context.sequence, context.before
-        own, reach = key.shape[1], None if self.window is None else self.window - 1
-        both = torch.cat([key, value], dim=-1)
-        if context.dense and reach is not None and 0 < reach <= own:
-            # All that a query may see lies in its own columns and at the end of those before.
-            found = sequence.from_previous(both[:, own - reach :])
-            key = tied(key, found)
-            if before is None:
-                return key, state
-            documents = before.layout.document[:, -reach:]
-            positions = before.position_ids[:, -reach:]
-            positions = torch.where(documents == documents[:, -1:], positions, -1)
-            return key, AttentionState(*found.chunk(2, dim=-1), positions, state.tail)
-        parts = sequence.all(both)
-        key = tied(key, *parts)
-        if before is None:
-            return key, state
-        earlier = torch.cat(parts[: sequence.rank], dim=1).chunk(2, dim=-1)
-        columns = _behind_carried(*earlier, state, before)
-        return key, self._next_state(state, *columns, before.layout)
 
     def _uses_flash(self) -> bool:
         return "flash" in (self.config._attn_implementation or "")
@@ -461,39 +421,6 @@ class Attention(nn.Module):
         if layout.uniform:
             return output.squeeze(0).unflatten(0, (batch_size, length))
         return layout.unpack(output)
-
-    def _next_state(
-        self,
-        state: AttentionState,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        documents: Tensor,
-        layout: SequenceLayout,
-    ) -> AttentionState:
-        """Keep the last document of each row, and of it what the window can still reach."""
-        last = layout.document.amax(1, keepdim=True)
-        untouched = F.pad(state.positions >= 0, (0, layout.document.shape[1]))
-        keep = torch.where(last < 0, untouched, documents == last)
-        positions = torch.where(keep, positions, -1)
-        if self.window is None:
-            if not (layout.uniform and layout.all_continue):
-                # Away with what no row keeps: former documents would pile up from call to call.
-                columns = keep.any(0).nonzero().squeeze(1)
-                keys, values, positions = (
-                    tensor.index_select(1, columns) for tensor in (keys, values, positions)
-                )
-            return AttentionState(keys, values, positions, state.tail)
-        if not layout.uniform:
-            # Padding may lie between kept tokens: move them to the right end, in order.
-            order = keep.to(torch.int8).sort(dim=1, stable=True).indices
-            positions = positions.gather(1, order)
-            gather = order[:, :, None, None].expand(-1, -1, *keys.shape[2:])
-            keys, values = keys.gather(1, gather), values.gather(1, gather)
-        start = max(0, keys.shape[1] - (self.window - 1))
-        # Copies: views would keep the keys and values of the whole call alive.
-        kept = [tensor[:, start:].clone() for tensor in (keys, values, positions)]
-        return AttentionState(*kept, state.tail)
 
     def flops(self, tokens: int) -> int:
         """Floating point operations of one forward pass over one row of `tokens` tokens."""

@@ -159,7 +159,7 @@ class ProductKey(MemoryModule):
             out = self.o_proj(out)
         if self.scalar_gate is not None:
             out = out * self.scalar_gate(tokens).sigmoid()
-        return context.layout.unpack(out.view(*x.shape[:2], -1)), state
+        return context.layout.unpack(out.view(*x.shape[:2], out.shape[-1])), state
 
     def flops(self, tokens: int) -> int:
         """Projections, scores against both lists of half keys, and the rows that are read."""
