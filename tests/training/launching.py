@@ -64,17 +64,23 @@ class Job:
     sharded: bool = False
 
 
-def train_in_two(*jobs: Job, double: bool = False) -> list[list[Seen]]:
-    """Do runs one after another in the same two processes, much faster than a launch of each.
+def train_in(count: int, *jobs: Job, double: bool = False) -> list[list[Seen]]:
+    """Do runs one after another in the same processes, much faster than a launch of each.
 
     Args:
+        count: of the processes.
         jobs: the runs.
         double: in float64.
 
     Returns:
         What each process saw in each run (see `watched`).
     """
-    return run_processes(2, _train, jobs, double)
+    return run_processes(count, _train, jobs, double)
+
+
+def train_in_two(*jobs: Job, double: bool = False) -> list[list[Seen]]:
+    """Do runs one after another in two processes."""
+    return train_in(2, *jobs, double=double)
 
 
 def launch_sharded(config: RunConfig) -> None:

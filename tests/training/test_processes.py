@@ -24,6 +24,7 @@ from tests.training.launching import (
     dropped_out,
     in_float64,
     save_base,
+    train_in,
     train_in_two,
     watched,
 )
@@ -369,8 +370,8 @@ def test_parts_of_another_model_are_refused(make_config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory_parallel", [1, 2])
-def test_tables_stay_out_of_sharded_weights(make_config, memory_parallel):
+@pytest.mark.parametrize(("processes", "memory_parallel"), [(2, 1), (2, 2), (4, 2)])
+def test_tables_stay_out_of_sharded_weights(make_config, processes, memory_parallel):
     ffn = {"type": "product_key", "num_keys": 16, "num_heads": 2, "top_k": 4}
     layer = {"repeat": 2, "mixer": {"type": "attention", "num_heads": 2}, "ffn": ffn}
     options = {"model": {"layers": [layer]}, "steps": 6, "value_optimizer": "lazy_adam"}
@@ -383,7 +384,7 @@ def test_tables_stay_out_of_sharded_weights(make_config, memory_parallel):
     run = Trainer(plain)
     run.run()
     middle = checkpoint_path(sharded.output_dir, 3)
-    train_in_two(Job(sharded, sharded=True), Job(again, middle, sharded=True))
+    train_in(processes, Job(sharded, sharded=True), Job(again, middle, sharded=True))
     assert losses(sharded) == pytest.approx(losses(plain), abs=1e-5)
     assert losses(again) == losses(sharded)[3:]
     assert_same_weights(again, sharded)
