@@ -23,13 +23,18 @@ from torch.autograd.function import once_differentiable
 from memlm.cuda.linear_cross_entropy.inputs import Inputs
 from memlm.cuda.linear_cross_entropy.reference import linear_cross_entropy_reference
 
-MODULES = {"eager": "memlm.cuda.linear_cross_entropy.eager"}
+MODULES = {
+    "eager": "memlm.cuda.linear_cross_entropy.eager",
+    "triton": "memlm.cuda.linear_cross_entropy.triton_implementation",
+}
 PARTS = 16  # that a gradient of low precision is scaled in, each in float32
 
 
 def refusals(inputs: Inputs) -> dict[str, str | None]:
     """The implementations there are, each with why it cannot take these inputs, or None."""
-    return {"reference": None, "eager": None}
+    wide = inputs.dtype == torch.float64
+    triton = "the inputs are float64, the kernels sum in float32" if wide else None
+    return {"reference": None, "eager": None, "triton": triton}
 
 
 def run(implementation: str, inputs: Inputs) -> tuple[Tensor, Tensor]:

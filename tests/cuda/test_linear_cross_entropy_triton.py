@@ -1,0 +1,204 @@
+"""The Triton kernels of the loss without logits, in Triton's interpreter."""
+
+import math
+
+import pytest
+import torch
+
+from memlm.cuda import linear_cross_entropy
+from memlm.cuda.dispatch import interpreting
+from tests.cuda.harness import TOLERANCE, assert_deterministic, assert_near, poisoned, scattered
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
+
+triton_launchers = pytest.importorskip("memlm.cuda.linear_cross_entropy.triton_launchers")
+
+# Tokens, entries, channels; tiles have 128 tokens and 256 entries.
+CASES = [
+    ((1, 1, 1), {}),
+    ((5, 7, 3), {"z_loss": 1e-2}),
+    ((130, 300, 40), {"softcap": 3.0, "z_loss": 1e-2}),
+    ((257, 256, 64), {"softcap": 3.0}),  # whole tiles of entries
+    ((2, 1300, 70), {}),  # two splits
+]
+
+
+def problem(tokens, entries, channels, dtype=torch.float32):
+    """Hidden, weight, targets of which every third is to be ignored, weights with zeros."""
+    generator = torch.Generator().manual_seed(tokens + entries)
+    hidden = torch.randn(tokens, channels, generator=generator).to(dtype)
+    weight = (2 * torch.randn(entries, channels, generator=generator) / channels**0.5).to(dtype)
+    targets = torch.randint(0, entries, (tokens,), generator=generator)
+    targets[2::3] = -100
+    token_weights = torch.rand(tokens, generator=generator)
+    token_weights[1::5] = 0
+    return hidden, weight, targets, token_weights
+
+
+def run(monkeypatch, kernels, hidden, weight, *arguments, **options):
+    """Losses and gradients, of inputs of their own."""
+    monkeypatch.setenv("MEMLM_KERNELS", kernels)
+    hidden, weight = (x.detach().requires_grad_() for x in (hidden, weight))
+    loss, losses = linear_cross_entropy(hidden, weight, *arguments, **options)
+    dhidden, dweight = torch.autograd.grad(1.5 * loss, (hidden, weight))
+    return {"loss": loss, "losses": losses, "dhidden": dhidden, "dweight": dweight}
+
+
+def compare(monkeypatch, hidden, weight, *arguments, **options):
+    with poisoned():
+        found = run(monkeypatch, "triton", hidden, weight, *arguments, **options)
+    doubles = hidden.double(), weight.double()
+    expected = run(monkeypatch, "reference", *doubles, *arguments, **options)
+    assert found["dhidden"].dtype == hidden.dtype and found["dweight"].dtype == weight.dtype
+    assert_near(found, expected, TOLERANCE[hidden.dtype])
+    return found
+
+
+@pytest.fixture
+def lists(monkeypatch):
+    """The tiles that each product adds up, as it is made: flags [row tiles, tiles]."""
+    seen = {False: [], True: []}
+    multiply = triton_launchers._Problem._multiply
+
+    def spy(self, gradients, flags, factors, output, transposed, first):
+        seen[transposed].append(flags.clone())
+        multiply(self, gradients, flags, factors, output, transposed, first)
+
+    monkeypatch.setattr(triton_launchers._Problem, "_multiply", spy)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sizes, options", CASES, ids=str)
+def test_the_formula(monkeypatch, sizes, options, dtype):
+    compare(monkeypatch, *problem(*sizes, dtype), **options)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Tiles of 16 tokens and 32 entries, products in steps of 16."""
+    tiles = triton_launchers._Tiles(16, 32, 16, 4, 2)
+    monkeypatch.setattr(triton_launchers._Tiles, "of", lambda *_: tiles)
+
+
+def test_one_gradient_alone(monkeypatch, small):
+    hidden, weight, targets, _ = problem(17, 40, 20)
+    both = run(monkeypatch, "triton", hidden, weight, targets)
+    for name, tensor in (("dhidden", hidden), ("dweight", weight)):
+        tensor = tensor.requires_grad_()
+        loss, _ = linear_cross_entropy(hidden, weight, targets)
+        (found,) = torch.autograd.grad(1.5 * loss, (tensor,))
+        torch.testing.assert_close(found, both[name])
+        tensor.requires_grad_(False)
+
+
+def test_parts_of_the_gradients_at_a_time(monkeypatch, lists, small):
+    """The first side in memory of the other's gradient, the second one in a tile of its own."""
+    compare(monkeypatch, *problem(40, 90, 40))
+    assert [len(flags) for flags in lists[False]] == [2, 1]
+    assert [len(flags) for flags in lists[True]] == [1, 1, 1]
+    lists[False].clear(), lists[True].clear()
+    compare(monkeypatch, *problem(90, 40, 40))
+    assert [len(flags) for flags in lists[False]] == [1] * 6
+    assert [len(flags) for flags in lists[True]] == [1, 1]
+
+
+def peaked(dtype):
+    """Tokens that are sure of one of the first 20 entries; two have a target far from them."""
+    hidden = torch.eye(20, 24)[torch.arange(40) % 20].to(dtype)
+    weight = torch.zeros(150, 24)
+    weight[:20, :20] = 30 * torch.eye(20)
+    targets = (torch.arange(40) + 1) % 20
+    targets[3], targets[20] = 70, 149
+    targets[5:8] = targets[32:] = -100
+    return hidden, weight.to(dtype), targets
+
+
+@pytest.mark.parametrize("filtering", [True, False])
+def test_negligible_tiles_are_left_out(monkeypatch, lists, small, filtering):
+    if not filtering:
+        monkeypatch.setattr(triton_launchers, "LEAST", {torch.float16: 0.0})
+    compare(monkeypatch, *peaked(torch.float16))
+    found = torch.cat(lists[False])
+    if filtering:
+        assert found.tolist() == [[1, 0, 1, 0, 0], [1, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
+    else:
+        assert found.tolist() == [[1] * 5, [1] * 5, [0] * 5]
+    assert torch.equal(torch.cat(lists[True]), found.T)
+
+
+def test_what_is_not_negligible_stays(monkeypatch, lists, small):
+    """One entry just above the bound keeps its tile, one just below does not."""
+    hidden, weight, targets = peaked(torch.float16)
+    targets[:] = 0
+    bound = 30 + math.log(triton_launchers.LEAST[torch.float16])
+    weight[40, 5], weight[100, 6] = bound + 0.05, bound - 0.05
+    compare(monkeypatch, hidden, weight, targets)
+    assert torch.cat(lists[False])[0].tolist() == [1, 1, 0, 0, 0]
+
+
+def test_float32_leaves_nothing_out(monkeypatch, lists, small):
+    compare(monkeypatch, *peaked(torch.float32))
+    assert torch.cat(lists[False])[:2].all()
+
+
+def test_small_weights_keep_their_precision(monkeypatch, small):
+    """float16 has no numbers of this size."""
+    hidden, weight, targets, token_weights = problem(20, 30, 16, torch.float16)
+    scale = 2.0**-30
+    monkeypatch.setenv("MEMLM_KERNELS", "triton")
+    inputs = [x.float().requires_grad_() for x in (hidden, weight)]
+    with torch.autocast("cpu", torch.float16):
+        loss, _ = linear_cross_entropy(*inputs, targets, scale * token_weights)
+    found = dict(zip(("dhidden", "dweight"), torch.autograd.grad(loss, inputs), strict=True))
+    doubles = hidden.double(), weight.double()
+    expected = run(monkeypatch, "reference", *doubles, targets, scale * token_weights)
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        assert_near({name: 1.5 * gradient}, {name: expected[name]}, TOLERANCE[torch.float16])
+
+
+def test_no_token_counts(monkeypatch, small):
+    hidden, weight, targets, token_weights = problem(40, 20, 8)
+    for arguments in (
+        (targets.fill_(-100), token_weights),
+        (targets.clone().fill_(3), torch.zeros_like(token_weights)),
+    ):
+        found = compare(monkeypatch, hidden, weight, *arguments)
+        assert found["loss"] == 0 and not found["dhidden"].any() and not found["dweight"].any()
+    found = compare(
+        monkeypatch, *(x[:0] if x is not weight else x for x in (hidden, weight, *arguments))
+    )
+    assert found["losses"].shape == (0,) and not found["dweight"].any()
+
+
+def test_ignored_index_that_is_an_entry(monkeypatch, small):
+    hidden, weight, targets, _ = problem(9, 12, 8)
+    compare(monkeypatch, hidden, weight, targets.clamp(min=0), ignore_index=0)
+
+
+def test_layout_and_run_change_no_bit(monkeypatch, small):
+    hidden, weight, *others = problem(17, 40, 20, torch.float16)
+    first = run(monkeypatch, "triton", hidden, weight, *others, z_loss=0.1)
+    assert_deterministic(lambda: run(monkeypatch, "triton", hidden, weight, *others, z_loss=0.1))
+    moved = scattered(hidden), scattered(weight)
+    other = run(monkeypatch, "triton", *moved, *others, z_loss=0.1)
+    assert all(torch.equal(other[name], tensor) for name, tensor in first.items())
+
+
+def test_what_is_not_a_number_shows(monkeypatch, small):
+    """Filtering does not hide a token whose logits are not numbers."""
+    hidden, weight, targets = peaked(torch.float16)
+    hidden[4] = torch.nan
+    found = run(monkeypatch, "triton", hidden, weight, targets)
+    assert found["loss"].isnan() and found["losses"][4].isnan()
+    assert found["losses"].isnan().sum() == 1
+    assert found["dhidden"][4].isnan().all() and found["dweight"].isnan().all()
+
+
+def test_float64_is_refused(monkeypatch):
+    hidden, weight, targets, _ = problem(3, 4, 5, torch.float64)
+    monkeypatch.setenv("MEMLM_KERNELS", "triton")
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: the inputs are float64"):
+        linear_cross_entropy(hidden, weight, targets)
