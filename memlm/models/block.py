@@ -15,6 +15,7 @@ from memlm.layers.context import CallContext
 from memlm.layers.mlp import SwiGLU
 from memlm.layers.moe import MixtureOfExperts
 from memlm.layers.norm import RMSNorm
+from memlm.layers.sequence_group import tied
 from memlm.layers.state import MemoryState
 from memlm.layers.state_passing import hand_on, receive_states
 from memlm.memory import MemoryModule, memory_class
@@ -115,7 +116,8 @@ class Branch(nn.Module):
             alone = dataclasses.replace(context, sequence=None, before=None)
             output, given = self._run(hidden, name, given, alone, use_memory)
         else:
-            output = torch.zeros_like(hidden)
+            # DDP waits for gradients of all parameters.
+            output = tied(torch.zeros_like(hidden), *self.module.parameters())
         return hand_on(output, given, token, context.sequence), given
 
     def _run(
