@@ -90,7 +90,8 @@ def test_what_fades_below_the_smallest_number_is_zero():
     tensors = {name: x.float() for name, x in Case((8,), delta=False).make().items()}
     tensors.pop("initial_state")
     tensors["log_decay"] = torch.full_like(tensors["log_decay"], -50.0).requires_grad_()
-    run = linear_recurrence_map(beta=None, **tensors)
+    with mock.patch.dict(os.environ, {VARIABLE: "eager"}):
+        run = linear_recurrence_map(beta=None, **tensors)
     assert (
         run.transition.eq(0).all() and run.reads[:, 1:].eq(0).all() and run.reads[:, 0].ne(0).all()
     )

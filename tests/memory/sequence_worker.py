@@ -46,38 +46,46 @@ class Rows:
         return CallContext(layout, positions, write=write, sequence=sequence)
 
 
-def compare(
-    specs: dict[str, dict[str, Any]], calls: tuple[Rows, ...], dtype: str, write: bool = True
-) -> dict[str, float]:
-    """The largest difference between whole rows and shared ones, by memory and tensor, relative to
-    the largest number of the tensor."""
-    os.environ[VARIABLE] = "eager"  # no native library has to be built
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Memories by name, run over calls one after another.
+
+    tolerance: of the largest difference, relative to the largest number of a tensor.
+    """
+
+    memories: dict[str, dict[str, Any]]
+    calls: tuple[Rows, ...]
+    dtype: str = "float64"
+    tolerance: float = 1e-9
+    write: bool = True
+    implementation: str = "eager"  # with which no native library has to be built
+
+
+def compare(cases: dict[str, Case]) -> dict[str, float]:
+    """The differences between whole rows and shared ones, in tolerances, by case, memory, call and
+    tensor."""
     sequence = SequenceGroup(dist.group.WORLD)
     found = {}
-    for name, spec in specs.items():
-        whole = _run(spec, calls, getattr(torch, dtype), None, write)
-        shared = _run(spec, calls, getattr(torch, dtype), sequence, write)
-        for key, expected in whole.items():
-            assert shared[key].shape == expected.shape, key
-            if not expected.numel():
-                continue
-            difference = (shared[key] - expected).abs().max()
-            found[f"{name} {key}"] = float(difference / expected.abs().max().clamp(min=1e-3))
+    for label, case in cases.items():
+        os.environ[VARIABLE] = case.implementation
+        for name, spec in case.memories.items():
+            whole, shared = (_run(spec, case, group) for group in (None, sequence))
+            for key, expected in whole.items():
+                assert shared[key].shape == expected.shape, key
+                if expected.numel():
+                    difference = (shared[key] - expected).abs().max()
+                    error = difference / expected.abs().max().clamp(min=1e-3)
+                    found[f"{label}, {name}: {key}"] = float(error) / case.tolerance
     return found
 
 
-def _run(
-    spec: dict[str, Any],
-    calls: tuple[Rows, ...],
-    dtype: torch.dtype,
-    sequence: SequenceGroup | None,
-    write: bool,
-) -> Results:
+def _run(spec: dict[str, Any], case: Case, sequence: SequenceGroup | None) -> Results:
     """Outputs and gradients of whole rows and the last states, of one call after another.
 
     Where processes share rows, every one contributes its columns and the last one the states.
     """
     torch.manual_seed(0)
+    calls, dtype = case.calls, getattr(torch, case.dtype)
     memory = memory_class(spec["type"]).build(memory_config(spec), HIDDEN)
     _randomize(memory, dtype)
     parameters = {name: x for name, x in memory.named_parameters() if x.requires_grad}
@@ -96,10 +104,10 @@ def _run(
         weights = torch.randn_like(hidden)
         hidden.requires_grad_()
         given = {name: x.detach().requires_grad_() for name, x in state.tensors().items()}
-        context = rows.context(columns, sequence, write)
+        context = rows.context(columns, sequence, case.write)
         initial = type(state).from_state_dict(given)
         output, state = memory(hidden[:, columns], initial, context)
-        assert write or state is initial
+        assert case.write or state is initial
         loss = (output * weights[:, columns]).masked_fill(~context.layout.valid[..., None], 0).sum()
         for x in state.tensors().values():
             # Every process's random numbers stay the same as with whole rows.

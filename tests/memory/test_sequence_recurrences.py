@@ -1,7 +1,9 @@
 """Linear recurrences whose rows 2 or 4 processes hold together: the numbers of one process."""
 
+import pytest
+
 from tests.memory.processes import run_processes
-from tests.memory.sequence_worker import Rows, compare
+from tests.memory.sequence_worker import Case, Rows, compare
 
 DELTA = {"type": "gated_delta", "head_dim": 8, "num_heads": 1}
 SPECS = {
@@ -29,13 +31,44 @@ BORDERS = Rows(("abcabcAbcabc", "AbcabcabcAbc"))  # documents start with columns
 EMPTY = Rows(("......abcabc", "......abcabc"))  # the first of two processes has no tokens
 
 
-def check(found: list[dict[str, float]], tolerance: float) -> None:
+SOME = {name: SPECS[name] for name in ("gated delta", "retention", "min_gru")}
+TWICE = (PACKED, PACKED)  # the second call continues what the first left
+
+
+def check(processes: int, cases: dict[str, Case]) -> None:
+    """Raise AssertionError where a process's numbers differ from those of whole rows."""
+    found = run_processes(processes, compare, cases)
     worst = {name: max(rank[name] for rank in found) for name in found[0]}
-    assert len(worst) > 10
-    wrong = {name: error for name, error in worst.items() if not error <= tolerance}
+    assert len(worst) >= 10 * len(cases)
+    wrong = {name: error for name, error in worst.items() if not error <= 1}
     assert not wrong
 
 
 def test_two_processes_are_one():
-    """Two calls, the second of which continues what the first left."""
-    check(run_processes(2, compare, SPECS, (PACKED, PACKED), "float64"), 1e-9)
+    cases = {
+        "packed": Case(SPECS, TWICE),
+        "plain": Case(SOME, (PLAIN,)),
+        "borders": Case(SOME, (BORDERS, BORDERS)),
+        "empty": Case(SPECS, (EMPTY,)),
+        "read only": Case(SPECS, (PACKED,), write=False),
+        "single": Case(SOME, TWICE, "float32", 1e-5),
+    }
+    check(2, cases)
+
+
+def test_four_processes_are_one():
+    check(4, {"packed": Case(SOME, TWICE)})
+
+
+@pytest.mark.slow
+def test_four_processes_are_one_with_every_memory():
+    cases = {
+        "packed": Case(SPECS, TWICE),
+        "plain": Case(SPECS, (PLAIN,)),
+        "borders": Case(SPECS, (BORDERS, BORDERS)),
+        "read only": Case(SPECS, TWICE, write=False),
+        "single": Case(SPECS, TWICE, "float32", 1e-5),
+        "native": Case(SPECS, TWICE, "float32", 1e-5, implementation="auto"),
+        "half": Case(SPECS, TWICE, "bfloat16", 3e-2),
+    }
+    check(4, cases)
