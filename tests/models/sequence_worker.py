@@ -90,14 +90,13 @@ def run(model: MemLMForCausalLM, use_memory: bool) -> list[dict[str, Any]]:
     return results
 
 
-def differences(case: Case) -> dict[str, float]:
-    """The largest differences between whole rows and rows that all processes hold together.
+def differences(case: Case, sequence: SequenceGroup) -> dict[str, float]:
+    """The largest differences between whole rows and rows that processes hold together.
 
     `states`: between those that the processes return.
     """
     model = case.build()
     expected = run(model, case.use_memory)
-    sequence = SequenceGroup(dist.group.WORLD)
     model.set_sequence_group(sequence)
     found = run(model, case.use_memory)
     columns = sequence.columns(LENGTH)
@@ -113,18 +112,21 @@ def differences(case: Case) -> dict[str, float]:
             note("logits", one["logits"][:, columns][valid], other["logits"][valid])
         summed = [other["loss"], *other["grads"].values()]
         for tensor in summed:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=sequence.group)
         note("loss", one["loss"], summed[0])
         for before, after in zip(one["grads"].values(), summed[1:], strict=True):
             note("gradients", before, after)
     for state in found[-1]["states"].values():
         for tensor in state.tensors().values():
             first = tensor.contiguous().clone()
-            dist.broadcast(first, 0)
+            dist.broadcast(first, group=sequence.group, group_src=0)
             note("states", first, tensor)
     return largest
 
 
-def compare(cases: list[Case]) -> dict[str, dict[str, float]]:
-    """`differences` of every case."""
-    return {case.name: differences(case) for case in cases}
+def compare(cases: list[Case], groups: int = 1) -> dict[str, dict[str, float]]:
+    """`differences` of every case, in so many groups of processes that each hold all rows."""
+    size = dist.get_world_size() // groups
+    all_groups = [dist.new_group(range(i * size, (i + 1) * size)) for i in range(groups)]
+    sequence = SequenceGroup(all_groups[dist.get_rank() // size])
+    return {case.name: differences(case, sequence) for case in cases}

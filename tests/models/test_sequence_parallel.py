@@ -83,6 +83,11 @@ def test_four_processes_equal_one():
 
 
 @pytest.mark.slow
+def test_two_groups_of_two_processes():
+    assert_equal(run_processes(4, compare, CASES, 2), CASES)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", sorted({case.memory for case in cases()} - {"neural_cache"}))
 @pytest.mark.parametrize("processes", (2, 4))
 def test_every_memory(processes: int, memory: str):
