@@ -13,7 +13,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import specimens_product_key, specimens_topk_search, specimens_weighted_bag
+from benchmarks import (
+    specimens_linear_cross_entropy,
+    specimens_product_key,
+    specimens_topk_search,
+    specimens_weighted_bag,
+)
 from benchmarks.aot import Specimen
 from memlm.cuda.diagonal_scan import inputs as scan
 from memlm.cuda.linear_recurrence import inputs as recurrence
@@ -39,6 +44,7 @@ def quick() -> list[Specimen]:
         _scan(Scan(1024)),
         _linear_memory(LinearMemory(64)),
         _mlp_memory(MLPMemory(32, 128, 16)),
+        *specimens_linear_cross_entropy.quick(),
         *specimens_product_key.quick(),
         *specimens_topk_search.quick(),
         *specimens_weighted_bag.quick(),
@@ -54,7 +60,9 @@ def full() -> list[Specimen]:
     recurrences = map(_recurrence, _recurrence_matrix())
     tables = [*specimens_product_key.full(), *specimens_weighted_bag.full()]
     searches = specimens_topk_search.full()
-    return [*quick(), *recurrences, *convolutions, *scans, *memories, *deep, *tables, *searches]
+    losses = specimens_linear_cross_entropy.full()
+    others = [*scans, *memories, *deep, *tables, *searches, *losses]
+    return [*quick(), *recurrences, *convolutions, *others]
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
