@@ -89,7 +89,7 @@ class SlotUsage:
         ones = self._one.expand(indices.numel())
         self.counts.index_add_(0, indices.flatten(), ones)
         if self.weights is not None:
-            self.weights.index_add_(0, indices.flatten(), weights.flatten().float())
+            self.weights.index_add_(0, indices.flatten(), weights.flatten().to(self.weights.dtype))
         if self.half_keys is not None:
             num_keys = self.half_keys.shape[-1]
             half = torch.div(indices, num_keys, rounding_mode="floor")
