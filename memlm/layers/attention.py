@@ -20,6 +20,8 @@ from memlm.layers.attention_config import AttentionConfig
 from memlm.layers.attention_state import AttentionState
 from memlm.layers.blockwise import attend_in_blocks
 from memlm.layers.context import CallContext, SequenceLayout
+from memlm.layers.continued_attention import continued_attention
+from memlm.layers.continued_attention import suits as suits_continued
 from memlm.layers.convolution import ConvolutionState, ShortConvolution, carried_tail
 from memlm.layers.norm import RMSNorm
 from memlm.layers.rotary import Rotary, rotate_both
@@ -165,6 +167,8 @@ class Attention(nn.Module):
         keys, values, positions, documents = behind_carried(key, value, state, context)
         if self._uses_flash():
             output = self._packed(query, keys, values, documents, layout)
+        elif keys.shape[1] > query.shape[1] and self._goes_on(query, state, context):
+            output = continued_attention(query, keys, values, self.scaling)
         elif self.block_tokens is not None and query.shape[1] > self.block_tokens:
             output = self._blockwise(query, keys, values, positions, documents, layout)
         elif self.window is not None and query.shape[1] > self.window and bool(layout.valid.all()):
@@ -174,6 +178,20 @@ class Attention(nn.Module):
         columns = (keys, values, positions, documents)
         state = next_state(state, *columns, layout, self.window)
         return output.flatten(2), state
+
+    def _goes_on(self, query: Tensor, state: AttentionState, context: CallContext) -> bool:
+        """Whether each row's tokens go on behind carried ones without gaps, and see all of them."""
+        layout, plain = context.layout, self.steps_natively and context.sequence is None
+        return (
+            plain
+            and self.window is None
+            and self.config._attn_implementation == "sdpa"
+            and layout.uniform
+            and layout.all_continue
+            and not layout.may_jump
+            and suits_continued(query)
+            and state.has_no_gaps()
+        )
 
     def _uses_flash(self) -> bool:
         return "flash" in (self.config._attn_implementation or "")
