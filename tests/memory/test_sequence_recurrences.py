@@ -1,7 +1,9 @@
 """Linear recurrences whose rows 2 or 4 processes hold together: the numbers of one process."""
 
 import pytest
+import torch
 
+from memlm.cuda import linear_recurrence
 from tests.memory.processes import run_processes
 from tests.memory.sequence_worker import Case, Rows, compare
 
@@ -62,6 +64,8 @@ def test_four_processes_are_one():
 
 @pytest.mark.slow
 def test_four_processes_are_one_with_every_memory():
+    one = torch.ones(1, 1, 1, 1)
+    linear_recurrence(one, one, one, None, None)  # builds the library once, not in every process
     cases = {
         "packed": Case(SPECS, TWICE),
         "plain": Case(SPECS, (PLAIN,)),
