@@ -26,6 +26,7 @@ from memlm.training.plan.shapes import (
 
 Device = Literal["gpu", "cpu"]
 _TWICE = 2  # blocks of a kind that are run: the first may make what the others share
+_NEVER_SUMMED = 1 << 40  # rows of a table that is larger than all reads
 _ON_DEVICE = 2  # blocks whose tensors are on the device while the others are offloaded
 
 
@@ -36,7 +37,8 @@ class Rows:
     Attributes:
         count: rows.
         length: tokens of each.
-        document: tokens of each document in them, one behind the other.
+        document: tokens of each document in them, one behind the other; no document ends in a row
+            that is not longer.
         continued: whether they go on from carried states.
     """
 
@@ -48,12 +50,15 @@ class Rows:
     def batch(self) -> dict[str, Tensor]:
         """As the trainer gives rows to the model, every token a target."""
         places = torch.arange(self.length)
+        document = self.document
+        if document >= self.length:
+            document = 2 * self.length
         if self.continued:
-            places = places + self.document // 2
+            places = places + document // 2
         rows = {
             "input_ids": torch.zeros_like(places),
-            "segment_ids": places // self.document + 1,
-            "position_ids": places % self.document,
+            "segment_ids": places // document + 1,
+            "position_ids": places % document,
             "labels": torch.zeros_like(places),
             "loss_groups": torch.zeros_like(places),
         }
@@ -133,7 +138,7 @@ def footprint(
     )
     for module in model.modules():
         if isinstance(module, ValueTable) and by_rows:
-            module.pending = PendingReads(len(module.weight))
+            module.pending = PendingReads(_NEVER_SUMMED)
     for parameter in row_loss.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop)

@@ -289,7 +289,7 @@ def _memory(
 
     reads = own_reads = 0.0
     for table in tables:
-        own = table.layers * sum(table.shared.pending_bytes(tokens) for tokens in batches)
+        own = table.waiting_bytes(batches)
         own_reads += own
         reads += own * (processes // table.shared.processes)
     return Memory(

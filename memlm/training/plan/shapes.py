@@ -15,15 +15,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 SMALL = 1 << 20  # numbers of the largest tensor that is computed
-# Operations whose Triton kernels keep something else than plain torch.
-KERNELS = (
-    "linear_recurrence",
-    "diagonal_scan",
-    "short_convolution",
-    "neural_memory",
-    "linear_cross_entropy",
-)
 _aten = torch.ops.aten
+_EMPTY = (
+    _aten.empty.memory_format,
+    _aten.empty_strided.default,
+    _aten.empty_like.default,
+    _aten.new_empty.default,
+)
 _INDEXING = (_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default)
 
 
@@ -63,6 +61,8 @@ class ShapesOfFloats(TorchDispatchMode):
                 found = func(*args, **kwargs)
         else:
             found = func(*args, **kwargs)
+            if func in _EMPTY:  # kernels that are not launched write nothing into it
+                found.zero_()
         for tensor in tree_leaves(found):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())
@@ -98,13 +98,15 @@ def _equal_counts(chosen: Tensor, weights: Tensor | None = None, minlength: int 
 
 
 def _all_places(indices: list[Tensor | None]) -> list[Tensor | None]:
-    """Indices with which a mask that has only a shape chooses everything."""
+    """Indices in place of masks; one that has only a shape chooses everything."""
     found: list[Tensor | None] = []
     for index in indices:
-        if isinstance(index, FakeTensor) and index.dtype == torch.bool:
+        if index is None or index.dtype != torch.bool:
+            found.append(index)
+        elif isinstance(index, FakeTensor):
             found += [index.new_empty(index.numel(), dtype=torch.int64)] * index.ndim
         else:
-            found.append(index)
+            found += index.nonzero().unbind(1)
     return found
 
 
@@ -114,8 +116,8 @@ def eager_where_possible(operation: str, refusals: Mapping[str, str | None]) -> 
 
 
 def as_on_a_gpu(operation: str, refusals: Mapping[str, str | None]) -> str:
-    """Chooses the Triton kernels where they keep something else than plain torch."""
-    if operation in KERNELS and refusals.get("triton", "none") is None and has_kernels():
+    """Chooses the Triton kernels wherever there are any."""
+    if refusals.get("triton", "none") is None and has_kernels():
         return "triton"
     return eager_where_possible(operation, refusals)
 
@@ -131,11 +133,14 @@ def without_launches() -> Iterator[None]:
     if not has_kernels():
         yield
         return
+    from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    run = JITFunction.run
-    JITFunction.run = lambda *_, **__: None
+    kinds = {kind: kind.run for kind in (JITFunction, InterpretedFunction)}
+    for kind in kinds:
+        kind.run = lambda *_, **__: None
     try:
         yield
     finally:
-        JITFunction.run = run
+        for kind, run in kinds.items():
+            kind.run = run

@@ -92,12 +92,11 @@ def traffic(
             found.append(Traffic(name, "exchange", layers * moved, shared.processes, False))
         copies = processes // shared.processes
         if copies > 1:
-            waiting = sum(shared.pending_bytes(t) for t in micro_batches)
             found.append(
                 Traffic(
                     f"reads of {table.name} for its update",
                     "exchange",
-                    (copies - 1) * layers * waiting,
+                    (copies - 1) * table.waiting_bytes(micro_batches),
                     copies,
                     False,
                 )

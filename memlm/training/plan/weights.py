@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -14,7 +15,7 @@ from memlm.memory.scaling import SharedTable
 from memlm.training.optimizer import parameter_groups, table_reads, table_updates
 
 Parallel = Literal["ddp", "fsdp2", "zero2"]
-FLOAT, BFLOAT = 4, 2  # bytes
+FLOAT, BFLOAT, INDEX = 4, 2, 8  # bytes; of a row's number where reads are summed
 _BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -76,6 +77,23 @@ class Table:
             rows = self.shared.slots / (self.shared.processes if self.shared.by == "rows" else 1)
             return rows * FLOAT
         return self.shared.memory_bytes - self.value_bytes
+
+    def waiting_bytes(self, batches: Sequence[int]) -> float:
+        """Reads of a step that wait on a process; they are summed once a whole table is smaller.
+
+        Args:
+            batches: tokens of the process's micro-batches.
+        """
+        shared = self.shared
+        reads = self.layers * sum(shared.pending_bytes(tokens) for tokens in batches)
+        numbers = shared.slots * shared.width / shared.processes
+        if reads <= FLOAT * numbers or self.layers * len(batches) == 1:
+            return reads
+        read = shared.distinct_rows(sum(batches) * self.layers * shared.processes)
+        rows, channels = read, shared.width / shared.processes
+        if shared.by == "rows":
+            rows, channels = read / shared.processes, shared.width
+        return rows * (INDEX + FLOAT + FLOAT * channels)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,174 @@
+"""Plans of runs, beside what the processes of such runs really hold and send."""
+
+import dataclasses
+
+import pytest
+
+from memlm.models import MemLMConfig
+from memlm.training.plan import GPUS, Cluster, find_gpu, make_plan, report
+from memlm.training.plan.__main__ import main
+from memlm.training.plan.footprint import Rows, footprint
+from tests.memory.processes import run_processes
+from tests.training import plan_worker
+from tests.training.launching import Job
+
+DELTA = {"type": "gated_delta", "num_heads": 2, "head_dim": 16}
+WINDOW = {"type": "sliding_attention", "window": 16, "num_heads": 4}
+TABLE = {"type": "product_key", "num_keys": 48, "num_heads": 2, "top_k": 4, "share": "table"}
+LAYERS = [
+    {"repeat": 3, "mixer": DELTA, "ffn": "swiglu"},
+    {"repeat": 2, "mixer": WINDOW, "ffn": TABLE},
+]
+MODEL = {"hidden_size": 64, "intermediate_size": 96, "layers": LAYERS}
+NEAR = 0.05
+RUN = {
+    "model": MODEL,
+    "steps": 2,
+    "length": 32,
+    "tokens_per_step": 512,
+    "micro_batch_rows": 2,
+    "carry_state": True,
+    "value_optimizer": "lazy_adam",
+    "log_every": 1000,
+}
+
+
+def planned(config, processes, parallel, **options):
+    sizes = MemLMConfig.from_mapping({"vocab_size": 259} | config.model)
+    cluster = Cluster(find_gpu("h100"), processes)
+    train = dataclasses.replace(config.train, **options)
+    length = train.stages()[-1].length
+    return make_plan(sizes, train, cluster, parallel, document=length, device="cpu")
+
+
+def assert_near(plan, processes):
+    """That the largest of what the processes have is what the plan says."""
+    memory = plan.memory
+    by_rows = plan.options.memory_parallel > 1 and plan.options.memory_shard == "rows"
+    expected = {
+        "parameters": memory.parameters,
+        "gradients": memory.gradients,
+        "buckets": memory.buckets,
+        "moments": memory.moments,
+        "tables": memory.tables,
+        "table_moments": memory.table_moments,
+        "states": memory.states,
+        "kept": memory.passes.kept,
+        "reads": memory.own_reads,
+    }
+    for name, size in expected.items():
+        found = max(result[name] for result in processes)
+        if name == "reads" and by_rows:
+            assert 0 < found <= size  # of a text of few words, whose reads repeat
+        else:
+            assert found == pytest.approx(size, rel=NEAR), name
+    sent = processes[0]["sent"]
+    assert_sent(plan, sent, by_rows)
+
+
+def assert_sent(plan, sent, by_rows):
+    payload = dict.fromkeys(("all-reduce", "all-gather", "reduce-scatter", "exchange"), 0)
+    for item in plan.traffic:
+        payload[item.operation] += item.payload
+    # Norms, losses and counts are a few numbers.
+    assert sent["allreduce"] == pytest.approx(payload["all-reduce"], rel=NEAR, abs=2000)
+    gathered = sent.get("allgather_base", 0)
+    assert gathered == pytest.approx(payload["all-gather"], rel=NEAR)
+    assert sent.get("reduce_scatter_base", 0) == pytest.approx(payload["reduce-scatter"], rel=NEAR)
+    exchanged = [item for item in plan.traffic if item.operation == "exchange"]
+    if len({item.processes for item in exchanged}) == 1:
+        share = (exchanged[0].processes - 1) / exchanged[0].processes
+        found = share * (sent.get("allgather", 0) + sent.get("alltoall_base", 0))
+        if by_rows:
+            assert 0 < found <= payload["exchange"]
+        else:
+            assert found == pytest.approx(payload["exchange"], rel=NEAR)
+
+
+def compare(processes, make_config, *runs):
+    """Plan and do runs: (parallel, options)."""
+    kinds = [
+        (parallel, make_config(f"run{number}", **(RUN | options)))
+        for number, (parallel, options) in enumerate(runs)
+    ]
+    jobs = [Job(config, sharded=parallel == "fsdp2") for parallel, config in kinds]
+    results = run_processes(processes, plan_worker.measure, jobs)
+    for number, (parallel, config) in enumerate(kinds):
+        assert_near(planned(config, processes, parallel), [one[number] for one in results])
+
+
+def test_two_processes(make_config):
+    compare(2, make_config, ("ddp", {}), ("fsdp2", {"memory_parallel": 2}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes(make_config, processes):
+    compare(
+        processes,
+        make_config,
+        ("ddp", {"optimizer": "muon", "memory_parallel": processes, "memory_shard": "rows"}),
+        ("ddp", {"micro_batch_rows": None, "carry_state": False}),
+        ("fsdp2", {"optimizer": "spam"}),
+        ("fsdp2", {"memory_parallel": processes, "micro_batch_rows": 1}),
+        ("fsdp2", {"value_optimizer": "rowwise_adagrad"}),
+    )
+
+
+def test_policies_keep_less_and_less():
+    config = MemLMConfig.from_mapping({"vocab_size": 259} | MODEL)
+    rows = Rows(1, 32, 32)
+    kept = {p: footprint(config, rows, p) for p in ("keep", "selective", "recompute")}
+    sizes = [kept[p].kept for p in ("keep", "selective", "recompute")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < sizes[0] / 3
+    # Blocks beyond the second of a kind count as that one.
+    many = MODEL | {"layers": [LAYERS[0] | {"repeat": 13}, LAYERS[1]]}
+    longer = footprint(MemLMConfig.from_mapping({"vocab_size": 259} | many), rows)
+    two = MODEL | {"layers": [LAYERS[0] | {"repeat": 2}, LAYERS[1]]}
+    shorter = footprint(MemLMConfig.from_mapping({"vocab_size": 259} | two), rows)
+    each = kept["keep"].kept - shorter.kept
+    assert longer.kept - shorter.kept == 11 * each > 0
+
+
+def test_the_command(tmp_path, capsys):
+    config = "configs/gated_delta.yaml"
+    words = ["--config", config, "--preset", "tiny", "--gpus", "2", "--gpu", "l4"]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    for part in ("it fits", "activations kept", "all-gather, 2 GPUs", "Assumed:", "tokens/s"):
+        assert part in told
+    for more, message in (
+        (["--gpu", "h20O"], "unknown GPU 'h20O'; did you mean 'h200'?"),
+        (["--gpus", "64"], "8 rows of 256 tokens cannot be shared by 64 processes"),
+        (["--gpus", "0"], "--gpus: must be at least 1, got 0"),
+        (["--length", "1000"], "is not a multiple of the row length 1000"),
+        (["--train.memory_parallel", "2"], "the model has no value table"),
+        (["--parallel", "tp"], "invalid choice: 'tp'"),
+    ):
+        assert main([*words, *more]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_what_would_need_less_is_told(make_config):
+    def again(parallel="ddp", **options):
+        plan = planned(make_config(**RUN), 8, parallel, **options)
+        small = dataclasses.replace(plan.cluster.gpu, memory=2.2)
+        return dataclasses.replace(plan, cluster=dataclasses.replace(plan.cluster, gpu=small))
+
+    plan = again(tokens_per_step=512)
+    assert any("it " in line and "GiB can be used" in line for line in report.lines(plan))
+    told = list(report.alternatives(plan, lambda **change: again(**change)))
+    assert told[0].startswith("with --parallel fsdp2: ")
+    assert any("train.activations: recompute: " in line for line in told)
+
+
+def test_every_gpu_has_a_peak_and_messages_take_time():
+    for gpu in GPUS.values():
+        assert gpu.peak("bf16") > gpu.peak("no") > 1e13
+    inside, across = Cluster(GPUS["h100"], 8), Cluster(GPUS["h100"], 64)
+    # 7/8 of a GB by NVLink at 80 % of 450 GB/s; 7/8 of it by 8 adapters of 50 GB/s.
+    assert inside.collective_seconds(1e9, 8) == pytest.approx(7 / 8 / 360)
+    assert across.collective_seconds(1e9, 64) == pytest.approx(7 / 8 / 320)
+    assert across.exchange_seconds(63e9, 64) == pytest.approx((7 / 450 + 56 / 50) / 0.8)
