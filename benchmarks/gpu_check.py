@@ -3,6 +3,8 @@
 First the GPU tests, then the benchmarks, each in a process of its own with a time limit. What they
 print and write goes to benchmarks/results/MACHINE/, or to the folder that $OUT names. Exit code 0
 where all passed, 1 where something failed or could not run, 2 without a GPU.
+
+`benchmarks.pretrain`, ten models in training, has no room in the nine minutes and is run apart.
 """
 
 import argparse
