@@ -1,6 +1,7 @@
 """What each policy of `train.activations` keeps for the backward pass, and what a step then takes.
 
     python -m benchmarks.activations [--device cpu] [--depths 2 4 8 16] [--lengths 256 512 1024 ...]
+        [--times]
 
 A model of `BLOCK`s does one step (forward and backward pass, batch of one row of two packed
 documents, float32 on a CPU and bfloat16 on a GPU) with every policy, at each depth with rows of
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None, sizes: Sizes | None = None) -> 
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    parser.add_argument("--times", action="store_true", help="also time a step of each")
     parser.add_argument("--output", type=Path, default=report.RESULTS)
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -83,15 +85,17 @@ def main(arguments: Sequence[str] | None = None, sizes: Sizes | None = None) -> 
     cases += [(DEPTH, length) for length in options.lengths]
     with one_thread() if device.type == "cpu" else contextlib.nullcontext():
         for depth, length in dict.fromkeys(cases):
-            measure(depth, length, sizes, device, path)
+            measure(depth, length, sizes, device, options.times, path)
     runs = load_runs(path)
     plot(runs, path.with_suffix(".png"))
     print(f"\n{tables(runs)}\n\n{path}")
     return 0
 
 
-def measure(depth: int, length: int, sizes: Sizes, device: torch.device, path: Path) -> None:
-    """One step of every way, unless the file at `path` has them.
+def measure(
+    depth: int, length: int, sizes: Sizes, device: torch.device, timed: bool, path: Path
+) -> None:
+    """One step of every way, unless the file at `path` has it; with `timed`, one more for its time.
 
     Raises:
         AssertionError: where the gradients of a way differ from those of `keep`.
@@ -99,11 +103,12 @@ def measure(depth: int, length: int, sizes: Sizes, device: torch.device, path: P
     settings = {"depth": depth, "length": length, **dataclasses.asdict(sizes)}
     known, expected = load_runs(path), None
     keys = {way: f"{name(*way)}, {depth} blocks, {length} tokens" for way in WAYS}
-    if all(known.get(key, {}).get("settings") == settings for key in keys.values()):
-        return
+    missing = [way for way in WAYS if known.get(keys[way], {}).get("settings") != settings]
     for way, key in keys.items():
+        if not missing or (way not in missing and way != WAYS[0]):
+            continue
         model = build(depth, sizes, device)
-        found, gradients = step(model, *way, length, sizes.block_tokens)
+        found, gradients = step(model, *way, length, sizes.block_tokens, timed)
         expected = gradients if expected is None else expected
         difference = float((gradients - expected).norm() / expected.norm())
         # Kernels of a GPU may add in any order.
@@ -133,13 +138,18 @@ def build(depth: int, sizes: Sizes, device: torch.device) -> MemLMForCausalLM:
 
 
 def step(
-    model: MemLMForCausalLM, policy: str, blocks: bool, length: int, block_tokens: int
+    model: MemLMForCausalLM,
+    policy: str,
+    blocks: bool,
+    length: int,
+    block_tokens: int,
+    timed: bool,
 ) -> tuple[dict[str, Any], Tensor]:
-    """What one step keeps and takes, and its gradient; a step before it warms up.
+    """What one step keeps and takes, and its gradient.
 
     Returns:
         kept_bytes and host_bytes between forward and backward pass, peak_bytes of the step beyond
-        parameters and gradients, seconds of a step that is not watched; and all gradients in one.
+        parameters and gradients; `timed`, the seconds of a later step; and all gradients in one.
     """
     host = set_activations(model, policy)
     set_blockwise(model, block_tokens if blocks else None)
@@ -154,9 +164,9 @@ def step(
         hidden, _ = model.model(ids, segment_ids=segments, position_ids=positions)
         return hidden.float().square().mean()
 
-    forward().backward()  # so that gradients have their memory
+    for parameter in model.model.parameters():  # so that gradients have their memory
+        parameter.grad = torch.zeros_like(parameter)
     watched = _watch_gpu if device.type == "cuda" else _watch_operators
-    model.zero_grad(set_to_none=False)
     there = [*model.parameters(), *(p.grad for p in model.model.parameters()), *model.buffers()]
     with watched(host, there) as bytes_of:
         loss = forward()
@@ -165,12 +175,13 @@ def step(
         loss.backward()
         peak = bytes_of()[1]
     gradients = torch.cat([p.grad.float().flatten() for p in model.model.parameters()])
-    start = time.perf_counter()
-    forward().backward()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    found = {"kept_bytes": kept, "host_bytes": held, "peak_bytes": peak, "seconds": seconds}
+    found = {"kept_bytes": kept, "host_bytes": held, "peak_bytes": peak}
+    if timed:
+        start = time.perf_counter()
+        forward().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found["seconds"] = time.perf_counter() - start
     return found, gradients
 
 
