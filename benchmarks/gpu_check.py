@@ -63,12 +63,13 @@ def steps(output: Path) -> tuple[list[Step], list[Outcome]]:
         else:
             others = ("-q", "-m", "not gpu and not slow", "-p", "no:cacheprovider", *TESTS)
             found.append(Step("other tests", "pytest", others, 70))
-    measured = ("--device", "cuda", "--seconds", "75", "--output", str(output.parent))
-    found.append(Step("gated_delta", "benchmarks.gated_delta", measured, 110))
+    measured = ("--device", "cuda", "--seconds", "40", "--output", str(output.parent))
+    found.append(Step("gated_delta", "benchmarks.gated_delta", measured, 62))
     options = ("--device", "cuda", "--output", str(output.parent))
     found.append(Step("titans", "benchmarks.titans", options, 75))
     found.append(Step("product_key", "benchmarks.product_key", options, 65))
     found.append(Step("retrieval", "benchmarks.retrieval", (*options, "--repeats", "5"), 50))
+    found.append(Step("loss", "benchmarks.loss", (*options, "--repeats", "5"), 50))
     return found, cannot
 
 

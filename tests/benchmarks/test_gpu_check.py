@@ -74,6 +74,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
         "titans",
         "product_key",
         "retrieval",
+        "loss",
     ]
     assert cannot == [] and sum(step.seconds for step in everything) < 9 * 60
     with monkeypatch.context() as patch:
