@@ -102,7 +102,8 @@ def contestants() -> dict[str, Loss]:
 def measure(problem: Problem, device: str, repeats: int) -> list[dict[str, Any]]:
     """One row for each contestant: seconds, peak bytes and differences, or why it has none."""
     hidden, weight, targets = problem.inputs(device)
-    rows = {name: {"problem": problem, "name": name} for name in contestants()}
+    losses = contestants()
+    rows = {name: {"problem": problem, "name": name} for name in losses}
     first: list[Tensor] = []
 
     def step_of(name: str, loss: Loss) -> Callable[[int], None]:
@@ -127,7 +128,7 @@ def measure(problem: Problem, device: str, repeats: int) -> list[dict[str, Any]]
 
         return numbered
 
-    runs = {name: step_of(name, loss) for name, loss in contestants().items()}
+    runs = {name: step_of(name, loss) for name, loss in losses.items()}
     limit = SECONDS if device == "cuda" else None
     for name, seconds in time_interleaved(runs, device, repeats, limit).items():
         rows[name]["seconds"] = seconds
