@@ -30,7 +30,9 @@ def linear_cross_entropy(
     With the logits ``x = weight @ hidden_i``, or ``softcap tanh(x / softcap)``, and the logarithm
     ``lse_i`` of the sum of their exponentials, token i has the negative log-likelihood
     ``lse_i - x[target_i]``, and the loss is the sum of
-    ``token_weight_i (lse_i - x[target_i] + z_loss lse_i^2)``.
+    ``token_weight_i (lse_i - x[target_i] + z_loss lse_i^2)``. Logits and all sums
+    are float32 (float64 of float64) where the products' operands are shorter or autocast shortens
+    them. Gradients may be made along with the loss, so only one backward pass is possible.
 
     Args:
         hidden: ``[..., D]``, the outputs of the last layer.
@@ -49,7 +51,10 @@ def linear_cross_entropy(
         without gradient, 0 where there is no target.
 
     Raises:
-        ValueError: shapes or values that do not fit together.
+        ValueError: shapes or values that do not fit together. That a target is neither a row of the
+            weight nor `ignore_index` is seen on the CPU alone, where it costs no waiting; on a GPU
+            the result is undefined.
+        RuntimeError: in a second backward pass through one loss.
     """
     inputs = Inputs.of_call(
         hidden, weight, targets, token_weights, ignore_index, softcap, z_loss, shift
