@@ -121,7 +121,6 @@ def test_what_is_unknown_is_refused():
 MEMORIES = {
     "gated_delta": {"type": "gated_delta", "num_heads": 2, "head_dim": 8},
     "retention": {"type": "retention", "num_heads": 2},
-    "titans": {"type": "titans", "num_heads": 2, "head_dim": 8, "chunk_size": 4},
 }
 
 
