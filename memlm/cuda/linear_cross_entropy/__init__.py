@@ -30,8 +30,8 @@ def linear_cross_entropy(
     With the logits ``x = weight @ hidden_i``, or ``softcap tanh(x / softcap)``, and the logarithm
     ``lse_i`` of the sum of their exponentials, token i has the negative log-likelihood
     ``lse_i - x[target_i]``, and the loss is the sum of
-    ``token_weight_i (lse_i - x[target_i] + z_loss lse_i^2)``. Logits and all sums
-    are float32 (float64 of float64) where the products' operands are shorter or autocast shortens
+    ``token_weight_i (lse_i - x[target_i] + z_loss lse_i^2)``. Logits and all sums are
+    float32 (float64 of float64) where the operands of the products are shorter or autocast shortens
     them. Gradients may be made along with the loss, so only one backward pass is possible.
 
     Args:
