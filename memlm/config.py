@@ -214,6 +214,11 @@ class TrainConfig:
                 "train.sequence_parallel: replay needs whole rows; use train.backprop: truncated, "
                 "with train.activations: recompute to save memory"
             )
+        if self.sequence_parallel > 1 and self.compile:
+            raise UserError(
+                "train.compile: what processes send each other is not compiled; leave it out, or "
+                "train.sequence_parallel at 1"
+            )
         again = self.activations not in ("keep", "offload") or self.blockwise_tokens is not None
         if self.compile and again:
             raise UserError(

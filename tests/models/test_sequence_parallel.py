@@ -1,5 +1,7 @@
 """Rows that several processes hold together give what whole rows on one process give."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,16 +47,13 @@ CASES = [
 ]
 
 
-def every_memory() -> list[Case]:
-    """Every memory at each of its sites, with the activation policies that run blocks again."""
-    found = []
-    for case in cases():
-        # What normalises over the tokens of a call needs all of them.
-        if case.site != "output" and case.spec.options.get("query_norm") != "batch":
-            for activations in ("keep", "recompute", "selective"):
-                name = f"{case}, {activations}"
-                found.append(Case(name, case.layers(), activations=activations))
-    return found
+def every_memory(memory: str, activations: str) -> list[Case]:
+    """A memory, in each of its specs and sites; what normalises over a call needs whole ones."""
+    return [
+        Case(str(case), case.layers(), activations=activations)
+        for case in cases()
+        if case.memory == memory and case.spec.options.get("query_norm") != "batch"
+    ]
 
 
 def assert_equal(results: list[dict[str, dict[str, float]]], compared: list[Case]) -> None:
@@ -89,10 +88,17 @@ def test_two_groups_of_two_processes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", sorted({case.memory for case in cases()} - {"neural_cache"}))
-@pytest.mark.parametrize("processes", (2, 4))
-def test_every_memory(processes: int, memory: str):
-    compared = [case for case in every_memory() if case.name.startswith(memory)]
+@pytest.mark.parametrize(("processes", "activations"), ((2, "keep"), (4, "recompute")))
+def test_every_memory(processes: int, activations: str, memory: str):
+    compared = every_memory(memory, activations)
     assert_equal(run_processes(processes, compare, compared), compared)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", ("selective", "offload", "recompute_offload"))
+def test_what_blocks_keep(activations: str):
+    compared = [dataclasses.replace(case, activations=activations) for case in CASES]
+    assert_equal(run_processes(2, compare, compared), compared)
 
 
 def compare_all(compared: list[Case]) -> tuple[dict[str, dict[str, float]], float]:

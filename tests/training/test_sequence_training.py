@@ -85,6 +85,7 @@ def test_four_processes_hold_rows_together_or_two_by_two(make_config, corpus):
     [
         ({"sequence_parallel": 3}, "rows of 64 tokens cannot be shared equally by 3 processes"),
         ({"sequence_parallel": 2, "backprop": "replay", "replay_segment": 64}, "whole rows"),
+        ({"sequence_parallel": 2, "compile": True}, "is not compiled"),
     ],
 )
 def test_rows_that_cannot_be_shared(make_config, changed, said):
