@@ -59,8 +59,9 @@ def linear_recurrence_map(
 ) -> RecurrenceMap:
     """The sequences of a call of `linear_recurrence` as maps of their initial states.
 
-    Costs that call, and with the delta rule a second one whose values have K channels. Without the delta rule a state only fades, and the second call is a cumulative sum
-    of log decays. Gradients flow through all four results.
+    Costs that call, and with the delta rule a second one whose values have K channels. Without the
+    delta rule a state only fades, and the second call is a cumulative sum of log decays. Gradients
+    flow through all four results.
 
     Arguments and errors are those of `linear_recurrence`.
     """
