@@ -49,7 +49,8 @@ class _Tiles:
         if hidden.dtype == torch.float32:
             return _Tiles(128 if card in (9, 10) else 64, 128, 32, 8, 3)
         if card == 9:
-            return _Tiles(128, 256 if softcap is None else 128, 64, 8, 3)
+            narrow = softcap is not None or hidden.shape[1] % 64 != 0
+            return _Tiles(128, 128 if narrow else 256, 64, 8, 3)
         return _Tiles(128, 128, 64, 8, 3) if card == 10 else _Tiles(128, 128, 32, 8, 4)
 
     def step_of(self, D: int) -> int:
