@@ -16,6 +16,7 @@ backward = None  # forward saves the gradients
 # but at least this many numbers.
 KEPT, TOKENS, NUMBERS = 0.04, 256, 1 << 19
 TILE = 1 << 18  # logits of a tile, at most
+WORDS = 1024  # of a tile, at most, or an eighth of all
 
 
 def saved_like(inputs: Inputs, needs_hidden: bool, needs_weight: bool) -> list[Tensor]:
@@ -34,7 +35,7 @@ def forward(
     dweight = inputs.hidden.new_zeros(V, D, **sums) if needs_weight else None
     keep = needs_hidden or needs_weight
     tokens = max(1, min(TOKENS, int(KEPT * N)), min(N, NUMBERS // V))
-    width = max(1, min(V, TILE // tokens))
+    width = max(1, min(V, TILE // tokens, max(WORDS, V // 8)))
     buffer = inputs.hidden.new_empty(tokens * (width + (V if keep else width)), **sums)
     counting = (inputs.targets != inputs.ignore_index).nonzero().squeeze(1)
     for rows in counting.split(tokens) if len(counting) else ():
