@@ -9,6 +9,7 @@ from benchmarks.pretrain import FLA, OURS, PRESETS, Case, main
 from memlm.models import MemLMForCausalLM
 
 
+@pytest.mark.slow  # the server that starts its processes has to import torch first
 def test_a_case_that_fails_ends_no_other(tmp_path, monkeypatch, capsys):
     good = Case("tiny", OURS, "hybrid", 64, "cpu", 2)
     bad = dataclasses.replace(good, length=63)  # of which the preset says nothing
