@@ -73,6 +73,8 @@ class SavedOnHost:
 
         def pack(tensor: Tensor) -> "_Kept | _Sent":
             nonlocal staying
+            # The output of a node leads to the node: kept there, neither would ever be freed.
+            tensor = tensor if tensor.grad_fn is None else tensor.detach()
             storage = None
             if type(tensor) is Tensor and tensor.device == device and _is_plain(tensor):
                 storage = tensor.untyped_storage()

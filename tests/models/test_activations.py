@@ -3,6 +3,7 @@
 import copy
 import gc
 import importlib
+import weakref
 from unittest import mock
 
 import pytest
@@ -280,6 +281,16 @@ def test_a_graph_is_gone_through_twice():
     once = x.grad.clone()
     y.backward()
     assert torch.equal(x.grad, 2 * once)
+
+
+@pytest.mark.parametrize("smallest", [1, 1 << 20])
+def test_a_graph_without_a_backward_pass_is_freed(smallest):
+    host = SavedOnHost(smallest)
+    x = torch.randn(4, requires_grad=True)
+    y = in_blocks([torch.exp] * 2, x, host)  # which saves its output
+    alive = weakref.ref(y)
+    del y
+    assert alive() is None and host.held_bytes == 0
 
 
 def test_inputs_of_a_checkpoint_are_sent_and_nothing_else():
