@@ -26,22 +26,23 @@ MEMORIZING = {"window": 5, "segment": 4, "capacity": 12, "top_k": 3, "num_heads"
 SPECS: dict[str, list[Spec]] = {
     "gated_delta": [
         Spec(EVERYWHERE, GATED_DELTA),
-        Spec(("mixer",), {**GATED_DELTA, **DELTA_RULE}, "delta_rule"),
+        Spec(("mixer",), {**GATED_DELTA, **DELTA_RULE}, "delta_rule", examples=2),
     ],
     "knn_cache": [
         Spec(("memory", "parallel"), KNN_CACHE),
-        Spec(("memory", "parallel"), {**KNN_CACHE, "share": "store"}, "shared"),
+        Spec(("memory", "parallel"), {**KNN_CACHE, "share": "store"}, "shared", examples=2),
         Spec(("memory",), {**KNN_CACHE, "context": 3, "head_size": 6}, "context", examples=2),
         Spec(("memory",), {**KNN_CACHE, "reproject": True}, "reproject", examples=2),
         Spec(("memory",), {**KNN_CACHE, "eviction": "lru", "context": 2}, "lru", examples=2),
     ],
-    "lact": [Spec(("parallel",), LACT, stable={"orthogonalise": False}, examples=3)],
+    "lact": [Spec(("parallel",), LACT, stable={"orthogonalise": False})],
     "linear_attention": [
         Spec(EVERYWHERE, {"num_heads": 2, "head_dim": 8}),
         Spec(
             ("mixer",),
             {"num_heads": 2, "feature_map": "identity", "normalizer": False},
             "unnormalized",
+            examples=2,
         ),
     ],
     "memorizing_attention": [
@@ -50,19 +51,25 @@ SPECS: dict[str, list[Spec]] = {
     ],
     "min_gru": [
         Spec(EVERYWHERE),
-        Spec(("mixer",), {"expansion": 1.5, "conv_size": None}, "no_conv"),
+        Spec(("mixer",), {"expansion": 1.5, "conv_size": None}, "no_conv", examples=2),
     ],
     "min_lstm": [Spec(EVERYWHERE)],
     "product_key": [
         Spec(("ffn", "memory"), PRODUCT_KEY),
-        Spec(("ffn",), {**PRODUCT_KEY, "share": "table"}, "shared"),
+        Spec(("ffn",), {**PRODUCT_KEY, "share": "table"}, "shared", examples=2),
         Spec(("ffn",), {**PRODUCT_KEY, **PLAIN_VALUES}, "plain", examples=2),
         Spec(("ffn",), {**PRODUCT_KEY, "variant": "peer", "share": "experts"}, "peer", examples=2),
     ],
     "retention": [Spec(EVERYWHERE, {"num_heads": 2, "head_dim": 8})],
     "titans": [
         Spec(EVERYWHERE, {**TITANS, "depth": 1}, "depth1"),
-        Spec(("mixer", "memory"), {**TITANS, "depth": 2}, "depth2", stable={"theta_max": 1e-3}),
+        Spec(
+            ("mixer", "memory"),
+            {**TITANS, "depth": 2},
+            "depth2",
+            stable={"theta_max": 1e-3},
+            examples=2,
+        ),
         *(
             Spec(
                 ("mixer",),
@@ -81,8 +88,10 @@ SPECS: dict[str, list[Spec]] = {
 OUTPUT_SPECS: dict[str, list[Spec]] = {
     "neural_cache": [
         Spec(("output",), {"capacity": 12, "weight": 0.4}),
-        Spec(("output",), {"capacity": 15, "weight": 0.4, "top_k": 3}, "nearest"),
-        Spec(("output",), {"capacity": 40, "metric": "dot", "temperature": 10.0}, "dot"),
+        Spec(("output",), {"capacity": 15, "weight": 0.4, "top_k": 3}, "nearest", examples=2),
+        Spec(
+            ("output",), {"capacity": 40, "metric": "dot", "temperature": 10.0}, "dot", examples=2
+        ),
     ],
 }
 

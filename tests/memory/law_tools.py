@@ -31,7 +31,7 @@ class Spec:
         label: tells several specs of one memory apart.
         without_gradient: fields of its state that take no gradient by design (stores).
         stable: further options in float32, for a memory that is chaotic with its usual ones.
-        examples: draws per law at the first site.
+        examples: draws per law at the first site, the simplest one among them.
         slow: whether it is left to the slow tests.
     """
 
@@ -40,7 +40,7 @@ class Spec:
     label: str = ""
     without_gradient: tuple[str, ...] = ()
     stable: dict[str, Any] = dataclasses.field(default_factory=dict)
-    examples: int = 4
+    examples: int = 3
     slow: bool = False
 
 

@@ -6,8 +6,6 @@ import tempfile
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from memlm import UserError
@@ -18,7 +16,7 @@ from memlm.retrieval.corpus_store import CorpusStore
 from memlm.retrieval.vector_store import ValueSpec
 from tests.memory.contract import LAWS
 from tests.memory.law_tools import VOCABULARY, Case, Spec, build_model, run
-from tests.memory.test_laws import deterministic
+from tests.memory.test_laws import check
 
 SIZE = 6
 NEXT_TOKEN = {"next_token": ValueSpec((), torch.int32)}
@@ -74,13 +72,7 @@ CASE = StoreCase(
 @pytest.mark.parametrize("case", [CASE], ids=str)
 @pytest.mark.parametrize("law", [law for law in LAWS if law not in NOT_HERE])
 def test_law(law, case, law_counter):
-    @settings(deterministic, max_examples=case.examples)
-    @given(data=st.data())
-    def holds(data):
-        law_counter.append(1)
-        LAWS[law](case, data)
-
-    holds()
+    check(law, case, law_counter, case.examples)
 
 
 def build(folder, hidden_size=SIZE, **options):
