@@ -156,6 +156,9 @@ class _Selective(_Recompute):
         super().__init__(model, smallest)
         self.options["context_fn"] = partial(create_selective_checkpoint_contexts, _saved_or_not)
 
+    def __call__(self, block: Blocks, *inputs: Any) -> Any:
+        return super().__call__(partial(_with_own_casts, block), *inputs)
+
 
 class _Offload:
     """Keeps everything, in the CPU's memory."""
@@ -208,6 +211,13 @@ class _Repeatable:
                 for value, shared in zip(inputs, self.shared, strict=True)
             )
         return self.block(*inputs)
+
+
+def _with_own_casts(block: Blocks, *inputs: Any) -> Any:
+    """A block whose operators are the same each time: weights that autocast has from a call before
+    would be cast in the second run alone."""
+    torch.clear_autocast_cache()
+    return block(*inputs)
 
 
 def _plain_parameters(model: nn.Module) -> Any:

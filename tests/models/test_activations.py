@@ -109,6 +109,22 @@ def test_selective_runs_no_operator_twice(memory):
     assert times["selective"] == times["keep"] < times["recompute"]
 
 
+def test_selective_calls_under_one_autocast():
+    layers = [{"mixer": {"type": "sliding_attention", "window": 6, "num_heads": 2}}]
+    model = build_model(layers, torch.float32).train()
+    ids, gradients = torch.randint(VOCABULARY, (1, LENGTH)), []
+    for policy in ("keep", "selective"):
+        set_activations(model, policy)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):  # which casts a weight once
+            loss = model(ids, labels=ids).loss + model(ids.flip(1), labels=ids).loss
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        error = (gradients[1][name] - gradient).norm()
+        assert error <= 0.01 * gradient.norm(), name
+
+
 def test_what_is_unknown_is_refused():
     model = build_model([{"mixer": "min_gru"}])
     with pytest.raises(UserError, match="offload"):
