@@ -221,6 +221,14 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the card; of an H100 off a GPU."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @contextlib.contextmanager
 def compiling_for(target: int) -> Iterator[None]:
     """Let launchers configure kernels for a card that is not there (80, 90, 100)."""

@@ -212,7 +212,11 @@ def gradient_kernel(
     tl.store(place + offset, dx.to(gradients.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "matrix_rows", "width", "tiles"])
+# The lists are those of a chunk, which begin anywhere.
+@triton.jit(
+    do_not_specialize=["rows", "matrix_rows", "width", "tiles", "parts"],
+    do_not_specialize_on_alignment=["tile_lists", "tile_counts"],
+)
 def product_kernel(
     gradients,
     matrix,
@@ -220,11 +224,11 @@ def product_kernel(
     tile_counts,
     factors,
     output,
-    first_row,
     rows,
     matrix_rows,
     width,
     tiles,
+    parts,
     D: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -233,9 +237,10 @@ def product_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """output [rows, D] = gradients @ matrix, or gradients^T @ matrix if TRANSPOSED.
+    """output [parts, rows, D], whose sum is gradients @ matrix, or gradients^T @ matrix if
+    TRANSPOSED.
 
-    A program has BLOCK_R rows and BLOCK_N columns; the first one's rows begin at `first_row`.
+    A program has BLOCK_R rows, BLOCK_N columns and one of the parts, equally many steps of the sum.
 
     Only the tiles of TILE_K in tile_lists [row tiles, tiles], the first tile_counts [row tiles] of
     them, are added up. gradients: rows of `width` tiles, see `gradient_kernel`. matrix:
@@ -243,7 +248,8 @@ def product_kernel(
     """
     # Programs that run at the same time share rows of gradients, and go through the same tiles.
     columns: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
-    tile_row = tl.program_id(0) // columns
+    tile_row = tl.program_id(0) // (columns * parts)
+    part = tl.program_id(0) // columns % parts
     n = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
@@ -258,9 +264,12 @@ def product_kernel(
     tile_lists += tile_row.to(tl.int64) * tiles
     STEPS: tl.constexpr = TILE_K // BLOCK_K
     total = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    steps = tl.load(tile_counts + tile_row) * STEPS
+    length = tl.cdiv(steps, parts)
+    begin = tl.minimum(part * length, steps)
     # Read a step ahead, so that no load waits for another one.
-    tile = tl.load(tile_lists)
-    for step in range(0, tl.load(tile_counts + tile_row) * STEPS):
+    tile = tl.load(tile_lists + tl.minimum(begin // STEPS, tiles - 1))
+    for step in range(begin, tl.minimum(begin + length, steps)):
         at = tile * TILE_K + step % STEPS * BLOCK_K
         tile = tl.load(tile_lists + tl.minimum((step + 1) // STEPS, tiles - 1))
         if TRANSPOSED:
@@ -274,7 +283,7 @@ def product_kernel(
         else:
             b = tl.load(source, mask=(n < D)[None, :], other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
-    first = first_row + tile_row * BLOCK_R
+    first = tile_row * BLOCK_R
     inside = r < rows - first
     if TRANSPOSED:
         total *= tl.load(factors)
@@ -283,5 +292,20 @@ def product_kernel(
     mask = inside[:, None]
     if D % BLOCK_N != 0:
         mask = mask & (n < D)[None, :]
-    place = output + first.to(tl.int64) * D + (r[:, None] * D + n[None, :])
+    first_place = (part.to(tl.int64) * rows + first) * D
+    place = output + first_place + (r[:, None] * D + n[None, :])
     tl.store(place, total.to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["numbers", "parts"])
+def sum_kernel(sums, output, numbers, parts, BLOCK: tl.constexpr):
+    """output [numbers] = the sum of sums [parts, numbers], float32, added up in their order.
+
+    Parts are made for few programs only, so that 32 bits hold every place.
+    """
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < numbers
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in range(0, parts):
+        total += tl.load(sums + part * numbers + at, mask=inside, other=0.0)
+    tl.store(output + at, total.to(output.dtype.element_ty), mask=inside)

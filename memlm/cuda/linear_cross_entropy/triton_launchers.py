@@ -2,11 +2,14 @@
 
 The backward pass makes the gradients of the logits twice, once for each of its products: some
 tokens for the whole vocabulary, whose product with the weight is then complete, and some of the
-vocabulary for all tokens. So every number of a gradient is summed in float32 registers by one
-program, in the same order every time, and rounded once. To make them once, one of the two products
-would have to be summed in memory, in float32 where the gradient has 16 bits: more memory than a
-hundredth of the logits, and as many bytes to move as products to gain. Which tiles are negligible
-is known after the first time, and these are not made again.
+vocabulary for all tokens. So every number of a gradient is summed in float32, in the same order
+every time, and rounded once. To make them once, one of the two products would have to be summed in
+memory over all chunks, in float32 where the gradient has 16 bits: more memory than a hundredth of
+the logits, and as many bytes to move as products to gain. Which tiles are negligible is known after
+the first time, and these are not made again.
+
+A sum is one program's, in registers, where enough programs are at work; otherwise several programs
+have a part of it each, and `sum_kernel` adds the parts (`triton_chunks`).
 
 The vocabulary is taken in its own order.
 """
@@ -17,11 +20,13 @@ import torch
 import triton
 from torch import Tensor
 
-from memlm.cuda.dispatch import capability
+from memlm.cuda.dispatch import capability, multiprocessors
+from memlm.cuda.linear_cross_entropy.triton_chunks import Product
 from memlm.cuda.linear_cross_entropy.triton_kernels import (
     forward_kernel,
     gradient_kernel,
     product_kernel,
+    sum_kernel,
 )
 
 # Least gradient of a logit, before weights, that keeps a tile: that of the paper, an eighth of what
@@ -29,7 +34,9 @@ from memlm.cuda.linear_cross_entropy.triton_kernels import (
 LEAST = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-15, torch.float32: 0.0}
 SPLIT = 1024  # entries of the vocabulary, at least, that share a partial sum
 GROUP = 16  # token tiles that are worked at together
-SHARE = 128  # the part of the logits' gradients that is held at a time, where it needs memory
+SHARE = 128  # the part of the logits' bytes that the backward pass takes, beside what is lent
+PROGRAMS = 2  # for each multiprocessor, where the memory suffices
+SUMMED = 1024  # numbers whose parts a program adds up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,15 +133,15 @@ def backward(
     """
     outputs = {False: dhidden, True: dweight}
     outputs = {transposed: output for transposed, output in outputs.items() if output is not None}
-    if len(hidden) == 0:
+    if hidden.numel() == 0:
         for output in outputs.values():
             output.zero_()
         return
     tiles = _Tiles.of(hidden, softcap)
     problem = _Problem(hidden, weight, targets, log_sum, factors, softcap, z_loss, tiles)
     live_tiles = torch.empty(problem.grid, dtype=torch.uint8, device=hidden.device)
-    # The first one holds its logits' gradients in the memory of the second one's result. The second
-    # one has the more rows, of which a small part is then enough for a card.
+    # The first one has the memory of the other's result, which is the larger one. The other one has
+    # its own last rows, which are then the larger part of what there is.
     order = sorted(outputs, key=lambda transposed: len(outputs[transposed]))
     for place, transposed in enumerate(order):
         unused = outputs[order[1]] if place < len(order) - 1 else None
@@ -173,27 +180,45 @@ class _Problem:
         known: whether live_tiles are given, not found. unused: memory to be overwritten.
         """
         row_tile, other_tile = self.tiles.tokens, self.tiles.entries
-        row_tiles, other_tiles = self.grid
+        other_tiles = self.grid[1]
         factors, row_factors = self.factors, self.factors
         if transposed:
             row_tile, other_tile = other_tile, row_tile
-            row_tiles, other_tiles = other_tiles, row_tiles
+            other_tiles = self.grid[0]
             # The largest becomes 1: no number of 16 bits is then too small for its type.
             largest = factors.abs().amax(0, keepdim=True)
             row_factors = torch.where(largest == 0, 1, largest)
             factors = factors / row_factors
-        size = row_tile * other_tiles * other_tile
-        held = None if unused is None else unused.view(-1).view(self.hidden.dtype)
-        if held is None or held.numel() < size:
-            held = self.hidden.new_empty(max(1, row_tiles // SHARE) * size)
-        most = held.numel() // size
-        for first in range(0, row_tiles, most):
-            some = min(most, row_tiles - first)
+        D = output.shape[1]
+        itemsize = self.hidden.element_size()
+        product = Product(
+            row_tile,
+            other_tiles,
+            triton.cdiv(D, self._columns(row_tile)),
+            held=row_tile * other_tiles * other_tile * itemsize,
+            sums=4 * row_tile * D,
+            row=output.element_size() * D,
+            lent=None if unused is None else unused.nbytes,
+            own=len(self.hidden) * len(self.weight) * itemsize // SHARE,
+            programs=PROGRAMS * multiprocessors(output.device),
+        )
+        own = torch.empty(product.own_bytes, dtype=torch.uint8, device=output.device)
+        flags = live_tiles.T if transposed else live_tiles
+        lists = _lists(flags) if known else None
+        first = 0
+        while first * row_tile < len(output):
+            rows = output[first * row_tile :]
+            some, parts = product.chunk(len(rows))
+            rows, rest = rows[: some * row_tile], rows[some * row_tile :]
+            lent = (rest if unused is None else unused).view(-1).view(torch.uint8)
+            held, sums = product.places(lent, own, some, parts, len(rows))
+            held, sums = held.view(self.hidden.dtype), sums.view(torch.float32)
             self._logit_gradients(held, live_tiles, factors, transposed, first, some, known)
-            flags = (
-                live_tiles[:, first : first + some].T if transposed else live_tiles[first:][:some]
-            )
-            self._multiply(held, flags.contiguous(), row_factors, output, transposed, first)
+            chunk = slice(first, first + some)
+            some_lists = tuple(x[chunk] for x in lists) if known else _lists(flags[chunk])
+            some_factors = row_factors if transposed else row_factors[first * row_tile :]
+            self._multiply(held, *some_lists, some_factors, rows, transposed, parts, sums)
+            first += some
 
     def _logit_gradients(
         self,
@@ -240,43 +265,62 @@ class _Problem:
             **self.tiles.launch,
         )
 
+    def _columns(self, row_tile: int) -> int:
+        """Columns of a program of a product."""
+        most = self.tiles.tokens * self.tiles.entries // row_tile
+        return min(most, max(16, triton.next_power_of_2(self.hidden.shape[1])))
+
     def _multiply(
         self,
         gradients: Tensor,
-        flags: Tensor,
+        tile_lists: Tensor,
+        tile_counts: Tensor,
         factors: Tensor,
         output: Tensor,
         transposed: bool,
-        first: int,
+        parts: int,
+        sums: Tensor,
     ) -> None:
-        """The rows of `output` from row tile `first` on; flags [row tiles, tiles to add up]."""
+        """Write output [rows, D], see `product_kernel`.
+
+        sums, float32 [parts * rows * D], are overwritten if there are several parts.
+        """
         row_tile, other_tile = self.tiles.tokens, self.tiles.entries
         matrix = self.weight
         if transposed:
             row_tile, other_tile = other_tile, row_tile
             matrix = self.hidden
         D = output.shape[1]
-        block = min(
-            self.tiles.tokens * self.tiles.entries // row_tile, max(16, triton.next_power_of_2(D))
-        )
-        product_kernel[(len(flags) * triton.cdiv(D, block),)](
+        columns = self._columns(row_tile)
+        row_tiles, terms = tile_lists.shape
+        product_kernel[(row_tiles * triton.cdiv(D, columns) * parts,)](
             gradients,
             matrix,
-            flags.argsort(dim=1, descending=True, stable=True).int(),
-            flags.sum(1, dtype=torch.int32),
+            tile_lists,
+            tile_counts,
             factors,
-            output,
-            first * row_tile,
+            sums if parts > 1 else output,
             len(output),
             len(matrix),
-            len(flags) if transposed else flags.shape[1],
-            flags.shape[1],
+            row_tiles if transposed else terms,
+            terms,
+            parts,
             D=D,
             TRANSPOSED=transposed,
             BLOCK_R=row_tile,
             TILE_K=other_tile,
-            BLOCK_N=block,
+            BLOCK_N=columns,
             BLOCK_K=self.tiles.step,
             PRECISION=_precision(self.hidden.dtype),
             **self.tiles.launch,
         )
+        if parts > 1:
+            sum_kernel[(triton.cdiv(output.numel(), SUMMED),)](
+                sums, output, output.numel(), parts, BLOCK=SUMMED
+            )
+
+
+def _lists(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """The places of the ones of each row, and how many they are: int32 [rows, tiles] and [rows]."""
+    order = flags.contiguous().argsort(dim=1, descending=True, stable=True).int()
+    return order, flags.sum(1, dtype=torch.int32)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from memlm.cuda import nvcc_library
+from memlm.cuda.dispatch import multiprocessors
 from memlm.cuda.weighted_bag.device import SOURCE
-from memlm.cuda.weighted_bag.triton_bag import dot, multiprocessors
+from memlm.cuda.weighted_bag.triton_bag import dot
 from memlm.cuda.weighted_bag.triton_rows import dense_gradient, row_gradients, update_rows
 
 __all__ = ["bag", "dense_gradient", "dot", "row_gradients", "update_rows"]

@@ -8,14 +8,13 @@ that a bag is spread over the warps and a token over the card.
 That the indices are rows of the table is not checked.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-MULTIPROCESSORS = 132  # of the card that launches on meta tensors are configured for
+from memlm.cuda.dispatch import multiprocessors
+
 # Without a limit ptxas saves registers for full occupancy, by one load after another: each then
 # waits for the one before. With it, it keeps all loads of a turn in flight (seen in its output).
 REGISTERS = 128
@@ -172,14 +171,6 @@ def _bag_constants(tokens: int, V: int, values: Tensor) -> dict[str, int]:
     # A turn of 128 rows or more would be longer than most bags.
     sizes = {"BLOCK": block, "P": min(32, size // block), "UNROLL": unroll}
     return sizes | {"num_warps": warps, "maxnreg": REGISTERS}
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of the card; of an H100 off a GPU."""
-    if device.type != "cuda":
-        return MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def dot(indices: Tensor, x: Tensor, values: Tensor) -> Tensor:
