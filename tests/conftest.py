@@ -57,6 +57,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.no_cover)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the marker of tests that need libraries of C++."""
+    config.addinivalue_line("markers", "native(*sources): needs the libraries of these C++ files")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose library there is not.
+
+    Asking compiles it: while tests are collected, each of several processes would compile all.
+    """
+    for marker in item.iter_markers("native"):
+        from memlm.cuda import native  # the process that only reports imports nothing of memlm
+
+        for source in marker.args:
+            reason = native.unavailable(source)
+            if reason is not None:
+                pytest.skip(f"native: {reason}")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Start every test from the same random state, whatever ran before it."""

@@ -10,18 +10,14 @@ from benchmarks.product_key import __main__ as command
 from benchmarks.product_key import cpu, measure
 from benchmarks.product_key.measure import OURS, PEER
 from benchmarks.product_key.problem import Problem
-from memlm.cuda import native as loader
 from memlm.cuda.product_key import native
 
 needs_peer = pytest.mark.skipif(
     importlib.util.find_spec("product_key_memory") is None,
     reason="product-key-memory is not installed (pip install 'memlm[bench]')",
 )
-REASON = loader.unavailable(native.SOURCE)
 NAMES = [
-    pytest.param(name, marks=pytest.mark.skipif(REASON is not None, reason=str(REASON)))
-    if one.kernels == "native"
-    else name
+    pytest.param(name, marks=pytest.mark.native(native.SOURCE)) if one.kernels == "native" else name
     for name, one in OURS.items()
 ]
 SMALL = Problem(16, 32, 2, 4, 64)
@@ -77,7 +73,7 @@ def test_updates_start_from_one_gradient():
 
 
 @needs_peer
-@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@pytest.mark.native(native.SOURCE)
 def test_quick_run(tmp_path, capsys, monkeypatch):
     # Memory without processes of their own, which take seconds to start.
     monkeypatch.setattr(measure, "in_another_process", lambda function, *given: function(*given))

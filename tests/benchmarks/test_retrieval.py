@@ -9,11 +9,9 @@ from benchmarks.retrieval import __main__ as command
 from benchmarks.retrieval import cpu, measure
 from benchmarks.retrieval.measure import NAMES, OURS, PEER
 from benchmarks.retrieval.problem import Problem
-from memlm.cuda import native as loader
 from memlm.cuda.topk_search import native
 
-REASON = loader.unavailable(native.SOURCE)
-needs_native = pytest.mark.skipif(REASON is not None, reason=f"native: {REASON}")
+needs_native = pytest.mark.native(native.SOURCE)
 SMALL = Problem(1500, 16, 30, 8)
 
 

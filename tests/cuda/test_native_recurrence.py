@@ -17,8 +17,7 @@ from memlm.cuda.linear_recurrence import (
 from tests.cuda.harness import TOLERANCE, assert_deterministic, assert_near, poisoned, scattered
 from tests.cuda.recurrence_cases import DECAYS, LENGTHS, Case, call, results, weighted
 
-REASON = loader.unavailable(native.SOURCE)
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = pytest.mark.native(native.SOURCE)
 
 NEAR = 2e-6  # relative root mean square error in float32
 SIZES = ((1, 1, 4, 4), (1, 2, 5, 3), (2, 2, 16, 9), (2, 6, 3, 8), (1, 1, 64, 64), (1, 2, 33, 70))

@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from memlm.cuda import NeuralMemoryState, neural_memory, short_convolution
-from memlm.cuda import native as loader
 from memlm.cuda.dispatch import VARIABLE
 from memlm.cuda.neural_memory import native as memory
 from memlm.cuda.rms_norm import native as rms_norm
@@ -15,8 +14,7 @@ from memlm.cuda.short_convolution import native as convolution
 from memlm.layers.gated_norm import GatedRMSNorm
 from memlm.layers.norm import RMSNorm
 
-REASON = loader.unavailable(memory.SOURCE) or loader.unavailable(convolution.SOURCE)
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = pytest.mark.native(memory.SOURCE, convolution.SOURCE)
 
 
 def both(monkeypatch, call):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from memlm.cuda import native as loader
 from memlm.cuda import neural_memory
 from memlm.cuda.dispatch import VARIABLE
 from memlm.cuda.neural_memory import native
@@ -11,8 +10,7 @@ from memlm.cuda.neural_memory.chunks import Chunks
 from tests.cuda.harness import assert_near, poisoned, scattered
 from tests.cuda.test_neural_memory import make, run
 
-REASON = loader.unavailable(native.SOURCE)
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = pytest.mark.native(native.SOURCE)
 
 NEAR = 1e-5  # after a memory of several layers in float32
 NEAR_OF_A_LAYER = 3e-6

@@ -1,15 +1,13 @@
 import pytest
 import torch
 
-from memlm.cuda import native as loader
 from memlm.cuda import product_key_select
 from memlm.cuda.dispatch import VARIABLE
 from memlm.cuda.product_key import native
 from memlm.errors import UserError
 from tests.cuda.harness import TOLERANCE, assert_near
 
-REASON = loader.unavailable(native.SOURCE)
-NATIVE = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+NATIVE = pytest.mark.native(native.SOURCE)
 IMPLEMENTATIONS = ("reference", "eager", pytest.param("native", marks=NATIVE))
 
 

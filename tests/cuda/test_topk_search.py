@@ -9,10 +9,7 @@ from memlm.cuda.dispatch import VARIABLE
 from memlm.cuda.topk_search import eager, native, reference
 from memlm.errors import UserError
 
-REASON = loader.unavailable(native.SOURCE)
-NATIVE = pytest.param(
-    "native", marks=pytest.mark.skipif(REASON is not None, reason=f"native: {REASON}")
-)
+NATIVE = pytest.param("native", marks=pytest.mark.native(native.SOURCE))
 IMPLEMENTATIONS = ("reference", "eager", NATIVE)
 METRICS = ("dot", "l2", "cosine")
 
@@ -106,7 +103,7 @@ def test_ties_have_one_order_however_the_search_is_cut(
 
     expected = brute_force(queries, keys, k, "dot", visible)
     searches = [reference.topk_search, eager.topk_search]
-    if REASON is None:
+    if loader.unavailable(native.SOURCE) is None:
         searches.append(native.topk_search)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eager, "QUERY_BLOCK", query_block)

@@ -11,15 +11,13 @@ from memlm.cuda import (
     update_rows,
     weighted_bag,
 )
-from memlm.cuda import native as loader
 from memlm.cuda.dispatch import VARIABLE
 from memlm.cuda.weighted_bag import native
 from memlm.errors import UserError
 from tests.cuda.harness import TOLERANCE, assert_deterministic, assert_near, poisoned, scattered
 from tests.cuda.weighted_bag_cases import CASES, adamw, formula, outcome, problem
 
-REASON = loader.unavailable(native.SOURCE)
-NATIVE = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+NATIVE = pytest.mark.native(native.SOURCE)
 IMPLEMENTATIONS = ("reference", "eager", pytest.param("native", marks=NATIVE))
 
 

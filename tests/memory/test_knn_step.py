@@ -3,15 +3,13 @@
 import pytest
 import torch
 
-from memlm.cuda import native as loader
 from memlm.cuda.dispatch import VARIABLE
 from memlm.cuda.knn_step import native
 from memlm.layers.context import SequenceLayout
 from memlm.memory import CallContext, KnnCache, KnnCacheConfig
 from memlm.memory.knn_retrieval import KnnCacheState, Retriever
 
-REASON = loader.unavailable(native.SOURCE)
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = pytest.mark.native(native.SOURCE)
 HIDDEN = 32
 
 
