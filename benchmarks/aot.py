@@ -241,16 +241,23 @@ def resources(ptxas_log: str) -> tuple[int, int, int]:
 
 
 def distinct_launches(
-    specimens: Iterable[Specimen], capabilities: Iterable[int] = CAPABILITIES
+    specimens: Iterable[Specimen],
+    capabilities: Iterable[int] = CAPABILITIES,
+    one_per_kernel: bool = False,
 ) -> list[tuple[Specimen, Launch, int]]:
-    """The launches that need a binary of their own, each with its place in its specimen."""
+    """The launches that need a binary of their own, each with its place in its specimen.
+
+    one_per_kernel: only the first launch of each kernel for each capability.
+    """
     found = {}
     for specimen in specimens:
         for capability in capabilities:
             with recorded_launches(capability) as launches:
                 specimen.launch()
             for place, launch in enumerate(launches):
-                found.setdefault(launch.key, (specimen, launch, place))
+                kernel = (launch.kernel.__module__, launch.name, launch.capability)
+                key = kernel if one_per_kernel else launch.key
+                found.setdefault(key, (specimen, launch, place))
     return list(found.values())
 
 
@@ -271,15 +278,16 @@ def compile_table(
     capabilities: Iterable[int] = CAPABILITIES,
     processes: int = 1,
     progress: Callable[[Compiled], object] = lambda _: None,
+    one_per_kernel: bool = False,
 ) -> list[Compiled]:
     """Compile every distinct launch of the specimens that `table` returns.
 
     table: a function that another process can import. processes: 1 is this one. progress: called
-    as each one is done.
+    as each one is done. one_per_kernel: as `distinct_launches` takes it.
     """
     jobs = [
         (table, specimen.name, launch.capability, place)
-        for specimen, launch, place in distinct_launches(table(), capabilities)
+        for specimen, launch, place in distinct_launches(table(), capabilities, one_per_kernel)
     ]
     results = []
     if processes == 1:  # others would only import everything again

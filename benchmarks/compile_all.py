@@ -70,7 +70,9 @@ def _compile(quick: bool, processes: int) -> tuple[dict, list[str]]:
     table = specimens_of()
     wgmma = {specimen.name: specimen.wgmma for specimen in table}
     recompiled = {one.name: found for one in table if (found := aot.recompiled(one))}
-    compiled = aot.compile_table(specimens_of, processes=processes, progress=_progress)
+    compiled = aot.compile_table(
+        specimens_of, processes=processes, progress=_progress, one_per_kernel=quick
+    )
     sources = nvcc.cuda_sources(Path(memlm.__file__).parent / "cuda")
     if nvcc.nvcc() is None:
         skipped = "not installed"
