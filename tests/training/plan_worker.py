@@ -75,7 +75,9 @@ def _measure_run(run: trainer.Trainer) -> dict[str, float]:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             result = saved(*args, **kwargs)
-        for tensor in (*run.model.parameters(), *run.model.buffers(), *args[0].values()):
+        carried = [t for state in (args[1] or {}).values() for t in state.tensors().values()]
+        given = (*args[0].values(), *carried)
+        for tensor in (*run.model.parameters(), *run.model.buffers(), *given):
             storages.pop(local(tensor).untyped_storage()._cdata, None)
         seen["kept"] = sum(storage.nbytes() for storage in storages.values())
         return result

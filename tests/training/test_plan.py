@@ -87,6 +87,17 @@ def assert_sent(plan, sent, by_rows):
             assert found == pytest.approx(payload["exchange"], rel=NEAR)
 
 
+def assert_rows_sent(plan, processes):
+    """What processes send that hold rows together."""
+    sent = [result["sent"] for result in processes]
+    payload = {item.operation: item.payload for item in plan.traffic if "row" in item.name}
+    assert sent[0]["allgather"] == pytest.approx(payload["all-gather"], rel=NEAR)
+    assert sent[0]["reduce_scatter"] == pytest.approx(payload["reduce-scatter"], rel=NEAR)
+    # A planned process has two neighbours; the last one sends its states to all.
+    passed = sum(one.get("recv", 0) for one in sent) / (len(sent) - 1)
+    assert passed + sent[0].get("broadcast", 0) == pytest.approx(payload["exchange"], rel=NEAR)
+
+
 def compare(processes, make_config, *runs):
     """Plan and do runs: (parallel, options)."""
     kinds = [
@@ -115,6 +126,23 @@ def test_several_processes(make_config, processes):
         ("fsdp2", {"memory_parallel": processes, "micro_batch_rows": 1}),
         ("fsdp2", {"value_optimizer": "rowwise_adagrad"}),
     )
+
+
+@pytest.mark.slow
+def test_rows_held_together(make_config):
+    def config(name, *mixers, **options):
+        layers = [{"repeat": 3, "mixer": mixer, "ffn": "swiglu"} for mixer in mixers]
+        sizes = {"length": 128, "tokens_per_step": 256, "sequence_parallel": 2}
+        return make_config(name, **(RUN | sizes | {"model": MODEL | {"layers": layers}} | options))
+
+    again = {"activations": "recompute", "carry_state": False}
+    configs = [
+        config("keep", DELTA, WINDOW, {"type": "titans"}),
+        config("again", WINDOW, {"type": "attention", "num_heads": 4}, **again),
+    ]
+    results = run_processes(2, plan_worker.measure, [Job(config) for config in configs])
+    for number, config in enumerate(configs):
+        assert_rows_sent(planned(config, 2, "ddp"), [one[number] for one in results])
 
 
 def test_activations_by_policy_and_depth():

@@ -15,8 +15,9 @@ from memlm.cuda.dispatch import chosen_by
 from memlm.layers.state import MemoryState
 from memlm.memory import ValueTable
 from memlm.models import MemLMConfig, MemLMForCausalLM
-from memlm.models.activations import set_activations
+from memlm.models.activations import set_activations, set_blockwise
 from memlm.training.loss import RowLoss
+from memlm.training.plan.sequence import counted
 from memlm.training.plan.shapes import (
     ShapesOfFloats,
     as_on_a_gpu,
@@ -40,12 +41,19 @@ class Rows:
         document: tokens of each document in them, one behind the other; no document ends in a row
             that is not longer.
         continued: whether they go on from carried states.
+        together: processes that hold each of them together; this one has the last columns.
     """
 
     count: int
     length: int
     document: int
     continued: bool = False
+    together: int = 1
+
+    @property
+    def columns(self) -> int:
+        """Tokens of each row that the process has."""
+        return self.length // self.together
 
     def batch(self) -> dict[str, Tensor]:
         """As the trainer gives rows to the model, every token a target."""
@@ -59,8 +67,8 @@ class Rows:
             "input_ids": torch.zeros_like(places),
             "segment_ids": places // document + 1,
             "position_ids": places % document,
-            "labels": torch.zeros_like(places),
-            "loss_groups": torch.zeros_like(places),
+            "labels": torch.zeros_like(places[: self.columns]),
+            "loss_groups": torch.zeros_like(places[: self.columns]),
         }
         return {name: row.repeat(self.count, 1) for name, row in rows.items()}
 
@@ -74,12 +82,15 @@ class Footprint:
         working: what is needed beyond that at the worst moment of both passes.
         host: what waits in the CPU's memory.
         states: the memory states that the rows hand on.
+        sent: bytes by operation that the processes which hold the rows together send, as
+            `Traffic.payload`.
     """
 
     kept: int
     working: int
     host: int
     states: int
+    sent: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def footprint(
@@ -87,6 +98,7 @@ def footprint(
     rows: Rows,
     activations: str = "keep",
     *,
+    blockwise_tokens: int | None = None,
     mixed_precision: str = "no",
     low_precision_weights: bool = False,
     by_rows: bool = True,
@@ -103,6 +115,7 @@ def footprint(
         config: of the model.
         rows: of the passes.
         activations: `train.activations`.
+        blockwise_tokens: `train.blockwise_tokens`.
         mixed_precision: "no" or "bf16".
         low_precision_weights: whether the weights of the passes are bfloat16 already, as FSDP2
             gathers them with mixed precision.
@@ -136,6 +149,8 @@ def footprint(
     set_activations(
         model, {"offload": "keep", "recompute_offload": "recompute"}.get(activations, activations)
     )
+    set_blockwise(model, blockwise_tokens)
+    mode.leave_out([*row_loss.parameters(), *row_loss.buffers()])
     for module in model.modules():
         if isinstance(module, ValueTable) and by_rows:
             module.pending = PendingReads(_NEVER_SUMMED)
@@ -145,7 +160,8 @@ def footprint(
 
     chooser = as_on_a_gpu if device == "gpu" else eager_where_possible
     low = mixed_precision == "bf16"
-    with chosen_by(chooser), without_launches(), mode:
+    group = counted(model, rows.together)
+    with group as sent, chosen_by(chooser), without_launches(), mode:
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             states = None
             if rows.continued:
@@ -153,11 +169,11 @@ def footprint(
                 states = row_loss(first, carry=True)[2]
             batch = rows.batch() if batch is None else dict(batch)
             start, mode.peak = mode.live, mode.live
+            sent.nbytes.clear()  # of the call that made the states
             with _marks(model, mode) as marks:
-                loss, _, handed_on = row_loss(batch, states, carry=True)
-            if not rows.continued:
-                carried = 0
-            else:
+                loss, _, handed_on = row_loss(batch, states, carry=rows.continued)
+            carried = 0
+            if handed_on is not None:
                 carried = _times_factors(_by_block(handed_on, len(factors)), factors)
             del handed_on
             kept = mode.live - start
@@ -167,10 +183,13 @@ def footprint(
     further = _times_factors(blocks, factors) - sum(blocks)
     working = peak - kept
     kept += further
+    travels: dict[str, int] = {}
+    for (operation, number), size in sent.nbytes.items():
+        travels[operation] = travels.get(operation, 0) + factors[number] * size
     if not offloads:
-        return Footprint(kept, working, 0, carried)
+        return Footprint(kept, working, 0, carried, travels)
     host = max(0, _times_factors(blocks, factors) - _ON_DEVICE * max(blocks))
-    return Footprint(kept - host, working, _times_factors(blocks, factors), carried)
+    return Footprint(kept - host, working, _times_factors(blocks, factors), carried, travels)
 
 
 def _lower(root: nn.Module, tables_apart: bool) -> None:

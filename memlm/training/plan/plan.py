@@ -11,7 +11,7 @@ from memlm.config import TrainConfig
 from memlm.models import MemLMConfig, MemLMForCausalLM
 from memlm.training.plan.footprint import Device, Footprint, Rows, footprint
 from memlm.training.plan.gpus import GIB, Cluster
-from memlm.training.plan.traffic import Traffic, traffic
+from memlm.training.plan.traffic import Traffic, sequence_traffic, traffic
 from memlm.training.plan.weights import BFLOAT, FLOAT, Parallel, Weights, weights_of
 from memlm.training.setup import check_shares
 from memlm.training.throughput import training_flops
@@ -168,16 +168,19 @@ def make_plan(
     weights = weights_of(model, options)
     own = options.tokens_per_step // stage.length // (cluster.count // together)
     most = min(options.micro_batch_rows or own, own)
-    columns = -(-stage.length // together)
-    rows = Rows(most, columns, min(document, columns), options.carry_state)
+    length = min(options.replay_segment or stage.length, stage.length)
+    segments = -(-stage.length // length)
+    rows = Rows(most, stage.length, min(document, stage.length), options.carry_state, together)
+    columns = rows.columns
     batches = [most * columns] * (own // most) + [own % most * columns] * (own % most > 0)
 
     sharded = parallel == "fsdp2" and cluster.count > 1
     low = options.mixed_precision == "bf16"
     passes = footprint(
         config,
-        rows,
+        rows if segments == 1 else dataclasses.replace(rows, length=length, continued=True),
         options.activations,
+        blockwise_tokens=options.blockwise_tokens,
         mixed_precision=options.mixed_precision,
         low_precision_weights=low and (sharded or parallel == "zero2"),
         by_rows=bool(weights.tables),
@@ -186,14 +189,18 @@ def make_plan(
         device=device,
     )
     keeps = options.activations in ("keep", "selective")
-    passes = _with_shared_reads(passes, weights, batches[0], keeps)
+    passes = _with_shared_reads(passes, weights, batches[0] // segments, keeps)
+    if segments > 1:  # replay keeps the states between them
+        states = passes.states if options.carry_state else 0
+        kept = passes.kept + (segments - 1) * passes.states
+        passes = dataclasses.replace(passes, kept=kept, states=states)
     memory = _memory(weights, options, parallel, cluster.count, batches, passes, own / most)
 
     flops = training_flops(model, stage.length) * options.tokens_per_step
-    again = 0.0
+    forward = model.flops(stage.length) / stage.length * options.tokens_per_step
+    again = forward * (segments - 1) / segments
     if options.activations in _AGAIN:
-        outside = 2 * model.lm_head.weight.numel()
-        again = (model.flops(stage.length) / stage.length - outside) * options.tokens_per_step
+        again += forward - 2 * model.lm_head.weight.numel() * options.tokens_per_step
     peak = cluster.gpu.peak(options.mixed_precision) * cluster.compute_share
     reading, updating = _table_traffic(weights, batches, options.tokens_per_step)
     # Adam reads and writes a weight and two moments, and reads a gradient.
@@ -208,7 +215,10 @@ def make_plan(
         memory,
         flops,
         again,
-        traffic(weights, options, parallel, cluster.count, batches),
+        [
+            *traffic(weights, options, parallel, cluster.count, batches),
+            *sequence_traffic(passes.sent, together, own / most),
+        ],
         (flops + again) / cluster.count / peak + cluster.memory_seconds(reading),
         cluster.memory_seconds(moved),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from memlm.errors import UserError
 from memlm.training.plan.gpus import GIB
 from memlm.training.plan.plan import FRAGMENTS, RESERVED, Plan
 from memlm.training.plan.shapes import has_kernels
@@ -43,10 +44,10 @@ def _setting(plan: Plan) -> Iterator[str]:
     machines = f"{cluster.nodes} machine{'s'[: cluster.nodes != 1]}"
     yield f"{cluster.count} x {cluster.gpu.device} in {machines}, {plan.parallel}"
     together = plan.options.sequence_parallel
-    parts = f" (a {together}th of each row)" if together > 1 else ""
+    where = "on each GPU" if together == 1 else f"on each {together} GPUs together"
     yield (
         f"a step of {plan.options.tokens_per_step:,} tokens: {plan.micro_batches} x {rows.count} "
-        f"rows of {rows.length} tokens on each GPU{parts}"
+        f"rows of {rows.length} tokens {where}"
     )
 
 
@@ -147,7 +148,19 @@ def assumptions(plan: Plan) -> Iterator[str]:
     if plan.parallel == "zero2":
         yield "DeepSpeed's own buffers are not counted; no run with it was compared"
     if plan.options.sequence_parallel > 1:
-        yield "what GPUs send each other that hold rows together is not counted"
+        yield (
+            "GPUs that hold rows together: activations and messages of the last of them, which has "
+            "the most keys; waiting for each other is not counted"
+        )
+    if plan.options.compile:
+        yield "train.compile: what it saves is not counted, neither memory nor time"
+    if plan.options.blockwise_tokens is not None:
+        yield "train.blockwise_tokens: what is computed again for it is not counted as work"
+    if plan.options.backprop == "replay":
+        yield (
+            "train.backprop: replay: a segment's activations and the states between segments; "
+            "weights that FSDP2 gathers again for each segment are not counted"
+        )
     if plan.options.activations in ("offload", "recompute_offload"):
         yield "copies to and from the CPU's memory keep up with the computing"
     if plan.micro_batches > 1 and plan.parallel == "fsdp2":
@@ -178,7 +191,10 @@ def alternatives(plan: Plan, again: Callable[..., Plan]) -> Iterator[str]:
         changes.append({"memory_parallel": together})
         changes.append({"memory_parallel": together, "activations": "recompute"})
     for change in changes:
-        other = again(**change)
+        try:
+            other = again(**change)
+        except UserError:  # does not go with the rest of the options
+            continue
         told = ", ".join(
             f"--{key} {value}" if key == "parallel" else f"train.{key}: {value}"
             for key, value in change.items()

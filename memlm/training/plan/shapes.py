@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import math
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ class ShapesOfFloats(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = self.peak = 0
         self._storages = WeakIdKeyDictionary()
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Count neither these tensors nor their views, which are made later."""
+        self._storages.update((tensor.untyped_storage(), None) for tensor in tensors)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
         kwargs = kwargs or {}

@@ -1,6 +1,7 @@
 """What the processes of a run send each other in a step."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from memlm.config import TrainConfig
@@ -8,6 +9,12 @@ from memlm.training.plan.gpus import Cluster
 from memlm.training.plan.weights import BFLOAT, FLOAT, Parallel, Weights
 
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "exchange"]
+
+_OF_ROWS: dict[Operation, str] = {
+    "all-gather": "keys, values and maps",
+    "reduce-scatter": "their gradients",
+    "exchange": "states and windows",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,3 +109,17 @@ def traffic(
                 )
             )
     return found
+
+
+def sequence_traffic(sent: Mapping[Operation, int], together: int, parts: float) -> list[Traffic]:
+    """The messages of a step between the processes that hold rows together.
+
+    Args:
+        sent: by operation, of one micro-batch (see `Footprint`).
+        together: processes that hold a row.
+        parts: micro-batches of a step.
+    """
+    return [
+        Traffic(f"{_OF_ROWS[operation]} of rows", operation, size * parts, together, False)
+        for operation, size in sent.items()
+    ]
