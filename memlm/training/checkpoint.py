@@ -24,6 +24,7 @@ from memlm.training.manifest import Entries, check_manifest, write_manifest
 from memlm.training.retention import FOLDER, complete_checkpoints, step_of
 from memlm.training.row_optimizer import RowOptimizer
 from memlm.training.sharded import OPTIMIZER, empty_part, has_parts, read_parts, stored_parts
+from memlm.training.zero2 import ShardedAdamW
 
 STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -212,11 +213,16 @@ def whole_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor] | No
 def optimizer_tensors(
     optimizers: Iterable[torch.optim.Optimizer], model: nn.Module
 ) -> dict[str, Tensor]:
-    """The optimizers' state by `entry/parameter name`, as they hold it."""
+    """The optimizers' state by `entry/parameter name`, as they hold it.
+
+    Collective under ZeRO-2, where the main process alone gets the state, whole.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {}
     for optimizer in optimizers:
-        for parameter, entries in optimizer.state.items():
+        zero2 = isinstance(optimizer, ShardedAdamW)
+        state = optimizer.whole_state() if zero2 else optimizer.state
+        for parameter, entries in state.items():
             for entry, value in entries.items():
                 tensors[f"{entry}/{names[parameter]}"] = value.detach()
     return tensors
@@ -258,12 +264,17 @@ def load_optimizers(
                     sizes = tensor.size if in_parts else tensor.shape
                     # Steps are counted on the CPU, but for a fused optimizer.
                     device = parameter.device if sizes or group.get("fused") else _CPU
+                    if isinstance(optimizer, ShardedAdamW):  # whole moments may have no room there
+                        device = _CPU
                     place = empty_part if in_parts else _placed
                     tensor = place(tensor, parameter, device)
                     optimizer.state[parameter][entry] = tensor
                     parts[f"{entry}/{names[parameter]}"] = tensor
     if in_parts:
         read_parts(folder, OPTIMIZER, parts)
+    for optimizer in optimizers:
+        if isinstance(optimizer, ShardedAdamW):
+            optimizer.take_state()
 
 
 def _entry_of(optimizer: torch.optim.Optimizer) -> str:

@@ -53,18 +53,13 @@ def prepare_sharded(
         optimizers: of its parameters, without a state yet.
     """
     plugin, device, model = accelerator.state.fsdp_plugin, accelerator.device, row_loss.model
-    attached = isinstance(model, AttachedMixin)
-    sends = not attached and main_has_weights(accelerator, model)
+    sends = not isinstance(model, AttachedMixin) and main_has_weights(accelerator, model)
     names = {parameter: name for name, parameter in row_loss.named_parameters()}
     whole = _tensors(row_loss) if sends and accelerator.is_main_process else {}
-    if attached:  # a pretrained model has layers of its own
-        blocks = [model.get_submodule(layer.name) for layer in model.attachment.layers]
-    else:
-        blocks = list(model.model.layers)
     with tables_apart(row_loss, device):
         shard_by_blocks(
             row_loss,
-            blocks,
+            blocks_of(model),
             mesh=init_device_mesh(device.type, (accelerator.num_processes,)),
             mp_policy=plugin.mixed_precision_policy or MixedPrecisionPolicy(),
             reshard_after_forward=plugin.reshard_after_forward,
@@ -80,6 +75,13 @@ def prepare_sharded(
             group["params"] = [parameters[names[parameter]] for parameter in group["params"]]
     if sends:
         send_from_main(_tensors(row_loss), whole, device)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model, or the layers of a pretrained model with an attached memory."""
+    if isinstance(model, AttachedMixin):
+        return [model.get_submodule(layer.name) for layer in model.attachment.layers]
+    return list(model.model.layers)
 
 
 def _is_meta(tensor: Tensor) -> bool:

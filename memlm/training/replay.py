@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from memlm.config import TrainConfig
 from memlm.errors import UserError
 from memlm.training.loss import Batch, RowLoss, StateGradients, States
+from memlm.training.zero2 import is_engine
 
 _POSSIBLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
@@ -50,10 +51,12 @@ def row_passes(options: TrainConfig, accelerator: Accelerator, row_loss: nn.Modu
     """
     if options.backprop == "truncated":
         return WholeRows(accelerator, row_loss, options.carry_state)
-    if accelerator.distributed_type not in _POSSIBLE and not accelerator.is_fsdp2:
+    possible = accelerator.distributed_type in _POSSIBLE or accelerator.is_fsdp2
+    if is_engine(row_loss) or not possible:
+        kind = "DeepSpeed" if possible else accelerator.distributed_type.value
         raise UserError(
-            f"train.backprop: replay does not work under {accelerator.distributed_type.value}; "
-            "launch with DDP or FSDP2, or use truncated"
+            f"train.backprop: replay does not work under {kind}; launch with DDP or FSDP2, or use "
+            "truncated"
         )
     return ReplayedRows(accelerator, row_loss, options.carry_state, options.replay_segment)
 
@@ -75,7 +78,10 @@ class WholeRows:
     def backward(self) -> None:
         """See `RowPasses`."""
         loss, self._loss = self._loss, None
-        self.accelerator.backward(loss)
+        if is_engine(self.row_loss):
+            self.row_loss.backward(loss)
+        else:
+            self.accelerator.backward(loss)
 
 
 class ReplayedRows:

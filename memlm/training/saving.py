@@ -36,6 +36,7 @@ from memlm.training.sharded import (
     written_by,
 )
 from memlm.training.together import on_each, on_main
+from memlm.training.zero2 import ShardedAdamW
 
 if TYPE_CHECKING:
     from memlm.training.trainer import Trainer
@@ -218,6 +219,9 @@ def restore(run: "Trainer", source: Path) -> None:
     run.start_stage()
     if has_parts(source) and not isinstance(run.model, AttachedMixin):
         read_weights(source, run.model)
+        for optimizer in run.optimizers:
+            if isinstance(optimizer, ShardedAdamW):
+                optimizer.take_weights()
     checkpoints.load_optimizers(source, run.optimizers, run.model)
     run.dead_keys.load(source, run.step)
     if run.options.carry_state:

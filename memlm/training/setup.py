@@ -38,6 +38,7 @@ from memlm.models import (
 from memlm.models.activations import compile_blocks, set_activations, set_blockwise
 from memlm.models.insert import freeze_base, insert
 from memlm.models.retrofit import INSERT, retrofit_config
+from memlm.training import zero2
 from memlm.training.base_model import (
     check_tokenizer,
     check_vocabulary,
@@ -62,15 +63,18 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     Raises:
         UserError: for a tracker that is missing, or when not all processes that the launcher was
             asked for take part, or when they cannot share the rows of a step, or for the first
-            version of FSDP.
+            version of FSDP, or what does not work under DeepSpeed.
     """
     check_trackers(config.train.trackers)
-    accelerator = Accelerator(
-        mixed_precision=config.train.mixed_precision,
-        log_with=config.train.trackers or None,
-        project_dir=config.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    if zero2.is_asked():
+        zero2.check(config.train, int(os.environ.get("WORLD_SIZE", "1")))
+    with zero2.unknown_to_accelerate():
+        accelerator = Accelerator(
+            mixed_precision=config.train.mixed_precision,
+            log_with=config.train.trackers or None,
+            project_dir=config.output_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
     hold_gloo()
     check_processes(accelerator.num_processes, config.train)
     _check_sharding(accelerator)
@@ -357,7 +361,7 @@ def prepare(
 ) -> list[Any]:
     """The loss module, wrapped for the accelerator's processes, and the optimizers.
 
-    Tables that are updated by rows stay out of what DDP and FSDP2 average and shard; their
+    Tables that are updated by rows stay out of what DDP, FSDP2 and ZeRO-2 average and shard; their
     optimizers come last. The others come back without accelerate's wrapper, which is there to scale
     fp16 losses.
     """
@@ -368,6 +372,10 @@ def prepare(
         accelerator.ddp_handler.find_unused_parameters = bool(row_loss.model.memories())
     if accelerator.is_fsdp2:
         prepare_sharded(accelerator, row_loss, optimizers)
+    elif zero2.is_asked():
+        (adamw,) = others
+        with tables_apart(row_loss, accelerator.device):
+            row_loss, *others = zero2.prepare_engine(accelerator, row_loss, adamw)
     else:
         with warnings.catch_warnings(), tables_apart(row_loss, accelerator.device):
             # The name that replaces it in torch 2.13 does not exist in torch 2.11.

@@ -1,6 +1,5 @@
 """The training loop."""
 
-import contextlib
 import math
 import random
 import time
@@ -43,6 +42,7 @@ from memlm.training.setup import (
 from memlm.training.together import on_each, on_main
 from memlm.training.updates import UpdateLog
 from memlm.training.usage import UsageLog
+from memlm.training.zero2 import accumulation
 
 
 @dataclass
@@ -287,7 +287,7 @@ class Trainer:
         for index, rows in enumerate(self.lanes.slices):
             last = index == len(self.lanes.slices) - 1
             part = {name: row[rows].to(accelerator.device) for name, row in batch.items()}
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.row_loss):
+            with accumulation(accelerator, self.row_loss, last):
                 with self.report.watch(self.step + 1):
                     losses, states = self.passes.forward(part, self.lanes.states[index], scale)
                 self.passes.backward()

@@ -24,6 +24,7 @@ from memlm.data import ByteTokenizer
 from memlm.training import setup, trainer
 from memlm.training.feed import RowFeed
 from memlm.training.loss import group_counts
+from memlm.training.zero2 import is_engine
 from tests.memory.processes import run_processes
 
 ROOT = Path(__file__).parents[2]
@@ -57,11 +58,13 @@ class Job:
         config: of the run.
         resume: as `Trainer` takes it.
         sharded: under FSDP2.
+        zero2: under DeepSpeed ZeRO-2.
     """
 
     config: RunConfig
     resume: bool | str | Path = False
     sharded: bool = False
+    zero2: bool = False
 
 
 def train_in(count: int, *jobs: Job, double: bool = False) -> list[list[Seen]]:
@@ -108,6 +111,7 @@ def _train(jobs: tuple[Job, ...], double: bool) -> list[Seen]:
     found = []
     for job in jobs:
         AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.update(ACCELERATE_USE_DEEPSPEED=str(job.zero2).lower())
         with contextlib.ExitStack() as changes:
             if double:
                 changes.enter_context(in_float64())
@@ -118,6 +122,7 @@ def _train(jobs: tuple[Job, ...], double: bool) -> list[Seen]:
             seen = changes.enter_context(watched())
             run = trainer.Trainer(job.config, resume=job.resume)
             assert any(isinstance(m, FSDPModule) for m in run.model.modules()) == job.sharded
+            assert is_engine(run.row_loss) == job.zero2
             run.run()
             found.append(seen)
     return found

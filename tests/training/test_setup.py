@@ -1,3 +1,4 @@
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -5,12 +6,12 @@ import yaml
 from accelerate import Accelerator
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from memlm.config import TrainConfig
 from memlm.errors import UserError
 from memlm.models import MemLMConfig, MemLMForCausalLM
-from memlm.training import setup
+from memlm.training import setup, zero2
 from memlm.training.loss import RowLoss
 from memlm.training.optimizer import build_optimizers
 from memlm.training.row_optimizer import RowOptimizer
@@ -78,7 +79,7 @@ def test_what_the_trainer_does_itself_is_refused_to_the_launcher(make_config, mo
         build_accelerator(make_config())
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero2"])
 def test_accelerate_understands_the_launch_configs(monkeypatch, name):
     path = ROOT / "configs" / "accelerate" / f"{name}.yaml"
     parser = launch_command_parser()
@@ -87,11 +88,22 @@ def test_accelerate_understands_the_launch_configs(monkeypatch, name):
     options, _, _ = _validate_launch_command(words)
     assert options.num_processes == 8 and options.mixed_precision == "bf16"
     assert (options.use_fsdp, options.multi_gpu) == (name == "fsdp2", name == "ddp")
-    # Keys of fsdp_config that accelerate does not know, it passes over.
-    assert yaml.safe_load(path.read_text()).get("fsdp_config", {}).keys() <= known
-    for key, value in prepare_multi_gpu_env(options).items():
-        if "FSDP" in key:
+    assert options.use_deepspeed == (name == "deepspeed_zero2")
+    # Keys of such a section that accelerate does not know, it passes over.
+    sections = yaml.safe_load(path.read_text())
+    for section in ("fsdp_config", "deepspeed_config"):
+        assert sections.get(section, {}).keys() <= known
+    if name == "deepspeed_zero2":
+        options.deepspeed_fields_from_accelerate_config = ""
+        _, environment = prepare_deepspeed_cmd_env(options)
+    else:
+        environment = prepare_multi_gpu_env(options)
+    for key, value in environment.items():
+        if "FSDP" in key or "DEEPSPEED" in key:
             monkeypatch.setenv(key, value)
+    assert zero2.is_asked() == (name == "deepspeed_zero2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    zero2.check(TrainConfig(), options.num_processes)
     if name == "fsdp2":
         plugin = FullyShardedDataParallelPlugin()
         assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
