@@ -1,12 +1,11 @@
 import hashlib
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from memlm import fingerprint as module
 from memlm.fingerprint import fingerprint
+from tests.memory.processes import run_processes
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -75,11 +74,9 @@ def test_blocks_do_not_count(monkeypatch, block):
     assert fingerprint(weights()) == expected
 
 
+def of_some_weights() -> str:
+    return fingerprint({"w": torch.arange(9).view(3, 3).bfloat16()})
+
+
 def test_same_in_another_process():
-    code = (
-        "import torch; from memlm.fingerprint import fingerprint;"
-        "print(fingerprint({'w': torch.arange(9).view(3, 3).bfloat16()}))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    expected = fingerprint({"w": torch.arange(9).view(3, 3).bfloat16()})
-    assert run.stdout.strip() == expected
+    assert run_processes(1, of_some_weights) == [of_some_weights()]

@@ -1,23 +1,22 @@
 """The C++ search: every instruction set, the filter of bytes, threads, and what memory it takes."""
 
 import functools
-import json
+import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.library import resident_growth
 from memlm.cuda import native as loader
 from memlm.cuda import quantize_keys, topk_search
 from memlm.cuda.dispatch import VARIABLE
 from memlm.cuda.topk_search import native, reference
+from tests.memory.processes import run_processes
 
-REASON = loader.unavailable(native.SOURCE)
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"native: {REASON}")
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.native(native.SOURCE)
 OF_THIS_CPU = loader.NATIVE
 
 
@@ -229,35 +228,27 @@ def test_what_it_is_not_for(monkeypatch):
         topk_search(queries, queries, 1)
 
 
-MEASURE = """
-import json, os, sys, torch
-from benchmarks.library import resident_growth
-from memlm.cuda import quantize_keys, topk_search
-torch.set_num_threads(1)
-stored, width, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-keys, scales = torch.randn(1, stored, width), None
-if kind == "int8":
-    keys, scales = quantize_keys(keys)
-else:
-    keys = keys.to(getattr(torch, kind))
-queries = torch.randn(1, 512, width)
-found = {}
-for implementation in ("native", "eager"):
-    os.environ["MEMLM_KERNELS"] = implementation
-    few = None if scales is None else scales[:, :100]
-    topk_search(queries[:, :32], keys[:, :100], 32, scales=few)
-    growth = resident_growth(lambda _: topk_search(queries, keys, 32, scales=scales))
-    found[implementation] = growth / 1e6
-print(json.dumps(found))
-"""
+def measure(stored, width, kind):
+    """Megabytes that searches for 512 queries take at their peak, by implementation."""
+    keys, scales = torch.randn(1, stored, width), None
+    if kind == "int8":
+        keys, scales = quantize_keys(keys)
+    else:
+        keys = keys.to(getattr(torch, kind))
+    queries = torch.randn(1, 512, width)
+    found = {}
+    for implementation in ("native", "eager"):
+        os.environ[VARIABLE] = implementation
+        few = None if scales is None else scales[:, :100]
+        topk_search(queries[:, :32], keys[:, :100], 32, scales=few)
+        growth = resident_growth(lambda _: topk_search(queries, keys, 32, scales=scales))
+        found[implementation] = growth / 1e6
+    return found
 
 
 def megabytes(stored, width, kind):
-    """Memory that searches for 512 queries take at their peak, in a process of its own."""
-    command = [sys.executable, "-c", MEASURE, str(stored), str(width), kind]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """`measure` in a process of its own."""
+    return run_processes(1, measure, stored, width, kind)[0]
 
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from memlm.retrieval.choice import (
     recall_of,
 )
 from memlm.retrieval.exact_engine import ExactEngine
+from tests.memory.processes import run_processes
 
 METRICS = ("dot", "l2", "cosine")
 REMOVING = [name for name in ENGINES if name != "faiss_hnsw"]
@@ -157,23 +156,15 @@ def test_entries_that_cannot_be_stored(name):
         engine.search(vectors(2), 0)
 
 
-def run(program, folder):
-    """The lines that a program prints in a new process."""
-    command = [sys.executable, "-c", program, str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-1000:]
-    return result.stdout.splitlines()
-
-
-FIND = """
-import pathlib, sys, torch
-from memlm.retrieval.choice import load_engine
-queries = torch.randn(9, 8, generator=torch.Generator().manual_seed(1))
-for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
-    for mapped in (False, True):
-        found = load_engine(folder, memory_map=mapped).search(queries, 5)
-        print(folder.name, mapped, [part.view(torch.int32).tolist() for part in found])
-"""
+def find(folder):
+    """What each engine in a folder finds, as lines."""
+    queries, lines = vectors(9, seed=1), []
+    for saved in sorted(folder.iterdir()):
+        for mapped in (False, True):
+            found = load_engine(saved, memory_map=mapped).search(queries, 5)
+            bits = [part.view(torch.int32).tolist() for part in found]
+            lines.append(f"{saved.name} {mapped} {bits}")
+    return lines
 
 
 def test_saved_and_loaded_in_another_process_finds_bit_for_bit_the_same(tmp_path):
@@ -189,23 +180,23 @@ def test_saved_and_loaded_in_another_process_finds_bit_for_bit_the_same(tmp_path
             found = engine.search(vectors(9, seed=1), 5)
             bits = [part.view(torch.int32).tolist() for part in found]
             expected_lines += [f"{folder.name} {mapped} {bits}" for mapped in (False, True)]
-    assert run(FIND, tmp_path) == sorted(expected_lines, key=lambda line: line.split()[:2])
+    (lines,) = run_processes(1, find, tmp_path)
+    assert lines == sorted(expected_lines, key=lambda line: line.split()[:2])
 
 
-# In another process: were faiss to see what is asked here, the process would abort.
-WRITE = """
-import pathlib, sys, torch
-from memlm.errors import UserError
-from memlm.retrieval.choice import load_engine
-for folder in pathlib.Path(sys.argv[1]).iterdir():
-    engine = load_engine(folder, memory_map=True)
-    for call in (lambda: engine.add(torch.ones(1, 8)), lambda: engine.remove(engine.ids[:1])):
-        try:
-            call()
-        except UserError as error:
-            print(error)
-    print(len(engine), int((engine.search(torch.ones(1, 8), 100)[1] >= 0).sum()))
-"""
+def write(folder):
+    """How each memory-mapped engine of a folder refuses changes, and what it still finds."""
+    lines = []
+    for saved in folder.iterdir():
+        engine = load_engine(saved, memory_map=True)
+        for change, given in ((engine.add, torch.ones(1, 8)), (engine.remove, engine.ids[:1])):
+            try:
+                change(given)
+            except UserError as error:
+                lines.append(str(error))
+        found = engine.search(torch.ones(1, 8), 100)[1]
+        lines.append(f"{len(engine)} {int((found >= 0).sum())}")
+    return lines
 
 
 def test_memory_mapped_engines_are_read_only(tmp_path):
@@ -213,7 +204,8 @@ def test_memory_mapped_engines_are_read_only(tmp_path):
         engine = some_engine(name)
         engine.add(vectors(100))
         engine.save(tmp_path / name)
-    lines = run(WRITE, tmp_path)
+    # In another process: were faiss to see what is asked here, the process would abort.
+    (lines,) = run_processes(1, write, tmp_path)
     reason = "a memory-mapped engine; load it with memory_map=False"
     for name in ENGINES:
         assert f"{name}: cannot add entries to {reason}" in lines

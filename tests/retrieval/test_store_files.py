@@ -4,8 +4,6 @@ import itertools
 import json
 import random
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from memlm.retrieval import manifest
 from memlm.retrieval.corpus_store import CorpusStore
 from memlm.retrieval.store_files import load_store, save_store
 from memlm.retrieval.vector_store import ValueSpec, VectorStore
+from tests.memory.processes import run_processes
 from tests.retrieval.killed import killed_after, killed_at
 
 PROJECTION = "0123456789abcdef" * 4
@@ -137,22 +136,19 @@ def test_goes_on_like_the_store_that_was_saved(tmp_path):
     assert same(load(tmp_path).write(**more), store.write(**more))
 
 
+def search_stored(folder, queries):
+    """The fingerprint of what a search of the store in a folder finds."""
+    scores, slots = load_store(folder, projection=PROJECTION).search(queries, 8, "l2")
+    return fingerprint({"scores": scores, "slots": slots})
+
+
 def test_searches_are_the_same_bits_in_a_new_process(tmp_path):
     store = make_store(4, capacity=300, written=500)
     queries = torch.randn(3, 40, 4)
     save(store, tmp_path / "store", shard_bytes=4000)
-    torch.save(queries, tmp_path / "queries.pt")
-    code = f"""
-import torch
-from memlm.fingerprint import fingerprint
-from memlm.retrieval.store_files import load_store
-store = load_store({str(tmp_path / "store")!r}, projection={PROJECTION!r})
-scores, slots = store.search(torch.load({str(tmp_path / "queries.pt")!r}), 8, "l2")
-print(fingerprint({{"scores": scores, "slots": slots}}))
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     scores, slots = store.search(queries, 8, "l2")
-    assert run.stdout.strip() == fingerprint({"scores": scores, "slots": slots})
+    expected = fingerprint({"scores": scores, "slots": slots})
+    assert run_processes(1, search_stored, tmp_path / "store", queries) == [expected]
 
 
 def test_replacing_leaves_only_the_new_files(tmp_path):
