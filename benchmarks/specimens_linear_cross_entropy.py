@@ -50,7 +50,7 @@ class Loss:
 
 
 def quick() -> list[Specimen]:
-    """Every kernel once, as it serves each of the two gradients."""
+    """Every kernel as it serves each of the two gradients; the weight's, in whole sums and parts."""
     return [_specimen(Loss())]
 
 
