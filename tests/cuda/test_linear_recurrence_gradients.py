@@ -18,13 +18,18 @@ def options(number: int, delta: bool) -> tuple[str, ...]:
 
 
 def sweep() -> list[Case]:
-    """Lengths, sizes, decays and rules in all combinations; options and initial states in turn."""
+    """Lengths, decays and rules in all combinations; sizes, options and initial states in turn.
+
+    Every size meets every length, and every decay under both rules.
+    """
     cases = []
     lengths = [((T, T), False) for T in (0, 1, 2, 31, 64, 65, 150)]
     lengths += [(packed, True) for packed in LENGTHS]
-    for n, ((length, packed), sizes, decay, delta) in enumerate(
-        itertools.product(lengths, SIZES, DECAYS, (True, False))
-    ):
+    combinations = itertools.product(
+        enumerate(lengths), enumerate(DECAYS), enumerate((True, False))
+    )
+    for n, ((i, (length, packed)), (j, decay), (k, delta)) in enumerate(combinations):
+        sizes = SIZES[(i + j + 2 * k) % len(SIZES)]
         settings = {"options": options(n // 3, delta), "initial_state": n % 5 > 0}
         cases.append(Case(length, sizes, packed, delta, decay, **settings))
     return cases

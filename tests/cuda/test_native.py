@@ -106,12 +106,15 @@ def test_a_cache_that_cannot_be_written(source, tmp_path, monkeypatch):
 
 @needs_compiler
 def test_two_processes_at_once(source, tmp_path):
-    # The file alone, with a stand-in for the one name it takes of the package, which would take
-    # seconds to import.
+    # The file alone, with stand-ins for the two names it takes of the package and of torch, which
+    # would take seconds to import.
     program = (
         "import importlib.util, sys, types; from pathlib import Path; "
         "dispatch = types.SimpleNamespace(may_be_chosen=None); "
-        "sys.modules.update({'memlm': dispatch, 'memlm.cuda.dispatch': dispatch}); "
+        "compiler = types.SimpleNamespace(assume_constant_result=lambda function: function); "
+        "torch = types.SimpleNamespace(compiler=compiler); "
+        "stand_ins = {'memlm': dispatch, 'memlm.cuda.dispatch': dispatch, 'torch': torch}; "
+        "sys.modules.update(stand_ins); "
         "spec = importlib.util.spec_from_file_location('native', sys.argv[1]); "
         "native = importlib.util.module_from_spec(spec); spec.loader.exec_module(native); "
         "print(native.load(Path(sys.argv[2])).answer())"

@@ -1,8 +1,6 @@
 """The short convolution: every implementation against the float64 formula, and its laws."""
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -332,12 +330,3 @@ def test_what_the_kernels_refuse(monkeypatch, W, split, dtype, reason):
     with pytest.raises(RuntimeError, match=reason):
         short_convolution(**inputs, split=split)
     check(monkeypatch, "eager", inputs, split=split)
-
-
-def test_kernels_are_imported_on_first_use_only():
-    """Of every operation: one process asks for all of them."""
-    code = "import sys, memlm.cuda; print(*(n for n in sys.modules if n.startswith('memlm.cuda.')))"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    imported = done.stdout.split()
-    assert {"memlm.cuda.diagonal_scan", "memlm.cuda.short_convolution"} <= set(imported)
-    assert [name for name in imported if name.endswith(".triton_kernels")] == []
