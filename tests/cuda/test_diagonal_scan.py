@@ -292,8 +292,7 @@ def test_a_row_does_not_depend_on_its_batch(monkeypatch, implementation, T):
     assert torch.equal(h, together["h"][1:2]) and torch.equal(state, together["state"][1:2])
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("implementation", ["eager", "triton"])
+@pytest.mark.parametrize(("implementation", "packed"), [("eager", True), ("triton", False)])
 def test_the_custom_op(implementation, packed):
     inputs, boundaries = make([3, 0, 4] if packed else [2, 2], packed=packed)
     leaves = [x.requires_grad_() for x in inputs.values()]
