@@ -50,7 +50,7 @@ class Loss:
 
 
 def quick() -> list[Specimen]:
-    """Every kernel as it serves each of the two gradients; the weight's, in whole sums and parts."""
+    """Every kernel as it serves each of the two gradients, that of the weight in both forms."""
     return [_specimen(Loss())]
 
 
