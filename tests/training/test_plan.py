@@ -179,6 +179,15 @@ def test_the_command(tmp_path, capsys):
         assert message in error and error.count("\n") == 1
 
 
+def test_searches_are_those_of_a_gpu(monkeypatch):
+    search = pytest.importorskip("memlm.cuda.topk_search.triton_search")
+    store = {"type": "knn_cache", "capacity": 64, "segment": 16, "key_size": 16, "top_k": 4}
+    layers = [{"mixer": WINDOW, "memory": store, "ffn": "swiglu"}]
+    config = MemLMConfig.from_mapping({"vocab_size": 259} | MODEL | {"layers": layers})
+    monkeypatch.setattr(search.eager, "topk_search", None)
+    assert footprint(config, Rows(1, 32, 32)).kept > 0
+
+
 def test_what_would_need_less_is_told(make_config):
     layers = [{"repeat": 2, "mixer": WINDOW, "ffn": "swiglu"}]
     plan = planned(make_config(**(RUN | {"model": MODEL | {"layers": layers}})), 8, "ddp")

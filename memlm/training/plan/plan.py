@@ -19,7 +19,7 @@ from memlm.training.throughput import training_flops
 RESERVED = 2.0  # GiB of CUDA's context, NCCL's buffers and kernels' workspaces
 FRAGMENTS = 0.05  # of the memory, lost between the allocator's blocks
 _GATHERED = 2  # blocks whose weights FSDP2 has whole: the one that runs, and the next
-_AGAIN = ("recompute", "selective", "recompute_offload")
+_AGAIN = ("recompute", "recompute_offload")
 Prepare = Callable[[nn.Module], None]
 
 

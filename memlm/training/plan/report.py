@@ -154,6 +154,8 @@ def assumptions(plan: Plan) -> Iterator[str]:
         )
     if plan.options.compile:
         yield "train.compile: what it saves is not counted, neither memory nor time"
+    if plan.options.activations == "selective":
+        yield "activations: selective: no work or time for what it computes again (norms, gates)"
     if plan.options.blockwise_tokens is not None:
         yield "train.blockwise_tokens: what is computed again for it is not counted as work"
     if plan.options.backprop == "replay":

@@ -133,18 +133,30 @@ def has_kernels() -> bool:
 
 @contextlib.contextmanager
 def without_launches() -> Iterator[None]:
-    """Triton launches nothing: the tensors have only a shape."""
+    """Triton launches nothing: the tensors have only a shape. Searches look at nothing again."""
     if not has_kernels():
         yield
         return
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
+    from memlm.cuda.topk_search import triton_search
+
     kinds = {kind: kind.run for kind in (JITFunction, InterpretedFunction)}
     for kind in kinds:
         kind.run = lambda *_, **__: None
+    repair, triton_search.repair = triton_search.repair, _first_results
     try:
         yield
     finally:
+        triton_search.repair = repair
         for kind, run in kinds.items():
             kind.run = run
+
+
+def _first_results(best: Tensor, limit: Tensor, asked: Any, store: Any, tiles: Any, k: int):
+    """What `triton_repair.repair` gives where no lane is doubtful: here the entry 0, k times."""
+    from memlm.cuda.topk_search.triton_repair import LAST
+
+    found = best.topk(min(k, best.shape[-1])).values
+    return found.new_full((*found.shape[:-1], k), LAST)
