@@ -75,6 +75,17 @@ class Attachment:
     requires_grad: dict[str, bool]
 
 
+def _refuse_other_losses(arguments: dict[str, Any]) -> None:
+    """Take away what asks for the loss that the model has by itself; anything else is an error."""
+    for name in ("token_weights", "z_loss", "skip_logits"):
+        value = arguments.pop(name, None)
+        if isinstance(value, Tensor) or value:
+            raise UserError(
+                f"{name}: the loss of a pretrained model is its own, made of logits; leave it out, "
+                "or make the loss from `logits`"
+            )
+
+
 class AttachedMixin(MemoryGeneration, PushWithCard):
     """Comes before the model's own class; see `attach_memory`."""
 
@@ -101,13 +112,16 @@ class AttachedMixin(MemoryGeneration, PushWithCard):
     ) -> MemLMOutput | tuple:
         """Predict the next token.
 
-        Arguments and output as in `MemLMForCausalLM.forward`; `kwargs` go to the model itself. The
-        states hold the keys and values of the model's attention under the name `base`.
+        Arguments and output as in `MemLMForCausalLM.forward`, but the loss is the model's own;
+        `kwargs` go to the model itself. The states hold the keys and values of the model's
+        attention under the name `base`.
 
         Raises:
             UserError: when the model does not allow so long a context, for a Cache that cannot hold
-                memories, or for states of another memory or number of rows.
+                memories, for states of another memory or number of rows, or for `token_weights`,
+                `z_loss` or `skip_logits`.
         """
+        _refuse_other_losses(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         caches = self.config.use_cache and not self.training

@@ -246,6 +246,10 @@ def test_calls_that_cannot_work_are_refused():
         model.model(IDS)
     with pytest.raises(UserError, match="'static' cannot hold memories"):
         model.generate(IDS, max_new_tokens=2, cache_implementation="static")
+    weights = torch.ones(2, 5)
+    for own in ({"token_weights": weights}, {"z_loss": 1e-4}, {"skip_logits": True}):
+        with pytest.raises(UserError, match=f"{next(iter(own))}: the loss of a pretrained model"):
+            model(torch.ones(2, 5, dtype=torch.int64), **own)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mistral"])
