@@ -5,6 +5,7 @@ from accelerate.state import AcceleratorState
 
 from memlm.config import RunConfig, TrainConfig
 from memlm.data import DataConfig
+from memlm.training import trainer
 
 LAYERS = [
     {
@@ -51,6 +52,12 @@ def make_config(corpus, tmp_path):
         )
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing its curves takes a tiny run as long as all the rest; test_usage.py has them drawn."""
+    monkeypatch.setattr(trainer, "plot_run", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from memlm import MemLMConfig, MemLMForCausalLM
 from memlm.data import ByteTokenizer
 from memlm.models.modeling import PARTS_FOLDER
-from memlm.training import Trainer, consolidate, trainer
+from memlm.training import Trainer, consolidate
 from memlm.training.checkpoint import RunState, whole_weights, write_state
 from memlm.training.fully_sharded import shard_by_blocks
 from memlm.training.manifest import write_manifest
@@ -36,11 +36,6 @@ LAYERS = [
 # Nothing that four can share equally.
 MODEL = {"hidden_size": 20, "intermediate_size": 33, "layers": LAYERS}
 OPTIONS = {"model": MODEL, "steps": 1, "save_every": 1}
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(trainer, "plot_run", lambda *_: None)
 
 
 def assert_equal(found, expected):

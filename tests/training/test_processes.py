@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from memlm.config import Stage, save_config
 from memlm.errors import UserError
 from memlm.evaluation.loading import load_model
-from memlm.training import Trainer, trainer
+from memlm.training import Trainer
 from memlm.training.checkpoint import find_checkpoint, read_state
 from memlm.training.consolidate import main as consolidate
 from memlm.training.logs import METRICS_FILE, read_metrics
@@ -37,12 +37,6 @@ MEMORY = [
     }
 ]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Drawing its curves takes a run as long as all the rest."""
-    monkeypatch.setattr(trainer, "plot_run", lambda *_: None)
 
 
 def launch(options, config, path, **environment):
@@ -396,6 +390,7 @@ def test_tables_stay_out_of_sharded_weights(make_config, processes, memory_paral
     torch.testing.assert_close(loaded[name], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow  # test_bad_input.py shows it with the variables that this launcher sets
 def test_a_launcher_that_starts_one_process_instead_of_two_is_noticed(make_config, tmp_path):
     config = make_config()
     done = launch(["--cpu", "--num_processes", "2"], config, tmp_path / "run.yaml")

@@ -6,7 +6,7 @@ import torch
 from memlm.memory import ProductKey, ProductKeyConfig, UsageStatistics
 from memlm.memory.base import CallContext
 from memlm.training import Trainer
-from memlm.training.logs import METRICS_FILE, read_metrics
+from memlm.training.logs import METRICS_FILE, PLOT_FILE, read_metrics
 from memlm.training.usage import USAGE_PLOT_FILE, WINDOW, UsageLog, rank_curve
 
 FFN = {"type": "product_key", "num_keys": 6, "num_heads": 2, "top_k": 3}
@@ -28,6 +28,11 @@ def usage_of(config):
     ]
 
 
+@pytest.fixture
+def no_pictures():
+    """Here they are drawn."""
+
+
 def test_training_logs_and_draws_usage(make_config):
     config = make_config(model={"layers": [{**LAYER, "repeat": 2}]}, evaluation_rows=2)
     Trainer(config).run()
@@ -41,6 +46,7 @@ def test_training_logs_and_draws_usage(make_config):
     final = read_metrics(config.output_dir / METRICS_FILE)[-1]
     assert final["evaluation"] and 0 < final[f"{SITE}.used"] <= 1 and f"{SITE}.gini" in final
     assert (config.output_dir / USAGE_PLOT_FILE).read_bytes().startswith(b"\x89PNG")
+    assert (config.output_dir / PLOT_FILE).stat().st_size > 10_000
 
 
 def test_without_product_keys_nothing_is_drawn(make_config):
