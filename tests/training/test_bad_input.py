@@ -87,7 +87,8 @@ def test_bad_input_is_refused_in_one_line(folder, capsys, words, expected, make)
 def test_processes_that_are_missing_end_a_run(folder, capsys, monkeypatch, environment, expected):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert expected in refused([], capsys, folder)
+    line = refused([], capsys, folder)
+    assert expected in line and "ACCELERATE_USE_CPU=true" in line
 
 
 @pytest.mark.parametrize(
