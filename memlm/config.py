@@ -384,6 +384,11 @@ def _build(sections: dict[str, Any], path: Path, changed: Mapping[str, Any]) -> 
     if "pretrained" in model and isinstance(sections.get("data") or {}, dict):
         sections["data"] = {"tokenizer": model["pretrained"]} | (sections.get("data") or {})
     built: dict[str, Any] = {"model": model}
+    if "gradient_checkpointing" in (sections.get("train") or {}):  # in older run folders
+        raise UserError(
+            f"{where('train.gradient_checkpointing')}: train.gradient_checkpointing is now "
+            "train.activations: recompute for true, keep for false"
+        )
     for section, section_class in (("data", DataConfig), ("train", TrainConfig)):
         if sections.get(section) is not None:
             built[section] = _typed(section_class, sections[section], section, where)

@@ -113,6 +113,7 @@ def test_overrides_reach_into_lists_and_beat_the_preset(path):
     ("words", "message"),
     [
         (["--train.stepz", "3"], "command line: unknown key 'train.stepz'; did you mean 'steps'?"),
+        (["--train.gradient_checkpointing", "true"], "is now train.activations: recompute"),
         (["--tran.steps", "3"], "unknown key 'tran'; did you mean 'train'?"),
         (["--train.curriculum.0.lenth", "3"], "'train.curriculum.0.lenth'; did you mean 'length'?"),
         (["--model.hiden_size", "3"], "'hiden_size'; did you mean 'hidden_size'?"),

@@ -84,7 +84,7 @@ class MemLMConfig(PreTrainedConfig):
     zero_centered_norm: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
-    final_logit_softcapping: float | None = None
+    final_logit_softcapping: float | int | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
