@@ -51,12 +51,10 @@ def row_passes(options: TrainConfig, accelerator: Accelerator, row_loss: nn.Modu
     """
     if options.backprop == "truncated":
         return WholeRows(accelerator, row_loss, options.carry_state)
-    possible = accelerator.distributed_type in _POSSIBLE or accelerator.is_fsdp2
-    if is_engine(row_loss) or not possible:
-        kind = "DeepSpeed" if possible else accelerator.distributed_type.value
+    if accelerator.distributed_type not in _POSSIBLE and not accelerator.is_fsdp2:
         raise UserError(
-            f"train.backprop: replay does not work under {kind}; launch with DDP or FSDP2, or use "
-            "truncated"
+            f"train.backprop: replay does not work under {accelerator.distributed_type.value}; "
+            "launch with DDP or FSDP2, or use truncated"
         )
     return ReplayedRows(accelerator, row_loss, options.carry_state, options.replay_segment)
 

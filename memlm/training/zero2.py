@@ -97,6 +97,11 @@ def check(options: TrainConfig, processes: int) -> None:
             "train.reinit_keys_after: does not work under DeepSpeed ZeRO-2, whose shards keep "
             "weights of their own; leave it out (null), or launch with DDP"
         )
+    if options.backprop == "replay":
+        raise UserError(
+            "train.backprop: replay does not work under DeepSpeed ZeRO-2; use truncated, or launch "
+            "with DDP or FSDP2"
+        )
     if options.compile:
         raise UserError(
             "train.compile: does not work under DeepSpeed ZeRO-2; leave it out (false), or launch "
