@@ -58,8 +58,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Name the marker of tests that need libraries of C++."""
+    """Name the markers, that of pytest-cov for where it is not loaded."""
     config.addinivalue_line("markers", "native(*sources): needs the libraries of these C++ files")
+    config.addinivalue_line("markers", "no_cover: its lines are not counted")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
