@@ -88,9 +88,11 @@ def counted(model: modeling.MemLMForCausalLM, size: int) -> Iterator[CountedGrou
     model.set_sequence_group(group)
     passing = {"receive_states": block, "hand_on": block, "share_states": modeling}
     before = {name: getattr(module, name) for name, module in passing.items()}
+    # Of its branches, since a block that runs again is not called as a module the second time.
     handles = [
-        layer.register_forward_pre_hook(lambda *_, number=number: setattr(group, "block", number))
+        branch.register_forward_pre_hook(lambda *_, number=number: setattr(group, "block", number))
         for number, layer in enumerate(model.model.layers)
+        for branch in layer.branches().values()
     ]
     for name, module in passing.items():
         setattr(module, name, getattr(group, name))

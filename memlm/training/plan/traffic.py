@@ -11,9 +11,9 @@ from memlm.training.plan.weights import BFLOAT, FLOAT, Parallel, Weights
 Operation = Literal["all-reduce", "all-gather", "reduce-scatter", "exchange"]
 
 _OF_ROWS: dict[Operation, str] = {
-    "all-gather": "keys, values and maps",
-    "reduce-scatter": "their gradients",
-    "exchange": "states and windows",
+    "all-gather": "keys, values, maps of states",
+    "reduce-scatter": "gradients of these",
+    "exchange": "windows, states, their gradients",
 }
 
 
@@ -120,6 +120,6 @@ def sequence_traffic(sent: Mapping[Operation, int], together: int, parts: float)
         parts: micro-batches of a step.
     """
     return [
-        Traffic(f"{_OF_ROWS[operation]} of rows", operation, size * parts, together, False)
+        Traffic(f"rows: {_OF_ROWS[operation]}", operation, size * parts, together, False)
         for operation, size in sent.items()
     ]
