@@ -384,7 +384,8 @@ def _build(sections: dict[str, Any], path: Path, changed: Mapping[str, Any]) -> 
     if "pretrained" in model and isinstance(sections.get("data") or {}, dict):
         sections["data"] = {"tokenizer": model["pretrained"]} | (sections.get("data") or {})
     built: dict[str, Any] = {"model": model}
-    if "gradient_checkpointing" in (sections.get("train") or {}):  # in older run folders
+    train = sections.get("train")
+    if isinstance(train, dict) and "gradient_checkpointing" in train:  # in older run folders
         raise UserError(
             f"{where('train.gradient_checkpointing')}: train.gradient_checkpointing is now "
             "train.activations: recompute for true, keep for false"
