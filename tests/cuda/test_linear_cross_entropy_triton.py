@@ -195,7 +195,7 @@ def test_ignored_index_that_is_an_entry(monkeypatch, small):
 
 
 def test_layout_and_run_change_no_bit(monkeypatch, small):
-    hidden, weight, *others = problem(9, 40, 8, FP16)
+    hidden, weight, *others = problem(9, 20, 8, FP16)
     first = run(monkeypatch, "triton", hidden, weight, *others, z_loss=0.1)
     moved = scattered(hidden), scattered(weight)
     other = run(monkeypatch, "triton", *moved, *others, z_loss=0.1)
