@@ -100,8 +100,9 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
         ctx.group = group
+        tensor = tensor.contiguous()  # what is sent and what is found lie in the same order
         found = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(found, tensor.contiguous(), group=group)
+        dist.all_gather(found, tensor, group=group)
         return tuple(found)
 
     @staticmethod
@@ -137,7 +138,7 @@ def _shift(tensor: Tensor, sequence: SequenceGroup, step: int) -> Tensor:
         exchanges.append(dist.P2POp(dist.isend, tensor, group=sequence.group, group_peer=target))
     if 0 <= source < sequence.size:
         exchanges.append(dist.P2POp(dist.irecv, found, group=sequence.group, group_peer=source))
-    if tensor.numel():
+    if exchanges and tensor.numel():
         for work in dist.batch_isend_irecv(exchanges):
             work.wait()
     return found

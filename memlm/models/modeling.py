@@ -462,7 +462,13 @@ class MemLMForCausalLM(MemoryGeneration, MemLMPreTrainedModel, GenerationMixin):
         return self.model.sequence_group
 
     def set_sequence_group(self, group: SequenceGroup | None) -> None:
-        """Share the rows of every call among processes (see `MemLMModel.set_sequence_group`)."""
+        """Share the rows of every call among processes (see `MemLMModel.set_sequence_group`).
+
+        Raises:
+            UserError: as there, and for an output memory.
+        """
+        if group is not None:
+            refuse_call(False, 0, self.output_memory is not None)
         self.model.set_sequence_group(group)
 
     def set_attention_window(self, window: int | None) -> None:

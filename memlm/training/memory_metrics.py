@@ -107,7 +107,7 @@ class MemoryMetrics:
         """The metrics since the last report; None for one that is not finite."""
         if not self._names:
             return {}
-        nothing = torch.zeros(2, device=self.accelerator.device)
+        nothing = torch.zeros(2, dtype=torch.float32, device=self.accelerator.device)
         sums = torch.stack([self._sums.get(name, nothing) for name in self._names])
         self.clear()
         result = {}
@@ -130,7 +130,9 @@ class MemoryMetrics:
     def _branch(self, site: str, branch: Branch, args: tuple, output: tuple) -> None:
         if branch.gate is not None:
             self._add_sizes(f"{site}.gain_mean", branch.gate)
-        self._end_of_rows(site, output[1].get(args[1]))
+        sequence = args[3].sequence
+        if sequence is None or sequence.is_last:  # others do not have the end of the rows
+            self._end_of_rows(site, output[1].get(args[1]))
 
     @torch.no_grad()
     def _gate(self, site: str, values: Callable[..., Tensor | None], *call: Any) -> None:

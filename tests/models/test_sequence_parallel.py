@@ -13,7 +13,7 @@ from memlm.layers.convolution import ConvolutionState, ShortConvolution, carried
 from memlm.layers.sequence_group import SequenceGroup
 from memlm.models.sequence import own_columns
 from tests.memory.contract import GATED_DELTA, KNN_CACHE, LACT, MEMORIZING, TITANS, cases
-from tests.memory.law_tools import ATTENTION, TOLERANCE
+from tests.memory.law_tools import ATTENTION, TOLERANCE, build_model
 from tests.memory.processes import run_processes
 from tests.models.sequence_worker import LENGTH, Case, compare, rows
 
@@ -165,4 +165,7 @@ def check_refusals() -> None:
     batch_norm = {"type": "product_key", "num_keys": 4, "top_k": 2, "query_norm": "batch"}
     model = Case("", [{"mixer": SLIDING | {"window": 4}, "ffn": batch_norm}]).build()
     with pytest.raises(UserError, match="query_norm"):
+        model.set_sequence_group(SequenceGroup(dist.group.WORLD))
+    model = build_model([{"mixer": SLIDING | {"window": 4}}], output={"type": "neural_cache"})
+    with pytest.raises(UserError, match="an output memory"):
         model.set_sequence_group(SequenceGroup(dist.group.WORLD))

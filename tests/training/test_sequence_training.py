@@ -40,9 +40,12 @@ def options(corpus, **changed):
     return {"model": {"layers": LAYERS}, "data": {"sources": sources}, **TRAIN, **changed}
 
 
+def records(config):
+    return read_metrics(config.output_dir / METRICS_FILE)
+
+
 def evaluation(config):
-    records = read_metrics(config.output_dir / METRICS_FILE)
-    return [r for r in records if r.get("evaluation")][-1]
+    return [r for r in records(config) if r.get("evaluation")][-1]
 
 
 def test_rows_held_by_two_equal_rows_held_by_one(make_config, corpus):
@@ -60,6 +63,13 @@ def test_rows_held_by_two_equal_rows_held_by_one(make_config, corpus):
     assert mine.keys() == theirs.keys()
     for name in ("bits", "text_bits", "bits_off"):
         assert mine[name] == pytest.approx(theirs[name], abs=1e-9)
+    norms = [
+        [{k: v for k, v in r.items() if k.endswith("state_norm")} for r in records(config)]
+        for config in (two, one)
+    ]
+    assert any(norms[1])
+    for mine, theirs in zip(*norms, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.slow
