@@ -65,7 +65,8 @@ def consolidate(checkpoint: Path, folder: Path) -> str:
         UserError: for a folder that is not empty, a checkpoint that is damaged or holds no model,
             or a disk that is full.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    named = folder.name not in ("", "..")  # it is put in its place by a rename
+    if not named or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise UserError(f"{folder}: not an empty folder; name a new one")
     source = find_checkpoint(checkpoint, folder)
     if has_parts(source) and not is_attached(source):

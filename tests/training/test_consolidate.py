@@ -162,6 +162,7 @@ def test_what_cannot_be_consolidated(tmp_path, capsys):
     for words, message in (
         ((tmp_path, tmp_path / "full"), f"{tmp_path / 'full'}: not an empty folder"),
         ((tmp_path, tmp_path / "full" / "file"), "not an empty folder"),
+        ((tmp_path / "none", "."), ".: not an empty folder; name a new one"),
         ((tmp_path / "none", tmp_path / "new"), f"{tmp_path / 'none'}: no complete checkpoint"),
         ((tmp_path,), "the following arguments are required: FOLDER"),
     ):
