@@ -484,7 +484,8 @@ def _checked(hint: Any, value: Any, key: str, where) -> Any:
     import jsonargparse
 
     optional = types.NoneType in typing.get_args(hint)
-    if hint == list[dict[str, Any]] or (hint == dict[str, Any] | None and isinstance(value, dict)):
+    free = hint in (dict[str, Any] | None, dict[str, dict[str, Any]])
+    if hint == list[dict[str, Any]] or (free and isinstance(value, dict)):
         # Mappings of free content are checked by their owner; nothing may be converted inside.
         return value
     parser = jsonargparse.ArgumentParser(exit_on_error=False)

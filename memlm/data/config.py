@@ -6,6 +6,7 @@ import typing
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from memlm.data.synthetic import GENERATORS, Generator, generator_class
 from memlm.errors import UserError, nearest, require_known
 
 
@@ -66,7 +67,20 @@ class MqarSource:
     weight: float = 1.0
 
 
-Source = StdlibSource | TextSource | HubSource | PasskeySource | MqarSource
+@dataclass
+class SyntheticSource:
+    """A task of memlm.data.synthetic; in a config the task's name is the type."""
+
+    generator: Generator
+    lengths: tuple[int, int] | None = None  # of examples; None: one example per row
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.lengths is not None:
+            check_range("data.sources: lengths", self.lengths)
+
+
+Source = StdlibSource | TextSource | HubSource | PasskeySource | MqarSource | SyntheticSource
 SOURCES: dict[str, type] = {
     "stdlib": StdlibSource,
     "text": TextSource,
@@ -81,7 +95,8 @@ class DataConfig:
     """What the rows are made of.
 
     `sources` are mappings `{type: stdlib|text|hub|passkey|mqar, weight: 1.0, ...}` with the
-    fields of the source's dataclass; rows are mixed by weight. `validation_fraction` of the
+    fields of the source's dataclass, or `{type: TASK, weight: 1.0, lengths: null, ...}` with the
+    options of a synthetic task; rows are mixed by weight. `validation_fraction` of the
     documents, chosen by a hash of their text, is held out. With `carry`, documents go on across
     the rows of a lane (see PackedDataset). With `shards`, a folder, texts are tokenised into files
     there once, by `tokenize_processes` processes, and read from them; streams as they are read.
@@ -121,25 +136,56 @@ class DataConfig:
 
 def parse_source(entry: dict[str, Any], where: str) -> Source:
     """One source from its mapping; raises UserError on unknown types and keys or bad values."""
+    known = [*SOURCES, *GENERATORS]
     if not isinstance(entry, dict) or "type" not in entry:
-        raise UserError(f"{where}: needs a mapping with a type ({', '.join(SOURCES)})")
+        raise UserError(f"{where}: needs a mapping with a type ({', '.join(known)})")
     values = dict(entry)
     kind = values.pop("type")
-    if not isinstance(kind, str) or kind not in SOURCES:
-        hint = nearest(kind, SOURCES) or f" (valid: {', '.join(SOURCES)})"
+    if not isinstance(kind, str) or kind not in known:
+        hint = nearest(kind, known) or f" (valid: {', '.join(known)})"
         raise UserError(f"{where}: unknown source type {kind!r}{hint}")
-    cls = SOURCES[kind]
-    hints = typing.get_type_hints(cls)
-    require_known(values, hints, f"{where} ({kind})")
-    for item in fields(cls):
-        if item.name in values:
-            values[item.name] = _coerce(values[item.name], hints[item.name], f"{where}.{item.name}")
-        elif item.default is MISSING:
-            raise UserError(f"{where} ({kind}): needs {item.name!r}")
-    source = cls(**values)
+    if kind in GENERATORS:
+        common = {name: values.pop(name) for name in ("lengths", "weight") if name in values}
+        require_known(values, [*_names(generator_class(kind)), *common], f"{where} ({kind})")
+        hints = typing.get_type_hints(SyntheticSource)
+        common = {
+            name: _coerce(value, hints[name], f"{where}.{name}") for name, value in common.items()
+        }
+        source: Source = SyntheticSource(parse_generator(kind, values, where), **common)
+    else:
+        source = SOURCES[kind](**_fields_of(SOURCES[kind], values, where, kind))
     if not 0 < source.weight < math.inf:
         raise UserError(f"{where}.weight must be > 0 and finite, got {source.weight}")
     return source
+
+
+def parse_generator(name: str, options: dict[str, Any], where: str) -> Generator:
+    """The synthetic task `name` of memlm.data.synthetic with some of its options.
+
+    Raises:
+        UserError: for an unknown option or a value of the wrong type; what an option must be is
+            told by the generator's `check`.
+    """
+    cls = generator_class(name)
+    return cls(**_fields_of(cls, options, where, name))
+
+
+def _names(cls: type) -> list[str]:
+    return [item.name for item in fields(cls)]
+
+
+def _fields_of(cls: type, values: dict[str, Any], where: str, kind: str) -> dict[str, Any]:
+    """The values of a dataclass's fields as their types."""
+    hints = typing.get_type_hints(cls)
+    require_known(values, _names(cls), f"{where} ({kind})")
+    found = {}
+    for item in fields(cls):
+        if item.name in values:
+            value = values[item.name]
+            found[item.name] = _coerce(value, hints[item.name], f"{where}.{item.name}")
+        elif item.default is MISSING:
+            raise UserError(f"{where} ({kind}): needs {item.name!r}")
+    return found
 
 
 def check_range(where: str, bounds: tuple[int, int]) -> None:

@@ -14,16 +14,19 @@ from memlm.data.config import (
     MqarSource,
     PasskeySource,
     Source,
+    SyntheticSource,
 )
 from memlm.data.corpus import check_split
 from memlm.data.mqar import MqarRows
 from memlm.data.passkey import PasskeyRows
 from memlm.data.store import TextStore
+from memlm.data.synthetic import SyntheticRows
 from memlm.data.text_rows import CorpusRows, StreamRows
 from memlm.errors import UserError
 
 _BLOCK = 4096  # rows within which the mixture keeps its weights exactly
 _MQAR_VOCABULARY = 8192  # zoology's
+_HELD_OUT_SEED = 1_000_003  # of rows that are computed; training seeds are small
 
 
 class PackedDataset:
@@ -189,12 +192,13 @@ class PackedDataset:
 
     def _make_rows(
         self, source: Source, lanes: int
-    ) -> CorpusRows | StreamRows | PasskeyRows | MqarRows:
+    ) -> CorpusRows | StreamRows | PasskeyRows | MqarRows | SyntheticRows:
         if isinstance(source, PasskeySource):
             tokens = self.store.corpus(source, self.split).tokens
             return PasskeyRows(
                 tokens, self.tokenizer, self.length, self.seed, source.digits, source.queries
             )
+        drawn = self.seed if self.split == "train" else _HELD_OUT_SEED
         if isinstance(source, MqarSource):
             vocabulary = source.vocab_size or min(_MQAR_VOCABULARY, self.tokenizer.vocab_size)
             if vocabulary > len(self.tokenizer):
@@ -202,7 +206,16 @@ class PackedDataset:
                     f"mqar: vocab_size {vocabulary} is larger than the tokenizer's "
                     f"{len(self.tokenizer)}"
                 )
-            return MqarRows(vocabulary, self.length, source.pairs, self.seed, source.random_filler)
+            return MqarRows(vocabulary, self.length, source.pairs, drawn, source.random_filler)
+        if isinstance(source, SyntheticSource):
+            generator = source.generator
+            if generator.vocabulary > len(self.tokenizer):
+                raise UserError(
+                    f"data.sources: {generator.title} needs {generator.vocabulary} token ids, the "
+                    f"tokenizer has {len(self.tokenizer)}; data.tokenizer: "
+                    f"integers:{generator.vocabulary} has as many"
+                )
+            return SyntheticRows(generator, self.length, drawn, source.lengths)
         end = self.tokenizer.eos_token_id
         carry = self.config.carry
         lanes = lanes if carry else 1

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memlm.data.config import HubSource, MqarSource, PasskeySource, Source, StdlibSource, TextSource
+from memlm.data.config import (
+    HubSource,
+    MqarSource,
+    PasskeySource,
+    Source,
+    StdlibSource,
+    SyntheticSource,
+    TextSource,
+)
 from memlm.data.hub import hub_documents, prepared_files
 from memlm.data.sources import find_files, stdlib_documents, text_documents
 
@@ -65,7 +73,9 @@ class TextOrigin:
 
 def text_origin(source: Source) -> TextOrigin | None:
     """Where the texts of `source` come from; None for streams and for rows without text."""
-    if isinstance(source, MqarSource) or (isinstance(source, HubSource) and source.streaming):
+    if isinstance(source, MqarSource | SyntheticSource):
+        return None
+    if isinstance(source, HubSource) and source.streaming:
         return None
     if isinstance(source, HubSource):
         names = ("dataset", "config", "split", "column")

@@ -14,7 +14,8 @@ from memlm.errors import UserError
 
 BYTE_VALUES = 256
 TOKENIZER_FILE = "tokenizer.json"
-_VALID = "valid: 'bytes', a SentencePiece file ending in .model, a folder or a Hub id"
+_INTEGERS = "integers:"
+_VALID = "valid: 'bytes', 'integers:N', a SentencePiece file ending in .model, a folder or a Hub id"
 
 
 class ByteTokenizer(PreTrainedTokenizer):
@@ -95,6 +96,72 @@ class ByteTokenizer(PreTrainedTokenizer):
         return tokenizer
 
 
+class IntegerTokenizer(PreTrainedTokenizer):
+    """Whole numbers below `numbers`, apart by spaces, for tasks that are made of token ids.
+
+    Id n is written "n"; `<eos>`, `<bos>` and `<pad>` stand behind them, `<unk>` for everything
+    else. `len(tokenizer)` is numbers + 4.
+    """
+
+    vocab_files_names: ClassVar[dict[str, str]] = {}
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        numbers: int,
+        eos_token: str = "<eos>",
+        bos_token: str = "<bos>",
+        pad_token: str = "<pad>",
+        unk_token: str = "<unk>",
+        **kwargs: Any,
+    ) -> None:
+        self.numbers = numbers
+        super().__init__(
+            numbers=numbers,
+            eos_token=eos_token,
+            bos_token=bos_token,
+            pad_token=pad_token,
+            unk_token=unk_token,
+            **kwargs,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """The numbers, without the special tokens."""
+        return self.numbers
+
+    def get_vocab(self) -> dict[str, int]:
+        """Written number to number."""
+        return {str(number): number for number in range(self.numbers)} | self.added_tokens_encoder
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return text.split()
+
+    def _convert_token_to_id(self, token: str) -> int:
+        known = token.isascii() and token.isdigit() and str(int(token)) == token
+        return int(token) if known and int(token) < self.numbers else self.unk_token_id
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return str(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The numbers, apart by spaces."""
+        return " ".join(tokens)
+
+    def save_vocabulary(
+        self, save_directory: str, filename_prefix: str | None = None
+    ) -> tuple[str, ...]:
+        """Save the same tokenizer for AutoTokenizer where this class is not known."""
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        path = Path(save_directory, f"{prefix}{TOKENIZER_FILE}")
+        words = models.WordLevel(vocab=self.get_vocab(), unk_token=str(self.unk_token))
+        tokenizer = Tokenizer(words)
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.add_tokens([token for _, token in sorted(self.added_tokens_decoder.items())])
+        tokenizer.save(str(path))
+        return (str(path),)
+
+
 class SentencePieceTokenizer(SentencePieceBackend):
     """A SentencePiece model file; byte-fallback pieces decode to the characters they spell."""
 
@@ -103,27 +170,33 @@ class SentencePieceTokenizer(SentencePieceBackend):
         return self.sp_model.decode(tokens)
 
 
+_OWN = (SentencePieceTokenizer, IntegerTokenizer, ByteTokenizer)
+
+
 def register_tokenizers(config_class: type[PreTrainedConfig]) -> None:
     """Let `AutoTokenizer.from_pretrained` find the classes above; `config_class` is the model's."""
-    for tokenizer_class in (SentencePieceTokenizer, ByteTokenizer):
+    for tokenizer_class in _OWN:
         AutoTokenizer.register(config_class, tokenizer_class=tokenizer_class, exist_ok=True)
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     """The tokenizer named by `spec`.
 
-    `"bytes"` is ByteTokenizer, a path ending in `.model` a SentencePiece model, anything else a
-    folder or Hub id for AutoTokenizer. Raises UserError when it cannot be loaded, or when a model
-    is there but no tokenizer: AutoTokenizer makes one without a vocabulary then.
+    `"bytes"` is ByteTokenizer, `"integers:8192"` an IntegerTokenizer of 8192 numbers, a path
+    ending in `.model` a SentencePiece model, anything else a folder or Hub id for AutoTokenizer.
+    Raises UserError when it cannot be loaded, or when a model is there but no tokenizer:
+    AutoTokenizer makes one without a vocabulary then.
     """
     if spec == "bytes":
         return ByteTokenizer()
+    if spec.startswith(_INTEGERS):
+        return _integers(spec.removeprefix(_INTEGERS))
     if spec.endswith(".model"):
         return _load_sentencepiece(Path(spec))
     try:
         # AutoTokenizer knows these classes beside models of this library only.
         named = get_tokenizer_config(spec).get("tokenizer_class")
-        for own in (ByteTokenizer, SentencePieceTokenizer):
+        for own in _OWN:
             if named == own.__name__:
                 return own.from_pretrained(spec)
         tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
@@ -143,6 +216,14 @@ def _made_of_nothing(tokenizer: PreTrainedTokenizerBase) -> bool:
         return True
     # An empty vocabulary has special tokens, and for some SentencePiece's space.
     return tokenizer.get_vocab().keys() - tokenizer.all_special_tokens <= {"\u2581"}
+
+
+def _integers(number: str) -> IntegerTokenizer:
+    if not (number.isascii() and number.isdigit() and int(number) > 0):
+        raise UserError(
+            f"tokenizer {_INTEGERS + number!r}: expected how many numbers, as in integers:8192"
+        )
+    return IntegerTokenizer(int(number))
 
 
 def _load_sentencepiece(path: Path) -> PreTrainedTokenizerBase:

@@ -1,8 +1,10 @@
 """What an evaluation runs on."""
 
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
+from memlm.data.config import parse_generator
+from memlm.data.synthetic import GENERATORS
 from memlm.errors import UserError, nearest
 from memlm.evaluation.lengths import parse_length, parse_lengths
 
@@ -88,6 +90,38 @@ class MqarOptions:
 
 
 @dataclass
+class SyntheticOptions:
+    """The synthetic tasks of memlm.data.synthetic.
+
+    Attributes:
+        lengths: of examples in tokens, one setting each: 512, 4k or a range that doubles, 64..4k.
+        rows: examples per setting.
+        options: options of the tasks by name, as in a training source: {parity: {...}}.
+    """
+
+    lengths: list[int | str] = field(default_factory=lambda: ["64..256"])
+    rows: int = 96
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def all_lengths(self) -> list[int]:
+        """Lengths in tokens, ascending."""
+        return parse_lengths(self.lengths, "synthetic.lengths")
+
+    def validate(self) -> None:
+        """Raise UserError for a size that cannot work."""
+        _at_least(1, "synthetic.lengths", *self.all_lengths)
+        _at_least(2, "synthetic.rows", self.rows)
+        for name, options in self.options.items():
+            if name not in GENERATORS:
+                raise UserError(
+                    f"synthetic.options: unknown task {name!r}{nearest(name, GENERATORS)} "
+                    f"(valid: {', '.join(GENERATORS)})"
+                )
+            parse_generator(name, options, f"synthetic.options.{name}")
+
+
+@dataclass
 class PerplexityOptions:
     """Loss on held-out text by position in the document.
 
@@ -163,7 +197,7 @@ class EvaluationConfig:
     Attributes:
         tasks: names of tasks or groups of them; `memlm.evaluation.tasks` lists them.
         lengths: of whole prompts in tokens, question and answer included: 4096, 4k, 1M or a range
-            that doubles, 4k..64k. mqar and perplexity have sizes of their own.
+            that doubles, 4k..64k. mqar, synthetic tasks and perplexity have sizes of their own.
         trials: prompts per length.
         long_trials: prompts of lengths beyond `long_length`; None = `trials`.
         long_length: see `long_trials`.
@@ -188,6 +222,7 @@ class EvaluationConfig:
     babilong: BabilongOptions = field(default_factory=BabilongOptions)
     retention: RetentionOptions = field(default_factory=RetentionOptions)
     mqar: MqarOptions = field(default_factory=MqarOptions)
+    synthetic: SyntheticOptions = field(default_factory=SyntheticOptions)
     perplexity: PerplexityOptions = field(default_factory=PerplexityOptions)
     batch_size: int = 32
     segment: int = 256
@@ -230,8 +265,10 @@ class EvaluationConfig:
                     f"conditions: unknown condition {name!r}{nearest(name, ALL_CONDITIONS)} "
                     f"(valid: {', '.join(ALL_CONDITIONS)})"
                 )
-        for name in ("needle", "niah", "ruler", "babilong", "retention", "mqar", "perplexity"):
-            getattr(self, name).validate()
+        for item in fields(self):
+            options = getattr(self, item.name)
+            if is_dataclass(options):
+                options.validate()
         _at_least(2, "batch_size", self.batch_size)
         _at_least(1, "segment", self.segment)
         _at_least(0, "seed", self.seed)

@@ -211,16 +211,16 @@ class Subject(ABC):
                 break
         return written
 
-    def guess(self, tokens: Tensor, states: Any, use_memory: bool = True) -> Tensor:
+    def guess(self, tokens: Tensor, states: Any, use_memory: bool = True) -> tuple[Tensor, Any]:
         """The most likely token after each of `tokens` (int64 [B, T]), int64 [B, T] on the CPU.
 
-        `states` may be used up.
+        And the states after the last of them; `states` may be used up.
         """
         guesses = []
         for part in tokens.split(self.logits_at_once(len(tokens)), dim=1):
             logits, states = self.score(part.to(self.device), None, states, use_memory)
             guesses.append(logits.argmax(-1).cpu())
-        return torch.cat(guesses, dim=1)
+        return torch.cat(guesses, dim=1), states
 
     def logits_at_once(self, rows: int) -> int:
         """Positions of `rows` rows whose logits are held at a time."""

@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from memlm.data.synthetic import GENERATORS
 from memlm.errors import UserError, nearest
 from memlm.evaluation.tasks.base import Task, Tools
 
@@ -29,6 +30,7 @@ TASKS = {
     "retention": ("retention", "Retention"),
     "mqar": ("mqar", "Mqar"),
     "mqar_overwrite": ("mqar", "MqarOverwrite"),
+    **dict.fromkeys(GENERATORS, ("synthetic", "Synthetic")),
     "perplexity": ("perplexity", "Perplexity"),
 }
 RULER = tuple(list(TASKS)[3:16])

@@ -86,7 +86,7 @@ class Mqar(Task):
                 for condition in one.conditions:
                     start = subject.fork(subject.ablate(states, condition))
                     with meter.measure("answer", asked.size):
-                        guesses = subject.guess(torch.from_numpy(asked), start, one.use_memory)
+                        guesses, _ = subject.guess(torch.from_numpy(asked), start, one.use_memory)
                     for row, (index, example) in enumerate(zip(trials, examples, strict=True)):
                         records.append(
                             self._record(

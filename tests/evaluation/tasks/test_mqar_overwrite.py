@@ -47,14 +47,13 @@ class Reader:
 
     def guess(
         self, tokens: Tensor, states: list[dict[int, int]], use_memory: bool = True
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[dict[int, int]]]:
         wrong = 1000 if self.keeps == "wrong" else 0
-        return torch.tensor(
-            [
-                [state.get(key, -1) + wrong for key in row]
-                for state, row in zip(states, tokens.tolist(), strict=True)
-            ]
-        )
+        guesses = [
+            [state.get(key, -1) + wrong for key in row]
+            for state, row in zip(states, tokens.tolist(), strict=True)
+        ]
+        return torch.tensor(guesses), states
 
 
 def records(make_tools: MakeTools, keeps: str) -> tuple[list[Record], dict]:
