@@ -17,6 +17,12 @@ __all__ = [
 
 GENERATORS = {
     "parity": ("parity", "Parity"),
+    "associative_recall": ("associative_recall", "AssociativeRecall"),
+    "induction": ("induction", "Induction"),
+    "copying": ("copying", "Copying"),
+    "selective_copying": ("copying", "SelectiveCopying"),
+    "n_back": ("n_back", "NBack"),
+    "group_word_problem": ("group_word_problem", "GroupWordProblem"),
 }
 
 
