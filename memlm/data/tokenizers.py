@@ -15,6 +15,7 @@ from memlm.errors import UserError
 BYTE_VALUES = 256
 TOKENIZER_FILE = "tokenizer.json"
 _INTEGERS = "integers:"
+_MOST_NUMBERS = 1_000_000
 _VALID = "valid: 'bytes', 'integers:N', a SentencePiece file ending in .model, a folder or a Hub id"
 
 
@@ -138,15 +139,17 @@ class IntegerTokenizer(PreTrainedTokenizer):
         return text.split()
 
     def _convert_token_to_id(self, token: str) -> int:
-        known = token.isascii() and token.isdigit() and str(int(token)) == token
-        return int(token) if known and int(token) < self.numbers else self.unk_token_id
+        digits = token.isascii() and token.isdigit() and len(token) <= len(str(self.numbers))
+        known = digits and str(int(token)) == token and int(token) < self.numbers
+        return int(token) if known else self.unk_token_id
 
     def _convert_id_to_token(self, index: int) -> str:
-        return str(index)
+        # Ids past the vocabulary exist when a model pads its embedding; they stand for nothing.
+        return str(index) if index < self.numbers else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The numbers, apart by spaces."""
-        return " ".join(tokens)
+        return " ".join(filter(None, tokens))
 
     def save_vocabulary(
         self, save_directory: str, filename_prefix: str | None = None
@@ -219,9 +222,11 @@ def _made_of_nothing(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _integers(number: str) -> IntegerTokenizer:
-    if not (number.isascii() and number.isdigit() and int(number) > 0):
+    digits = number.isascii() and number.isdigit() and len(number) <= len(str(_MOST_NUMBERS))
+    if not (digits and 1 <= int(number) <= _MOST_NUMBERS):
         raise UserError(
-            f"tokenizer {_INTEGERS + number!r}: expected how many numbers, as in integers:8192"
+            f"tokenizer {_INTEGERS + number!r}: expected how many numbers, from 1 to "
+            f"{_MOST_NUMBERS}, as in integers:8192"
         )
     return IntegerTokenizer(int(number))
 

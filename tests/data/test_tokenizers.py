@@ -16,6 +16,7 @@ from memlm.data import (
     load_tokenizer,
     register_tokenizers,
 )
+from memlm.data.tokenizers import IntegerTokenizer
 from memlm.errors import UserError
 
 
@@ -150,6 +151,63 @@ def test_tokenizers_library_tokenizer_in_a_run_folder(tmp_path: Path) -> None:
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     save_run(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>"), tmp_path)
     assert load_tokenizer(str(tmp_path))("b a c").input_ids == [1, 0, 2]
+
+
+NUMBERS = IntegerTokenizer(12)
+
+
+def test_numbers_are_their_own_ids() -> None:
+    assert NUMBERS.vocab_size == 12
+    assert len(NUMBERS) == 16
+    special = {NUMBERS.bos_token_id, NUMBERS.eos_token_id, NUMBERS.unk_token_id}
+    assert special | {NUMBERS.pad_token_id} == {12, 13, 14, 15}
+    assert NUMBERS(" ".join(map(str, range(12)))).input_ids == list(range(12))
+    assert NUMBERS("  5\n10\t7 ").input_ids == [5, 10, 7]
+    assert NUMBERS.decode([5, 10, 7]) == "5 10 7"
+    assert NUMBERS.decode([1, NUMBERS.eos_token_id]) == "1 <eos>"
+    assert NUMBERS.decode([1, NUMBERS.eos_token_id], skip_special_tokens=True) == "1"
+    assert NUMBERS.decode([1, 40, 2]) == "1 2"
+
+
+@pytest.mark.parametrize("word", ["12", "007", "-1", "+3", "3.0", "x", "٣", "9" * 5000])
+def test_what_is_no_number_below_is_unknown(word: str) -> None:
+    assert NUMBERS(f"1 {word} 2").input_ids == [1, NUMBERS.unk_token_id, 2]
+
+
+@pytest.fixture(scope="module")
+def numbers_saved(tmp_path_factory: pytest.TempPathFactory) -> list:
+    """The saved tokenizer as loaded here, beside a model, and where its class is not known."""
+    alone, run = (tmp_path_factory.mktemp(name) for name in ("alone", "run"))
+    NUMBERS.save_pretrained(alone)
+    save_run(NUMBERS, run)
+    found = [load_tokenizer(str(alone)), load_tokenizer(str(run))]
+    found.append(AutoTokenizer.from_pretrained(run))
+    assert {type(tokenizer) for tokenizer in found} == {IntegerTokenizer}
+    return [*found, PreTrainedTokenizerFast.from_pretrained(alone)]
+
+
+@given(st.lists(st.integers(0, 30).map(str) | st.sampled_from(["<eos>", "<pad>", "a", "01", "é"])))
+def test_saved_numbers_are_the_same(numbers_saved: list, words: list[str]) -> None:
+    text = " ".join(words)
+    ids = NUMBERS(text).input_ids
+    special = {"<eos>": NUMBERS.eos_token_id, "<pad>": NUMBERS.pad_token_id}
+    known = special | {str(number): number for number in range(12)}
+    assert ids == [known.get(word, NUMBERS.unk_token_id) for word in words]
+    for other in numbers_saved:
+        assert other(text).input_ids == ids
+        for skip in (False, True):
+            assert other.decode(ids, skip_special_tokens=skip) == NUMBERS.decode(
+                ids, skip_special_tokens=skip
+            )
+        assert other.special_tokens_map == NUMBERS.special_tokens_map
+        assert len(other) == 16
+
+
+@pytest.mark.parametrize("number", ["0", "", "x", "-3", "3.5", "1000001", "9" * 5000])
+def test_numbers_that_cannot_be(number: str) -> None:
+    with pytest.raises(UserError, match="expected how many numbers, from 1 to 1000000"):
+        load_tokenizer(f"integers:{number}")
+    assert len(load_tokenizer("integers:1")) == 5
 
 
 @pytest.mark.parametrize("spec", ["no/such-tokenizer", "missing.model", "broken.model"])
