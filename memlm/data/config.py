@@ -146,7 +146,8 @@ def parse_source(entry: dict[str, Any], where: str) -> Source:
         raise UserError(f"{where}: unknown source type {kind!r}{hint}")
     if kind in GENERATORS:
         common = {name: values.pop(name) for name in ("lengths", "weight") if name in values}
-        require_known(values, [*_names(generator_class(kind)), *common], f"{where} ({kind})")
+        known = [*_names(generator_class(kind)), "lengths", "weight"]
+        require_known(values, known, f"{where} ({kind})")
         hints = typing.get_type_hints(SyntheticSource)
         common = {
             name: _coerce(value, hints[name], f"{where}.{name}") for name, value in common.items()
@@ -166,6 +167,8 @@ def parse_generator(name: str, options: dict[str, Any], where: str) -> Generator
         UserError: for an unknown option or a value of the wrong type; what an option must be is
             told by the generator's `check`.
     """
+    if not isinstance(options, dict):
+        raise UserError(f"{where}: needs a mapping of options, got {options!r}")
     cls = generator_class(name)
     return cls(**_fields_of(cls, options, where, name))
 

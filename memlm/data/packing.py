@@ -61,6 +61,8 @@ class PackedDataset:
         store: TextStore | None = None,
     ) -> None:
         check_split(split, config.validation_fraction)
+        if config.seed == _HELD_OUT_SEED:
+            raise UserError(f"data.seed: {config.seed} is that of held-out rows; choose another")
         self.config, self.tokenizer, self.split = config, tokenizer, split
         self.sources = config.parsed_sources()
         self.seed = config.seed if split == "train" else 0
@@ -167,8 +169,8 @@ class PackedDataset:
         self._ranks = _ranks(self._tile)
         self._block: tuple[int, np.ndarray, np.ndarray] | None = None
         self._rows = [
-            self._make_rows(source, int(count))
-            for source, count in zip(self.sources, self._counts, strict=True)
+            self._make_rows(source, int(count), number)
+            for number, (source, count) in enumerate(zip(self.sources, self._counts, strict=True))
         ]
 
     def _place(self, index: int) -> tuple[int, int, int]:
@@ -191,7 +193,7 @@ class PackedDataset:
         return step * lanes + lane
 
     def _make_rows(
-        self, source: Source, lanes: int
+        self, source: Source, lanes: int, number: int
     ) -> CorpusRows | StreamRows | PasskeyRows | MqarRows | SyntheticRows:
         if isinstance(source, PasskeySource):
             tokens = self.store.corpus(source, self.split).tokens
@@ -209,13 +211,14 @@ class PackedDataset:
             return MqarRows(vocabulary, self.length, source.pairs, drawn, source.random_filler)
         if isinstance(source, SyntheticSource):
             generator = source.generator
+            rows = SyntheticRows(generator, self.length, drawn, source.lengths, number)
             if generator.vocabulary > len(self.tokenizer):
                 raise UserError(
                     f"data.sources: {generator.title} needs {generator.vocabulary} token ids, the "
                     f"tokenizer has {len(self.tokenizer)}; data.tokenizer: "
                     f"integers:{generator.vocabulary} has as many"
                 )
-            return SyntheticRows(generator, self.length, drawn, source.lengths)
+            return rows
         end = self.tokenizer.eos_token_id
         carry = self.config.carry
         lanes = lanes if carry else 1

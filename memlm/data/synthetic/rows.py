@@ -9,7 +9,7 @@ _PADDING = 0
 
 
 class SyntheticRows:
-    """Rows of `length` tokens; row `index` is a pure function of (generator, seed, index).
+    """Rows of `length` tokens; row `index` is a pure function of the arguments and `index`.
 
     Args:
         generator: makes the examples.
@@ -17,15 +17,21 @@ class SyntheticRows:
         seed: of everything that is drawn.
         lengths: shortest and longest example in tokens: a row holds as many examples as fit, each
             a document of its own. None = one example per row, as long as the row.
+        number: of the source in its mixture, so that two of one task do not draw the same rows.
 
     Raises:
         UserError: for options or lengths that cannot work.
     """
 
     def __init__(
-        self, generator: Generator, length: int, seed: int, lengths: tuple[int, int] | None = None
+        self,
+        generator: Generator,
+        length: int,
+        seed: int,
+        lengths: tuple[int, int] | None = None,
+        number: int = 0,
     ) -> None:
-        self.generator, self.length, self.seed = generator, length, seed
+        self.generator, self.length, self.seed, self.number = generator, length, seed, number
         self.lengths = (length, length) if lengths is None else lengths
         if self.lengths[1] > length:
             raise UserError(f"lengths: {list(self.lengths)} do not fit rows of {length} tokens")
@@ -45,7 +51,7 @@ class SyntheticRows:
             "position_ids": np.zeros(shape, dtype=np.int64),
         }
         for row, index in enumerate(indices):
-            rng = np.random.default_rng([self.seed, int(index)])
+            rng = np.random.default_rng([self.seed, int(index), self.number])
             start, number = 0, 1
             shortest, longest = self.lengths
             while start + shortest <= self.length:

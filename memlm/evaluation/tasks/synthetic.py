@@ -39,13 +39,13 @@ class Synthetic(Task):
             name, self.options.options.get(name, {}), f"synthetic.options.{name}"
         )
         self.title, self.description = self.generator.title, self.generator.description
+        for length in self.options.all_lengths:
+            self.generator.check(length)
         if self.generator.vocabulary > len(tools.tokenizer):
             raise UserError(
                 f"{name}: needs {self.generator.vocabulary} token ids, the tokenizer of the model "
                 f"has {len(tools.tokenizer)}"
             )
-        for length in self.options.all_lengths:
-            self.generator.check(length)
 
     def settings(self) -> list[Setting]:
         lengths = self.options.all_lengths
@@ -86,7 +86,10 @@ class Synthetic(Task):
                     contexts = [Context([row[:cut]]) for row in ids]
                     states = subject.read_contexts(contexts, one.use_memory)
             for condition in one.conditions:
-                if condition in _APART and (not cut or len(examples) == 1):
+                if condition in _APART and not cut:
+                    continue
+                # No other row of the same shape has a memory to swap with.
+                if condition == "swapped" and len(examples) == 1:
                     continue
                 start = subject.fork(subject.ablate(states, condition)) if cut else None
                 asked = torch.from_numpy(ids[:, cut:])
