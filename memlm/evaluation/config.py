@@ -8,6 +8,8 @@ from memlm.data.synthetic import GENERATORS
 from memlm.errors import UserError, nearest
 from memlm.evaluation.lengths import parse_length, parse_lengths
 
+MULTI_TURN, MULTI_REQUEST = "multi_turn", "multi_request"
+HISTORIES = ("gold", "own")
 ALL_CONDITIONS = ("on", "off", "reset", "swapped", "zeroed", "changed", "absent")
 
 
@@ -15,6 +17,13 @@ def _at_least(minimum: int, where: str, *values: int) -> None:
     for value in values:
         if value < minimum:
             raise UserError(f"{where}: {value} is too small; the least is {minimum}")
+
+
+def _one_of(where: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(
+            f"{where}: {value!r} is unknown{nearest(value, known)} (valid: {', '.join(known)})"
+        )
 
 
 @dataclass
@@ -191,6 +200,31 @@ class RetentionOptions:
 
 
 @dataclass
+class ScbenchOptions:
+    """Conversations about one context (Li et al., 2024).
+
+    Attributes:
+        mode: multi_turn = each question follows the one before; multi_request = each is asked from
+            the state after the context.
+        history: which answers stand in the history of multi_turn: gold, or the model's own.
+        turns: questions per context, at most.
+        data: a folder with the published files, or the name of a Hub data set
+            (microsoft/SCBench); None = contexts that are made, for the five tasks that can.
+    """
+
+    mode: str = MULTI_TURN
+    history: str = "gold"
+    turns: int = 5
+    data: str | None = None
+
+    def validate(self) -> None:
+        """Raise UserError for an unknown mode or history, or no turn."""
+        _one_of("scbench.mode", self.mode, (MULTI_TURN, MULTI_REQUEST))
+        _one_of("scbench.history", self.history, HISTORIES)
+        _at_least(1, "scbench.turns", self.turns)
+
+
+@dataclass
 class EvaluationConfig:
     """One evaluation.
 
@@ -221,6 +255,7 @@ class EvaluationConfig:
     ruler: RulerOptions = field(default_factory=RulerOptions)
     babilong: BabilongOptions = field(default_factory=BabilongOptions)
     retention: RetentionOptions = field(default_factory=RetentionOptions)
+    scbench: ScbenchOptions = field(default_factory=ScbenchOptions)
     mqar: MqarOptions = field(default_factory=MqarOptions)
     synthetic: SyntheticOptions = field(default_factory=SyntheticOptions)
     perplexity: PerplexityOptions = field(default_factory=PerplexityOptions)

@@ -12,6 +12,9 @@ from memlm.data.corpus import adds_bos
 from memlm.data.tokenizers import byte_level
 from memlm.errors import UserError
 
+# What a question that follows another one goes on from, see `Trial`.
+CONTEXT, QUESTION, ANSWER = "context", "question", "answer"
+
 _BLOCK = 1 << 16
 
 
@@ -88,15 +91,20 @@ class Trial:
 
     Attributes:
         context: what is read, at least one token.
-        questions: asked one by one, each from the state after the context.
+        questions: asked one by one, the first from the state after the context.
         labels: what a report groups by or shows, such as {"depth": 0.5}; JSON values.
         excerpt: the text around what has to be recalled.
+        follows: what the other questions go on from: CONTEXT = the state after the context again;
+            QUESTION = the state after the question before, what was answered to it is forgotten;
+            ANSWER = the state after what the model answered to it. The same for all trials that
+            are asked together.
     """
 
     context: Context
     questions: tuple[Question, ...]
     labels: dict[str, Any] = field(default_factory=dict)
     excerpt: str = ""
+    follows: str = CONTEXT
 
     def fingerprint(self) -> str:
         """The SHA-256 of all token ids, questions included, as 16 hexadecimal digits."""

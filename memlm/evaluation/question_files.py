@@ -79,7 +79,7 @@ class QuestionOrder:
         return min(map(self.tokens_of, self.order))
 
 
-class _Part:
+class JsonPart:
     """A value in a JSON file that can say where it stands and what was expected there."""
 
     def __init__(self, value: Any, place: str, where: str):
@@ -96,19 +96,19 @@ class _Part:
             raise self.fail(f"{_KINDS[kind]} is missing here")
         return self.value
 
-    def field(self, name: str) -> "_Part":
+    def field(self, name: str) -> "JsonPart":
         """A field that has to be there."""
         fields = self.of(dict)
         if name not in fields:
             raise self.fail(f"no field {name!r}{nearest(name, fields)}")
-        return _Part(fields[name], f"{self.place}.{name}".lstrip("."), self.where)
+        return JsonPart(fields[name], f"{self.place}.{name}".lstrip("."), self.where)
 
     def has(self, name: str) -> bool:
         return isinstance(self.value, dict) and self.value.get(name) is not None
 
-    def items(self) -> Iterator["_Part"]:
+    def items(self) -> Iterator["JsonPart"]:
         for number, value in enumerate(self.of(list)):
-            yield _Part(value, f"{self.place}[{number}]", self.where)
+            yield JsonPart(value, f"{self.place}[{number}]", self.where)
 
     def texts(self) -> list[str]:
         return [item.of(str) for item in self.items()]
@@ -125,7 +125,7 @@ def squad_questions(source: str, option: str) -> QuestionSet:
         UserError: for a file that is missing or malformed, a data set that cannot be loaded, no
             question with an answer.
     """
-    content = _content(source, option, None, _SQUAD)
+    content = read_content(source, option, None, _SQUAD)
     if isinstance(content.value, dict):
         articles = _squad_articles(content.field("data"))
     else:
@@ -149,7 +149,7 @@ def squad_questions(source: str, option: str) -> QuestionSet:
 _Article = list[tuple[str, list[tuple[str, tuple[str, ...]]]]]
 
 
-def _squad_articles(data: _Part) -> list[_Article]:
+def _squad_articles(data: JsonPart) -> list[_Article]:
     """Articles as published: paragraphs with their questions."""
     articles = []
     for entry in data.items():
@@ -170,7 +170,7 @@ def _squad_articles(data: _Part) -> list[_Article]:
     return articles
 
 
-def _squad_rows(rows: _Part) -> list[_Article]:
+def _squad_rows(rows: JsonPart) -> list[_Article]:
     """Rows of the Hub, one per question; those of an article have its title in common."""
     articles: dict[str, dict[str, list]] = {}
     for row in rows.items():
@@ -196,7 +196,7 @@ def hotpotqa_questions(source: str, option: str) -> QuestionSet:
     Raises:
         UserError: as `squad_questions` does.
     """
-    content = _content(source, option, "distractor", _HOTPOTQA)
+    content = read_content(source, option, "distractor", _HOTPOTQA)
     read = []
     for row in content.items():
         context = _hotpotqa_context(row.field("context"))
@@ -218,7 +218,7 @@ def hotpotqa_questions(source: str, option: str) -> QuestionSet:
     return _checked(QuestionSet(documents, questions), content)
 
 
-def _hotpotqa_context(context: _Part) -> list[tuple[str, str]]:
+def _hotpotqa_context(context: JsonPart) -> list[tuple[str, str]]:
     """Titles and whole documents."""
     if isinstance(context.value, dict):
         titles = context.field("title").texts()
@@ -239,7 +239,7 @@ def _hotpotqa_context(context: _Part) -> list[tuple[str, str]]:
     ]
 
 
-def _supporting_titles(row: _Part) -> set[str]:
+def _supporting_titles(row: JsonPart) -> set[str]:
     if not row.has("supporting_facts"):
         return set()
     facts = row.field("supporting_facts")
@@ -259,19 +259,31 @@ def _answers(texts: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in texts if text.strip()))
 
 
-def _checked(found: QuestionSet, content: _Part) -> QuestionSet:
+def _checked(found: QuestionSet, content: JsonPart) -> QuestionSet:
     if not found.questions:
         raise content.fail("no question with an answer")
     return found
 
 
-def _content(source: str, option: str, config: str | None, wanted: str) -> _Part:
-    """What a file or a data set holds."""
+def read_content(
+    source: str, option: str, config: str | None, wanted: str, split: str = "validation"
+) -> JsonPart:
+    """What a file or a data set holds.
+
+    Args:
+        source: a .json or .jsonl file, or the name of a Hub data set.
+        option: what the user would set, for messages: ruler.squad.
+        config, split: of the data set.
+        wanted: what a file has to be, for messages.
+
+    Raises:
+        UserError: for a file that is missing or no JSON, a data set that cannot be loaded.
+    """
     path = Path(source)
+    where = f"{option}: {source!r}: "
     if path.exists() or path.suffix in (".json", ".jsonl"):
-        where = f"{option}: {source!r}: "
-        return _Part(_read(path, where, option, wanted), "", where)
-    return _Part(_download(source, option, config, wanted), "", f"{option}: {source!r}: ")
+        return JsonPart(_read(path, where, option, wanted), "", where)
+    return JsonPart(_download(source, option, config, wanted, split), "", where)
 
 
 def _read(path: Path, where: str, option: str, wanted: str) -> Any:
@@ -295,12 +307,14 @@ def _read(path: Path, where: str, option: str, wanted: str) -> Any:
         ) from error
 
 
-def _download(name: str, option: str, config: str | None, wanted: str) -> list[dict[str, Any]]:
-    """The rows of a data set's validation split."""
+def _download(
+    name: str, option: str, config: str | None, wanted: str, split: str
+) -> list[dict[str, Any]]:
+    """The rows of a data set's split."""
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split="validation").to_list()
+        return datasets.load_dataset(name, config, split=split).to_list()
     # A data set that comes as a script is a RuntimeError.
     except (ValueError, OSError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

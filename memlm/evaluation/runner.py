@@ -318,6 +318,8 @@ def input_hashes(config: EvaluationConfig) -> dict[str, str]:
     paths = find_files(entries) if entries else []
     if config.babilong.stories is not None:
         paths += sorted(Path(config.babilong.stories).expanduser().glob("*.txt"))
+    if config.scbench.data is not None:
+        paths += sorted(Path(config.scbench.data).expanduser().glob("scbench_*.jsonl"))
     return {str(path): file_hash(path)[:16] for path in paths}
 
 

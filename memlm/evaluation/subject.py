@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from memlm.evaluation.conditions import Pass, Plan
 from memlm.evaluation.costs import Meter, StateBytes
-from memlm.evaluation.prompts import Context, Trial
+from memlm.evaluation.prompts import ANSWER, CONTEXT, Context, Question, Trial
 
 # Logits held at a time when every position is scored: 0.25 GB of float32.
 _LOGITS = 1 << 26
@@ -103,16 +103,25 @@ class Subject(ABC):
         """Bytes of the states of one row."""
 
     def ask(self, trials: Sequence[Trial], one: Pass, meter: Meter) -> dict[str, list[list[str]]]:
-        """Answers by condition, trial and question: each context is read once for all of them."""
+        """Answers by condition, trial and question: each context is read once for all of them.
+
+        What is done to the memories for a condition is done once, between a context and its first
+        question.
+        """
         if not self.ragged:
             return self._ask_alike(trials, one, meter)
         return self._ask_together(trials, one, meter)
 
     def _ask_alike(self, trials, one: Pass, meter: Meter) -> dict[str, list[list[str]]]:
-        """Rows of the same lengths are read together, the others apart."""
+        """Rows of the same lengths are read together, the others apart.
+
+        Answers that are read on have lengths of their own.
+        """
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, trial in enumerate(trials):
             shape = (len(trial.context), *(len(asked.token_ids) for asked in trial.questions))
+            if trial.follows == ANSWER:
+                shape = (index,)
             groups.setdefault(shape, []).append(index)
         found: dict[str, list[list[str]]] = {}
         for group in groups.values():
@@ -145,14 +154,35 @@ class Subject(ABC):
                 for row, ids in enumerate(written):
                     if number < len(trials[row].questions):
                         found[condition][row].append(self.decode(ids))
+                if trials[0].follows != CONTEXT and number + 1 < most:
+                    start = self._after_turn(trials, number, written, start, one, meter)
+                    meter.saw(self.state_bytes(start))
         return found
 
-    def _answer(self, trials, number: int, states: Any, one: Pass, meter: Meter) -> list[list[int]]:
-        """What each row writes to its question `number`; `states` may be used up.
+    def _after_turn(
+        self,
+        trials,
+        number: int,
+        written: list[list[int]],
+        states: Any,
+        one: Pass,
+        meter: Meter,
+    ) -> Any:
+        """The states after question `number` and, where it is kept, what was written to it.
 
-        A trial with fewer questions repeats its last one, unheard.
+        Read again: while the others still write, the states of a row that has ended are spoilt.
+        `states`, where the question was asked, stays as it is.
         """
-        asked = [trial.questions[min(number, len(trial.questions) - 1)] for trial in trials]
+        turns = []
+        for question, trial, ids in zip(_asked(trials, number), trials, written, strict=True):
+            kept = ids if trial.follows == ANSWER else []
+            turns.append(Context([question.token_ids, np.asarray(kept, dtype=np.int64)]))
+        with meter.measure("read", sum(map(len, turns))):
+            return self.read_contexts(turns, one.use_memory, states=self.fork(states))
+
+    def _answer(self, trials, number: int, states: Any, one: Pass, meter: Meter) -> list[list[int]]:
+        """What each row writes to its question `number`; `states` may be used up."""
+        asked = _asked(trials, number)
         new_tokens = [question.new_tokens for question in asked]
         questions = [question.token_ids for question in asked]
         with meter.measure("generate", 0):
@@ -170,12 +200,13 @@ class Subject(ABC):
         contexts: Sequence[Context],
         use_memory: bool = True,
         progress: Callable[[int], None] = lambda tokens: None,
+        states: Any = None,
     ) -> Any:
         """The states after reading whole contexts, one segment held at a time.
 
-        `progress` is told the tokens read after every segment.
+        `progress` is told the tokens read after every segment; `states` is where the rows stand
+        and may be used up, None = at the start of the documents.
         """
-        states = None
         longest = max(map(len, contexts))
         for start in range(0, longest, self.segment):
             parts = [context.read(start, start + self.segment) for context in contexts]
@@ -285,6 +316,11 @@ class MemorySubject(Subject):
         memory = sum(sizes[name] for name in self.plan.memory_names)
         total = sum(sizes.values())
         return StateBytes(memory, total - memory, total)
+
+
+def _asked(trials: Sequence[Trial], number: int) -> list[Question]:
+    """Question `number` of every trial; one with fewer repeats its last one, unheard."""
+    return [trial.questions[min(number, len(trial.questions) - 1)] for trial in trials]
 
 
 def pad(rows: Sequence[np.ndarray], left: bool) -> tuple[Tensor, Tensor | None]:

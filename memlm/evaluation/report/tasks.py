@@ -82,6 +82,9 @@ def _details(task: dict[str, Any]) -> str:
             f"{task['documents']} documents, {task['tokens']:,} tokens, in segments of "
             f"{task['segment']}"
         )
+    for setting, conditions in task.get("turns", {}).items():
+        values = ", ".join(f"{100 * turn['value']:.1f}" for turn in conditions["on"].values())
+        found.append(f"{setting_text(setting, task['axis'])}, by turn: {values} %")
     if "perplexity_per_token" in task:
         values = ", ".join(
             f"{key} {'?' if value is None else f'{value:.2f}'}"

@@ -8,6 +8,13 @@ from memlm.evaluation.tasks.base import Task, Tools
 
 _RULER_NIAH = ("ruler_niah", "RulerNiah")
 _BABILONG = ("babilong", "Babilong")
+_SCBENCH = (
+    "scbench_kv", "scbench_prefix_suffix", "scbench_vt", "scbench_mf", "scbench_many_shot",
+)  # fmt: skip
+_SCBENCH_DATA = (  # with --scbench.data only
+    "scbench_repoqa", "scbench_qa_eng", "scbench_qa_chn", "scbench_choice_eng", "scbench_summary",
+    "scbench_summary_with_needles", "scbench_repoqa_and_kv",
+)  # fmt: skip
 
 TASKS = {
     "needle": ("needle", "NeedleTask"),
@@ -28,6 +35,7 @@ TASKS = {
     "qa_2": ("ruler_qa", "QuestionAnswering"),
     **{f"babilong_qa{number}": _BABILONG for number in range(1, 21)},
     "retention": ("retention", "Retention"),
+    **dict.fromkeys((*_SCBENCH, *_SCBENCH_DATA), ("scbench", "Scbench")),
     "mqar": ("mqar", "Mqar"),
     "mqar_overwrite": ("mqar", "MqarOverwrite"),
     **dict.fromkeys(GENERATORS, ("synthetic", "Synthetic")),
@@ -37,6 +45,7 @@ RULER = tuple(list(TASKS)[3:16])
 GROUPS = {
     "ruler": RULER,
     "babilong": tuple(name for name in TASKS if name.startswith("babilong_")),
+    "scbench": _SCBENCH,
 }
 
 

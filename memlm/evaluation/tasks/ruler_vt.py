@@ -35,13 +35,15 @@ _BEFORE, _AFTER = (
 ).split("{context}")
 
 
-def _chain(names: list[str], value: str) -> list[str]:
+def chain_lines(names: list[str], value: str) -> list[str]:
     """The assignments; all but the first end with a space, as in the official prompts."""
     links = [f"VAR {name} = VAR {last} " for last, name in pairwise(names)]
     return [f"VAR {names[0]} = {value}", *links]
 
 
-def _lines(chain: list[str], noise: int, rng: np.random.Generator) -> tuple[list[str], list[int]]:
+def scatter_lines(
+    chain: list[str], noise: int, rng: np.random.Generator
+) -> tuple[list[str], list[int]]:
     """`noise` lines of noise with the chain's between them, and which those are.
 
     Each place is before another line of noise where there are enough of them.
@@ -92,13 +94,16 @@ class VariableTracking(SizedTask):
             str(number) for number in rng.choice(np.arange(10000, 99999), 2, replace=False)
         )
         names = self._names(rng, _LETTERS, 2 * (HOPS + 1))
-        plain, changed = _chain(names[: HOPS + 1], value), _chain(names[HOPS + 1 :], value)
+        plain, changed = (
+            chain_lines(names[: HOPS + 1], value),
+            chain_lines(names[HOPS + 1 :], value),
+        )
         example, answer = self._example(
             self._names(rng, _EXAMPLE_LETTERS, HOPS + 1), example_value, self.example_noise
         )
         chain = changed if variant == CHANGED else plain
         # The places hang on nothing but the size, so that all variants have the same.
-        lines, at = _lines(chain, size, self.rng(length, index, 1))
+        lines, at = scatter_lines(chain, size, self.rng(length, index, 1))
         if variant == ABSENT:
             lines = [NOISE] * size
         before = f"{example} {answer}\n\n{_BEFORE}"
@@ -120,7 +125,7 @@ class VariableTracking(SizedTask):
 
     def _example(self, names: list[str], value: str, noise: int) -> tuple[str, str]:
         """The example's prompt and its answer; its lines stand in the same places each time."""
-        lines, _ = _lines(_chain(names, value), noise, self.rng(0))
+        lines, _ = scatter_lines(chain_lines(names, value), noise, self.rng(0))
         return _BEFORE + "\n".join(lines) + _question(value), " ".join(names)
 
     def _names(self, rng: np.random.Generator, letters: int, count: int) -> list[str]:
