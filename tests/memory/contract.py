@@ -26,14 +26,14 @@ MEMORIZING = {"window": 5, "segment": 4, "capacity": 12, "top_k": 3, "num_heads"
 SPECS: dict[str, list[Spec]] = {
     "gated_delta": [
         Spec(EVERYWHERE, GATED_DELTA),
-        Spec(("mixer",), {**GATED_DELTA, **DELTA_RULE}, "delta_rule", examples=2),
+        Spec(("mixer",), {**GATED_DELTA, **DELTA_RULE}, "delta_rule", examples=1),
     ],
     "knn_cache": [
         Spec(("memory", "parallel"), KNN_CACHE),
-        Spec(("memory", "parallel"), {**KNN_CACHE, "share": "store"}, "shared", examples=2),
-        Spec(("memory",), {**KNN_CACHE, "context": 3, "head_size": 6}, "context", examples=2),
-        Spec(("memory",), {**KNN_CACHE, "reproject": True}, "reproject", examples=2),
-        Spec(("memory",), {**KNN_CACHE, "eviction": "lru", "context": 2}, "lru", examples=2),
+        Spec(("memory", "parallel"), {**KNN_CACHE, "share": "store"}, "shared", examples=1),
+        Spec(("memory",), {**KNN_CACHE, "context": 3, "head_size": 6}, "context", examples=1),
+        Spec(("memory",), {**KNN_CACHE, "reproject": True}, "reproject", examples=1),
+        Spec(("memory",), {**KNN_CACHE, "eviction": "lru", "context": 2}, "lru", examples=1),
     ],
     "lact": [Spec(("parallel",), LACT, stable={"orthogonalise": False})],
     "linear_attention": [
@@ -42,23 +42,23 @@ SPECS: dict[str, list[Spec]] = {
             ("mixer",),
             {"num_heads": 2, "feature_map": "identity", "normalizer": False},
             "unnormalized",
-            examples=2,
+            examples=1,
         ),
     ],
     "memorizing_attention": [
         Spec(("mixer",), {**MEMORIZING, "num_key_value_heads": 2}),
-        Spec(("mixer",), {**MEMORIZING, "head_gate": "tanh", "rope": False}, "tanh", examples=2),
+        Spec(("mixer",), {**MEMORIZING, "head_gate": "tanh", "rope": False}, "tanh", examples=1),
     ],
     "min_gru": [
         Spec(EVERYWHERE),
-        Spec(("mixer",), {"expansion": 1.5, "conv_size": None}, "no_conv", examples=2),
+        Spec(("mixer",), {"expansion": 1.5, "conv_size": None}, "no_conv", examples=1),
     ],
     "min_lstm": [Spec(EVERYWHERE)],
     "product_key": [
         Spec(("ffn", "memory"), PRODUCT_KEY),
-        Spec(("ffn",), {**PRODUCT_KEY, "share": "table"}, "shared", examples=2),
-        Spec(("ffn",), {**PRODUCT_KEY, **PLAIN_VALUES}, "plain", examples=2),
-        Spec(("ffn",), {**PRODUCT_KEY, "variant": "peer", "share": "experts"}, "peer", examples=2),
+        Spec(("ffn",), {**PRODUCT_KEY, "share": "table"}, "shared", examples=1),
+        Spec(("ffn",), {**PRODUCT_KEY, **PLAIN_VALUES}, "plain", examples=1),
+        Spec(("ffn",), {**PRODUCT_KEY, "variant": "peer", "share": "experts"}, "peer", examples=1),
     ],
     "retention": [Spec(EVERYWHERE, {"num_heads": 2, "head_dim": 8})],
     "titans": [
@@ -68,7 +68,7 @@ SPECS: dict[str, list[Spec]] = {
             {**TITANS, "depth": 2},
             "depth2",
             stable={"theta_max": 1e-3},
-            examples=2,
+            examples=1,
         ),
         *(
             Spec(
@@ -76,7 +76,7 @@ SPECS: dict[str, list[Spec]] = {
                 {**TITANS, **TITANS_ATTENTION, "variant": variant, "depth": depth},
                 f"{variant}-depth{depth}",
                 stable={"theta_max": 1e-3} if depth > 1 else {},
-                examples=2,
+                examples=1,
                 slow=depth > 1,  # depth 2 by itself is above
             )
             for variant in ("mac", "mag", "mal")
@@ -88,9 +88,9 @@ SPECS: dict[str, list[Spec]] = {
 OUTPUT_SPECS: dict[str, list[Spec]] = {
     "neural_cache": [
         Spec(("output",), {"capacity": 12, "weight": 0.4}),
-        Spec(("output",), {"capacity": 15, "weight": 0.4, "top_k": 3}, "nearest", examples=2),
+        Spec(("output",), {"capacity": 15, "weight": 0.4, "top_k": 3}, "nearest", examples=1),
         Spec(
-            ("output",), {"capacity": 40, "metric": "dot", "temperature": 10.0}, "dot", examples=2
+            ("output",), {"capacity": 40, "metric": "dot", "temperature": 10.0}, "dot", examples=1
         ),
     ],
 }
