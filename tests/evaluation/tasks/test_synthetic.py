@@ -156,10 +156,12 @@ def test_measures_by_setting_and_condition() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Ragged(Generator):
-    """A token's follower is asked, behind contexts of 2, 4 or 6 tokens."""
+    """A token's follower is asked, behind contexts of 2, 4 or 6 tokens; `filled`: zeros follow."""
 
     title = "Ragged"
     description = "Followers."
+
+    filled: bool = False
 
     @property
     def vocabulary(self) -> int:
@@ -171,9 +173,9 @@ class Ragged(Generator):
     def example(self, length: int, rng: np.random.Generator) -> Example:
         pairs = int(rng.integers(1, 4))
         tokens = 1 + rng.permutation(59)[: 2 * pairs]
-        labels = np.full(2 * pairs + 1, -100)
-        labels[-1] = tokens[1]
-        return Example(np.append(tokens, tokens[0]), labels, 2 * pairs)
+        filler = length - 2 * pairs - 1 if self.filled else 0
+        labels = np.array([-100] * 2 * pairs + [tokens[1]] + [-100] * filler)
+        return Example(np.array([*tokens, tokens[0], *[0] * filler]), labels, 2 * pairs)
 
 
 def run(task, model: nn.Module) -> list:
@@ -182,21 +184,22 @@ def run(task, model: nn.Module) -> list:
     return task.run(setting, range(setting.trials), subject, Meter())
 
 
-def test_ragged_examples(make_tools: MakeTools) -> None:
+@pytest.mark.parametrize("filled", [False, True])
+def test_ragged_examples(make_tools: MakeTools, filled: bool) -> None:
     task = make_task("parity", make_tools({"synthetic": SyntheticOptions(lengths=[8], rows=7)}))
-    task.generator = Ragged()
+    task.generator = Ragged(filled)
     examples = [task.generator.example(8, task.rng(8, index)) for index in range(7)]
-    sizes = [len(example.input_ids) for example in examples]
-    assert sorted(sizes) == [3, 5, 5, 5, 7, 7, 7]
+    cuts = [example.context_length for example in examples]
+    assert sorted(cuts) == [2, 4, 4, 4, 6, 6, 6]
     records = run(task, Follower())
     found = {(record.condition, record.trial): record for record in records}
     assert len(found) == len(records)
-    for index, size in enumerate(sizes):
+    for index, cut in enumerate(cuts):
         assert found["on", index].score == 1.0
-        assert found["on", index].tokens == size
+        assert found["on", index].tokens == (8 if filled else cut + 1)
         assert found["off", index].score == found["reset", index].score == 0.0
         # A row alone of its shape has nobody to swap with.
-        assert (("swapped", index) in found) == (sizes.count(size) > 1)
+        assert (("swapped", index) in found) == (cuts.count(cut) > 1)
         assert found.get(("swapped", index), found["off", index]).score == 0.0
 
 
