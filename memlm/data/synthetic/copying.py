@@ -14,8 +14,8 @@ _NOISE = 0
 class Copying(Generator):
     """Data tokens, noise, then a marker for each data token: they are asked in their order.
 
-    The task is that of "Unitary Evolution Recurrent Neural Networks" (Arjovsky et al., 2016,
-    section 5.1): how long the data has to be kept is always the same. What is not data is noise,
+    The task is that of "Unitary Evolution Recurrent Neural Networks" (Arjovsky et al., 2016): how
+    long the data has to be kept is always the same. What is not data is noise,
     so that an example is as long as it may be.
 
     Attributes:
