@@ -134,14 +134,16 @@ def test_long_sequences_are_stable(monkeypatch):
 @pytest.mark.parametrize("implementation", ["eager", "triton"])
 def test_coefficients_beyond_one(monkeypatch, implementation):
     """The product of a chunk or a slot overflows, h does not: it is still zero there."""
-    inputs, _ = make([260], D=3, dtype=torch.float32)
-    inputs["a"][:, :200], inputs["a"][:, 200:230], inputs["a"][:, 230:] = 1e20, 3.0, -0.5
-    inputs["b"][:, :200] = 0.0
+    T, slot = (260, None) if implementation == "eager" else (68, 32)
+    inputs, _ = make([T], D=3, dtype=torch.float32)
+    inputs["a"][:, : T - 28], inputs["a"][:, T - 28 : T - 8] = 1e20, 3.0
+    inputs["a"][:, T - 8 :] = -0.5
+    inputs["b"][:, : T - 28] = 0.0
     inputs["initial_state"][:] = 0.0
     if implementation == "triton":
         triton_kernels = pytest.importorskip("memlm.cuda.diagonal_scan.triton_kernels")
-        monkeypatch.setattr(triton_kernels, "SLOT", 128)
-        assert triton_kernels.slot_size(operator.Inputs(**inputs, cu_seqlens=None)) == 128
+        monkeypatch.setattr(triton_kernels, "SLOT", slot)
+        assert triton_kernels.slot_size(operator.Inputs(**inputs, cu_seqlens=None)) == slot
     monkeypatch.setenv(VARIABLE, implementation)
     h, state = diagonal_scan(**inputs, return_state=True)
     exact = {name: x.double() for name, x in inputs.items()}
@@ -168,7 +170,7 @@ def test_triton(monkeypatch, case):
     check(monkeypatch, "triton", *make(lengths, D, packed, dtype))
 
 
-@pytest.mark.parametrize("lengths", [[50], [0, 40, 0, 33, 16, 32, 2, 0], [0, 0, 33]])
+@pytest.mark.parametrize("lengths", [[40], [0, 17, 0, 16, 32, 2, 0], [0, 0, 33]])
 def test_triton_in_slots(monkeypatch, lengths):
     triton_kernels = pytest.importorskip("memlm.cuda.diagonal_scan.triton_kernels")
     monkeypatch.setattr(triton_kernels, "SLOT", 16)
@@ -259,18 +261,18 @@ def test_sequences_do_not_mix(monkeypatch, implementation):
     if implementation == "triton":
         triton_kernels = pytest.importorskip("memlm.cuda.diagonal_scan.triton_kernels")
         monkeypatch.setattr(triton_kernels, "SLOT", 16)
-    inputs, boundaries = make([3, 35, 22], packed=True)
+    inputs, boundaries = make([3, 17, 8], packed=True)
     clean = run(monkeypatch, implementation, inputs, boundaries)
     for name in "ab":
-        inputs[name][:, 3:38] = torch.nan
+        inputs[name][:, 3:20] = torch.nan
     inputs["initial_state"][1] = torch.nan
     dirty = run(monkeypatch, implementation, inputs, boundaries)
     for name in ("h", "da", "db"):
-        for kept in (slice(0, 3), slice(38, 60)):
+        for kept in (slice(0, 3), slice(20, 28)):
             assert torch.equal(dirty[name][:, kept], clean[name][:, kept]), name
     for name in ("state", "dinitial_state"):
         assert torch.equal(dirty[name][[0, 2]], clean[name][[0, 2]]), name
-    assert dirty["h"][:, 3:38].isnan().all()
+    assert dirty["h"][:, 3:20].isnan().all()
 
 
 @pytest.mark.parametrize("implementation", ["eager", "triton"])
@@ -282,7 +284,7 @@ def test_two_runs_give_the_same_bits(monkeypatch, implementation):
 @pytest.mark.parametrize("implementation, T", [("eager", 9), ("eager", 700), ("triton", 9)])
 def test_a_row_does_not_depend_on_its_batch(monkeypatch, implementation, T):
     monkeypatch.setattr(eager, "STEP_CPU", 400)  # so that the number of rows moves the segments
-    inputs, _ = make([T] * 9, dtype=torch.float32)
+    inputs, _ = make([T] * (9 if implementation == "eager" else 3), dtype=torch.float32)
     device = torch.device("cpu")
     if T == 700:
         assert eager._segments(T, 5, device) != eager._segments(T, 45, device)
