@@ -49,7 +49,7 @@ def test_the_config_of_the_page(tmp_path: Path) -> None:
 
 
 def test_options_and_defaults_of_the_page() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", SECTION, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|.*\|(.*)\|$", SECTION, re.MULTILINE)
     assert len(rows) >= 7
     for name, options in rows:
         told = [yaml.safe_load(option) for option in re.findall(r"`(\w+: [^`]+)`", options)]
