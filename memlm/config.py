@@ -62,6 +62,8 @@ class TrainConfig:
         output_dir: run folder; None = runs/NAME for configs/NAME.yaml.
         seed: of the initial weights and of every random number drawn in a step.
         steps: optimizer steps.
+        stop_answer_bits: the run ends earlier, in the last stage of its curriculum, once the loss
+            of the answers, averaged over the last steps, is below this many bits per token.
         length: tokens per row when there is no curriculum.
         tokens_per_step: tokens of one optimizer step over all processes.
         micro_batch_rows: most rows of one forward pass on one process; a step that has more is
@@ -130,6 +132,7 @@ class TrainConfig:
     output_dir: str | None = None
     seed: int = 0
     steps: int = 1000
+    stop_answer_bits: float | None = None
     length: int = 1024
     tokens_per_step: int = 8192
     micro_batch_rows: int | None = None
@@ -261,6 +264,7 @@ _BOUND = 2**63  # of the numbers that torch takes
 _LEAST = {
     "seed": 0,
     "steps": 1,
+    "stop_answer_bits": 0,
     "length": 1,
     "tokens_per_step": 1,
     "micro_batch_rows": 1,
@@ -356,7 +360,20 @@ def load_config(
     changed = parse_overrides(overrides)
     for key, value in changed.items():
         set_value(sections, key, value)
-    return _build(sections, path, changed)
+    return _build(sections, str(path), changed, path.stem)
+
+
+def build_config(sections: dict[str, Any], where: str) -> RunConfig:
+    """A run config from its sections, with the checks of `load_config`.
+
+    Args:
+        sections: model, data, train and evaluate, as a YAML file holds them.
+        where: what they were taken from, for the messages.
+
+    Raises:
+        UserError: for an unknown key or a wrong value.
+    """
+    return _build(sections, where, {}, "run")
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
@@ -364,19 +381,21 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     replace_file(Path(path), yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
-def _build(sections: dict[str, Any], path: Path, changed: Mapping[str, Any]) -> RunConfig:
+def _build(
+    sections: dict[str, Any], source: str, changed: Mapping[str, Any], name: str
+) -> RunConfig:
     def where(key: str) -> str:
         """Who set `key`."""
         if any(f"{key}.".startswith(f"{given}.") for given in changed):
             return "command line"
         if any(given.startswith(f"{key}.") for given in changed):
-            return f"{path} and command line"
-        return str(path)
+            return f"{source} and command line"
+        return source
 
     _refuse_unknown(sections, ["model", "data", "train", "evaluate", "presets"], "", where)
     model = sections.get("model") or {}
     if not isinstance(model, dict):
-        raise UserError(f"{path}: model: expected a mapping, got {model!r}")
+        raise UserError(f"{source}: model: expected a mapping, got {model!r}")
     try:
         _check_model(model)
     except UserError as error:
@@ -398,7 +417,7 @@ def _build(sections: dict[str, Any], path: Path, changed: Mapping[str, Any]) -> 
         built["train"].evaluate_during = dataclasses.asdict(during)
     if sections.get("evaluate") is not None:
         built["evaluate"] = _evaluation(sections["evaluate"], "evaluate", where)
-    return RunConfig(**built, name=path.stem)
+    return RunConfig(**built, name=name)
 
 
 def _evaluation(values: dict[str, Any], key: str, where) -> "EvaluationConfig":

@@ -16,6 +16,10 @@ class SharedError(UserError):
     """A UserError that every process of a run raises: one of each machine prints it."""
 
 
+class DivergedError(SharedError):
+    """Training cannot go on: losses, gradients or a memory's weights are not finite."""
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the option closest to `name`, or an empty string."""
     match = difflib.get_close_matches(str(name), list(options), n=1, cutoff=0.5)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from memlm.errors import SharedError
+from memlm.errors import DivergedError
 from memlm.files import discard, write_folder
 from memlm.training.lanes import Lanes
 from memlm.training.loss import Batch
@@ -99,7 +99,7 @@ class StepGuard:
             A line for the log.
 
         Raises:
-            SharedError: on every process, when there were too many in a row.
+            DivergedError: on every process, when there were too many in a row.
         """
         self.skipped += 1
         self.in_a_row += 1
@@ -122,7 +122,7 @@ class StepGuard:
         updates.check(step)
         more = self.in_a_row - 1
         before = f", after {more} skipped step{'s'[: more != 1]}" if more else ""
-        raise SharedError(
+        raise DivergedError(
             f"{said}{before}; lower train.learning_rate, or raise train.warmup_steps; the rows of "
             f"the step are in {place}"
         )

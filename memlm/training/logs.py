@@ -67,13 +67,21 @@ class RunLog:
         steps: steps of the run.
         step: steps done already; later records of an interrupted run are dropped.
         silent: write nothing (every process but the first).
+        ended: whether no step is left.
     """
 
-    def __init__(self, folder: Path, steps: int, step: int = 0, silent: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        step: int = 0,
+        silent: bool = False,
+        ended: bool = False,
+    ):
         self.path, self.steps, self.silent = folder / METRICS_FILE, steps, silent
         self._bar: tqdm | None = None
         if not silent:
-            _drop_after(self.path, step, ended=step == steps)
+            _drop_after(self.path, step, ended)
             # On a terminal only: elsewhere the log lines say the same.
             self._bar = tqdm(
                 total=steps, initial=step, unit="step", disable=None, leave=False, file=sys.stderr

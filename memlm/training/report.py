@@ -99,17 +99,22 @@ class Report:
     def _told(self, step: int, made: bool) -> bool:
         return self.due(step) or not made
 
-    def after_step(self, result: StepResult) -> None:
-        """Tell of a step, where that is due or it was skipped."""
+    def after_step(self, result: StepResult, last: bool) -> None:
+        """Tell of a step, where that is due, it was skipped, or it is the `last` of the run.
+
+        What a memory does in the forward passes is not known of a last step that came as a
+        surprise (train.stop_answer_bits).
+        """
         self.throughput.step(result.seconds, result.data_seconds)
         started = time.perf_counter()
         self.log.tick(self.options.tokens_per_step / result.seconds)
-        if self._told(result.step, result.made):
-            self._tell(result)
+        if self._told(result.step, result.made) or last:
+            self._tell(result, last)
         self.throughput.logged(time.perf_counter() - started)
 
-    def _tell(self, result: StepResult) -> None:
+    def _tell(self, result: StepResult, last: bool) -> None:
         options, step, stage = self.options, result.step, self.stages[result.stage]
+        left = 0 if last else options.steps - step
         self.updates.check(step)
         if not result.made:
             self.memories.clear()
@@ -123,9 +128,9 @@ class Report:
             "stage": result.stage,
             "length": stage.length,
             "window": stage.window,
-            **self.throughput.report(stage.length, stage.window, options.steps - step),
+            **self.throughput.report(stage.length, stage.window, left),
             **self.updates.report(),
-            **self.usage.report(last=step == options.steps),
+            **self.usage.report(last),
             **(self.memories.report() if result.made else {}),
         }
         on_main(self.accelerator, lambda: self.log.record(metrics))

@@ -6,7 +6,7 @@ from typing import Literal
 
 from memlm.config import Stage
 
-# Steps over which the answers' loss is averaged before it may end a stage.
+# Steps over which the answers' loss is averaged before it may end a stage, or the run.
 ANSWER_STEPS = 8
 
 
@@ -66,13 +66,16 @@ class CurriculumState:
         if self.stage == len(stages) - 1:
             return False
         stage = stages[self.stage]
-        solved = (
-            stage.until_answer_bits is not None
-            and len(self.answer_bits) == ANSWER_STEPS
-            and sum(self.answer_bits) / ANSWER_STEPS < stage.until_answer_bits
-        )
-        if not solved and step < stage.until * steps:
+        if not self.solved(stage.until_answer_bits) and step < stage.until * steps:
             return False
         self.stage += 1
         self.answer_bits = []
         return True
+
+    def solved(self, bound: float | None) -> bool:
+        """Whether the loss of the answers over the last ANSWER_STEPS steps is below `bound`."""
+        return (
+            bound is not None
+            and len(self.answer_bits) == ANSWER_STEPS
+            and sum(self.answer_bits) / ANSWER_STEPS < bound
+        )

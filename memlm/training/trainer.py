@@ -162,6 +162,13 @@ class Trainer:
         """The current stage of the curriculum."""
         return self.stages[self.curriculum.stage]
 
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left: all are done, or the answers of the last stage are solved."""
+        last = self.curriculum.stage == len(self.stages) - 1
+        solved = last and self.curriculum.solved(self.options.stop_answer_bits)
+        return solved or self.step == self.options.steps
+
     def _rows(self, stage: Stage) -> int:
         return self.options.tokens_per_step // stage.length
 
@@ -179,19 +186,21 @@ class Trainer:
 
     # --- a step ---
 
-    def run(self, interruption: Interruption | None = None) -> TrainSummary:
-        """Train to the last step, evaluate, and save the model in the run folder.
+    def run(self, interruption: Interruption | None = None, plot: bool = True) -> TrainSummary:
+        """Train until no step is left, evaluate, and save the model in the run folder.
 
         Args:
             interruption: ends the run after the step in which it noted a signal, with a
                 checkpoint; None = signals do what they do elsewhere.
+            plot: draw the run's curves at the end.
 
         Raises:
             UserError: when the disk is full, or training cannot go on.
         """
         silent = not self.accelerator.is_main_process
         log = on_each(
-            self.accelerator, lambda: RunLog(self.folder, self.options.steps, self.step, silent)
+            self.accelerator,
+            lambda: RunLog(self.folder, self.options.steps, self.step, silent, self.finished),
         )
         self.log = log
         if self.accelerator.device.type == "cpu":
@@ -213,7 +222,7 @@ class Trainer:
                 after = self._evaluate_and_record()
             self.evaluation_due = False
             self.row_loss.train()
-            while self.step < self.options.steps and not interrupted:
+            while not self.finished and not interrupted:
                 loss = self._one_step()
                 interrupted = interruption is not None and interruption.agreed(self.accelerator)
                 if self._due(self.options.evaluate_every):
@@ -230,7 +239,7 @@ class Trainer:
         finally:
             self.feed.close()
             log.close()
-        if not interrupted:
+        if plot and not interrupted:
             self._plot()
         self.accelerator.end_training()
         tokens = self.step * self.options.tokens_per_step
@@ -257,7 +266,7 @@ class Trainer:
             self.log.line(f"{path}: a checkpoint after step {self.step}, which the run repeats")
 
     def _due(self, every: int) -> bool:
-        return self.step == self.options.steps or (every > 0 and self.step % every == 0)
+        return self.finished or (every > 0 and self.step % every == 0)
 
     def _one_step(self) -> float:
         """Do one step; returns its loss."""
@@ -316,14 +325,16 @@ class Trainer:
         names = self.dataset.source_names
         group_bits = bits(sums.tolist(), counts.tolist(), names) if made else {}
         rate, stage = options.learning_rate * factor, self.curriculum.stage
+        answer = group_bits.get("answer_bits")
+        advanced = self.curriculum.advance(self.stages, self.step, options.steps, answer)
         times = (seconds, data_seconds)
         self.report.after_step(
-            StepResult(self.step, made, loss, grad_norm, group_bits, *times, rate, stage)
+            StepResult(self.step, made, loss, grad_norm, group_bits, *times, rate, stage),
+            last=self.finished,
         )
-        for line in self.dead_keys.after_step(self.step, last=self.step == options.steps):
+        for line in self.dead_keys.after_step(self.step, last=self.finished):
             self.log.line(line)
-        answer = group_bits.get("answer_bits")
-        if self.curriculum.advance(self.stages, self.step, options.steps, answer):
+        if advanced:
             self.start_stage()
         return loss
 

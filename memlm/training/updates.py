@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from memlm.errors import SharedError
+from memlm.errors import DivergedError
 from memlm.memory.records import count_updates
 from memlm.training.loss import total
 
@@ -41,10 +41,10 @@ class UpdateLog:
         return dict(zip(self.counts, sums.tolist(), strict=True))
 
     def check(self, step: int) -> None:
-        """Raise SharedError if a memory read or kept what is not finite by `step`."""
+        """Raise DivergedError if a memory read or kept what is not finite by `step`."""
         for site, (_, _, broken) in self._total().items():
             if broken:
-                raise SharedError(
+                raise DivergedError(
                     f"step {step}: the memory of {site} diverged, its weights or what it reads are "
                     f"not finite ({broken:.0f} times); lower its theta_max or chunk_size, or bound "
                     "its gradients with clip"
