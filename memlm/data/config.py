@@ -6,6 +6,7 @@ import typing
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from memlm.data.stories import HOPS, LEAST_SENTENCES
 from memlm.data.synthetic import GENERATORS, Generator, generator_class
 from memlm.errors import UserError, nearest, require_known
 
@@ -68,6 +69,28 @@ class MqarSource:
 
 
 @dataclass
+class StoriesSource:
+    """Stories with a question and its answer as text (memlm.data.stories)."""
+
+    hops: tuple[int, int] = (1, 3)  # facts that the answer follows from
+    sentences: tuple[int, int] = (4, 32)  # facts of a story
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("data.sources: stories hops", self.hops)
+        check_range("data.sources: stories sentences", self.sentences)
+        if self.hops[1] > max(HOPS):
+            raise UserError(
+                f"data.sources: stories hops: {self.hops[1]} is too large; the most is {max(HOPS)}"
+            )
+        if self.sentences[0] < LEAST_SENTENCES:
+            raise UserError(
+                f"data.sources: stories sentences: {self.sentences[0]} is too small; the least is "
+                f"{LEAST_SENTENCES}"
+            )
+
+
+@dataclass
 class SyntheticSource:
     """A task of memlm.data.synthetic; in a config the task's name is the type."""
 
@@ -80,13 +103,22 @@ class SyntheticSource:
             check_range("data.sources: lengths", self.lengths)
 
 
-Source = StdlibSource | TextSource | HubSource | PasskeySource | MqarSource | SyntheticSource
+Source = (
+    StdlibSource
+    | TextSource
+    | HubSource
+    | PasskeySource
+    | MqarSource
+    | StoriesSource
+    | SyntheticSource
+)
 SOURCES: dict[str, type] = {
     "stdlib": StdlibSource,
     "text": TextSource,
     "hub": HubSource,
     "passkey": PasskeySource,
     "mqar": MqarSource,
+    "stories": StoriesSource,
 }
 
 
@@ -94,9 +126,9 @@ SOURCES: dict[str, type] = {
 class DataConfig:
     """What the rows are made of.
 
-    `sources` are mappings `{type: stdlib|text|hub|passkey|mqar, weight: 1.0, ...}` with the
-    fields of the source's dataclass, or `{type: TASK, weight: 1.0, lengths: null, ...}` with the
-    options of a synthetic task; rows are mixed by weight. `validation_fraction` of the
+    `sources` are mappings `{type: stdlib|text|hub|passkey|mqar|stories, weight: 1.0, ...}` with
+    the fields of the source's dataclass, or `{type: TASK, weight: 1.0, lengths: null, ...}` with
+    the options of a synthetic task; rows are mixed by weight. `validation_fraction` of the
     documents, chosen by a hash of their text, is held out. With `carry`, documents go on across
     the rows of a lane (see PackedDataset). With `shards`, a folder, texts are tokenised into files
     there once, by `tokenize_processes` processes, and read from them; streams as they are read.

@@ -14,12 +14,14 @@ from memlm.data.config import (
     MqarSource,
     PasskeySource,
     Source,
+    StoriesSource,
     SyntheticSource,
 )
 from memlm.data.corpus import check_split
 from memlm.data.mqar import MqarRows
 from memlm.data.passkey import PasskeyRows
 from memlm.data.store import TextStore
+from memlm.data.stories.rows import StoryRows
 from memlm.data.synthetic import SyntheticRows
 from memlm.data.text_rows import CorpusRows, StreamRows
 from memlm.errors import UserError
@@ -194,7 +196,7 @@ class PackedDataset:
 
     def _make_rows(
         self, source: Source, lanes: int, number: int
-    ) -> CorpusRows | StreamRows | PasskeyRows | MqarRows | SyntheticRows:
+    ) -> CorpusRows | StreamRows | PasskeyRows | MqarRows | StoryRows | SyntheticRows:
         if isinstance(source, PasskeySource):
             tokens = self.store.corpus(source, self.split).tokens
             return PasskeyRows(
@@ -209,6 +211,10 @@ class PackedDataset:
                     f"{len(self.tokenizer)}"
                 )
             return MqarRows(vocabulary, self.length, source.pairs, drawn, source.random_filler)
+        if isinstance(source, StoriesSource):
+            return StoryRows(
+                self.tokenizer, self.length, drawn, source.hops, source.sentences, number
+            )
         if isinstance(source, SyntheticSource):
             generator = source.generator
             rows = SyntheticRows(generator, self.length, drawn, source.lengths, number)

@@ -13,6 +13,7 @@ from memlm.data.config import (
     PasskeySource,
     Source,
     StdlibSource,
+    StoriesSource,
     SyntheticSource,
     TextSource,
 )
@@ -73,7 +74,7 @@ class TextOrigin:
 
 def text_origin(source: Source) -> TextOrigin | None:
     """Where the texts of `source` come from; None for streams and for rows without text."""
-    if isinstance(source, MqarSource | SyntheticSource):
+    if isinstance(source, MqarSource | StoriesSource | SyntheticSource):
         return None
     if isinstance(source, HubSource) and source.streaming:
         return None

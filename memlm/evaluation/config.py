@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
 from memlm.data.config import parse_generator
+from memlm.data.stories import LEAST_SENTENCES
 from memlm.data.synthetic import GENERATORS
 from memlm.errors import UserError, nearest
 from memlm.evaluation.lengths import parse_length, parse_lengths
@@ -186,6 +187,26 @@ class BabilongOptions:
 
 
 @dataclass
+class StoriesOptions:
+    """Stories of a simulated world, questions with one to three supporting facts.
+
+    Attributes:
+        sentences: facts of a story, one setting each.
+        haystack: hide the facts in the haystack; then `lengths` are the settings and the trials
+            take the numbers of sentences in turn.
+    """
+
+    sentences: list[int] = field(default_factory=lambda: [8, 16, 32])
+    haystack: bool = False
+
+    def validate(self) -> None:
+        """Raise UserError for a size that cannot work."""
+        if not self.sentences:
+            raise UserError("stories.sentences: empty; give at least one number of sentences")
+        _at_least(LEAST_SENTENCES, "stories.sentences", *self.sentences)
+
+
+@dataclass
 class RetentionOptions:
     """A fact, then unrelated text, then the question.
 
@@ -231,7 +252,8 @@ class EvaluationConfig:
     Attributes:
         tasks: names of tasks or groups of them; `memlm.evaluation.tasks` lists them.
         lengths: of whole prompts in tokens, question and answer included: 4096, 4k, 1M or a range
-            that doubles, 4k..64k. mqar, synthetic tasks and perplexity have sizes of their own.
+            that doubles, 4k..64k. mqar, stories, synthetic tasks and perplexity have sizes
+            of their own.
         trials: prompts per length.
         long_trials: prompts of lengths beyond `long_length`; None = `trials`.
         long_length: see `long_trials`.
@@ -254,6 +276,7 @@ class EvaluationConfig:
     niah: NiahOptions = field(default_factory=NiahOptions)
     ruler: RulerOptions = field(default_factory=RulerOptions)
     babilong: BabilongOptions = field(default_factory=BabilongOptions)
+    stories: StoriesOptions = field(default_factory=StoriesOptions)
     retention: RetentionOptions = field(default_factory=RetentionOptions)
     scbench: ScbenchOptions = field(default_factory=ScbenchOptions)
     mqar: MqarOptions = field(default_factory=MqarOptions)

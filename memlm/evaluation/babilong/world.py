@@ -8,10 +8,10 @@ with the common knowledge that the hungry go to the kitchen).
 
 import numpy as np
 
+from memlm.data.stories.story import Story
+from memlm.data.stories.words import Dice
 from memlm.errors import UserError
 from memlm.evaluation.babilong import world_logic, world_places, world_reasoning
-from memlm.evaluation.babilong.stories import Story
-from memlm.evaluation.babilong.world_words import Dice
 
 _MAKERS = {
     1: world_places.where_is_person,

@@ -3,8 +3,8 @@
 Negation, indefinite knowledge, pronouns, pairs of people and times of the day.
 """
 
-from memlm.evaluation.babilong.stories import Story
-from memlm.evaluation.babilong.world_words import (
+from memlm.data.stories.story import Story
+from memlm.data.stories.words import (
     MOVES,
     NEXT,
     PEOPLE,

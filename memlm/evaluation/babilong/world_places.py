@@ -1,191 +1,19 @@
 """Stories about people who walk and carry things: bAbI's question types 1, 2, 3, 5, 6, 7 and 8.
 
-A house keeps the true state of its small world, from places at the start that no sentence tells,
-so that nobody takes or hands over what is elsewhere. Next to it stands what a reader of the facts
-knows, and from which facts; only that is asked about. A maker returns None when the story drawn
-has no question with one clear answer, and is then called again.
+Only what a reader of the facts knows is asked about. A maker returns None when the story drawn has
+no question with one clear answer, and is then called again.
 """
 
-from dataclasses import dataclass, field
-
-from memlm.evaluation.babilong.stories import Story
-from memlm.evaluation.babilong.world_words import (
-    DROPS,
-    GIVERS,
-    GIVES,
-    PEOPLE,
-    PLACES,
-    TAKES,
-    THINGS,
-    Dice,
-    move_sentence,
-)
+from memlm.data.stories.house import Habits, House
+from memlm.data.stories.story import Story
+from memlm.data.stories.words import GIVERS, PEOPLE, PLACES, Dice
 
 _COUNTS = ("none", "one", "two", "three")
 
 
-@dataclass(frozen=True)
-class _Carried:
-    """A thing that came from one known place to the next, and the three facts that say so."""
-
-    thing: str
-    before: str
-    after: str
-    supporting: list[int]
-
-
-@dataclass(frozen=True)
-class _Gift:
-    """Who gave what to whom; the place of the fact in the story."""
-
-    giver: str
-    thing: str
-    receiver: str
-    fact: int
-
-
-@dataclass(frozen=True)
-class _Habits:
-    """What happens how often in a house, as shares of the facts; the rest are moves."""
-
-    take: float = 0.0
-    drop: float = 0.0
-    give: float = 0.0
-    take_there: float = 1.0  # how often a take ends with "there"
-    drop_there: float = 0.2
-
-
-@dataclass
-class _House:
-    """The world of one story; `step` adds one event and its sentence."""
-
-    dice: Dice
-    people: tuple[str, ...]
-    habits: _Habits
-    facts: list[str] = field(default_factory=list)
-    # The true state.
-    place: dict[str, str] = field(default_factory=dict)  # of every person
-    lying: dict[str, str | None] = field(default_factory=dict)  # None: never touched, anywhere
-    held: dict[str, list[str]] = field(default_factory=dict)  # by person, in the order of taking
-    # What a reader knows: numbers are facts.
-    moved: dict[str, int] = field(default_factory=dict)  # the last move of a person
-    taken: dict[str, int] = field(default_factory=dict)  # the last take of a thing
-    left: dict[str, list[int]] = field(default_factory=dict)  # where a lying thing is, and why
-    handled: dict[str, list[int]] = field(default_factory=dict)  # takes, drops, gifts of a person
-    visits: dict[str, list[str]] = field(default_factory=dict)  # known places of a thing
-    carried: list[_Carried] = field(default_factory=list)
-    gifts: list[_Gift] = field(default_factory=list)
-
-    def __post_init__(self):
-        self.place = {person: self.dice.pick(PLACES) for person in self.people}
-        self.held = {person: [] for person in self.people}
-        self.lying = dict.fromkeys(THINGS)
-        self.visits = {thing: [] for thing in THINGS}
-
-    def live(self, events: int) -> None:
-        """Let `events` things happen, one fact each."""
-        for _ in range(events):
-            self.step()
-
-    def step(self) -> None:
-        """One event: what the draw asks for where the world allows it, else a move."""
-        draw, habits = self.dice.number(), self.habits
-        if draw < habits.take:
-            done = self._take()
-        elif draw < habits.take + habits.drop:
-            done = self._drop()
-        elif draw < habits.take + habits.drop + habits.give:
-            done = self._give()
-        else:
-            done = False
-        if not done:
-            self._move()
-
-    def _move(self) -> None:
-        who = self.dice.pick(self.people)
-        place = self.dice.pick_other(PLACES, self.place[who])
-        fact = len(self.facts)
-        for thing in self.held[who]:
-            if who in self.moved:
-                because = sorted({self.moved[who], self.taken[thing], fact})
-                self.carried.append(_Carried(thing, self.place[who], place, because))
-            self.visits[thing].append(place)
-        self.place[who] = place
-        self.moved[who] = fact
-        self.facts.append(move_sentence(self.dice, who, place))
-
-    def _take(self) -> bool:
-        possible = [
-            (person, thing)
-            for thing, place in self.lying.items()
-            for person in self.people
-            if place is None or place == self.place[person]
-        ]
-        if not possible:
-            return False
-        who, thing = self.dice.pick(possible)
-        self.lying.pop(thing)
-        self.left.pop(thing, None)
-        self.held[who].append(thing)
-        self.taken[thing] = self._handle(who)
-        if who in self.moved and self.visits[thing][-1:] != [self.place[who]]:
-            self.visits[thing].append(self.place[who])
-        there = " there" if self.dice.chance(self.habits.take_there) else ""
-        self.facts.append(f"{who} {self.dice.pick(TAKES)} the {thing}{there}.")
-        return True
-
-    def _drop(self) -> bool:
-        possible = [(person, thing) for person in self.people for thing in self.held[person]]
-        if not possible:
-            return False
-        who, thing = self.dice.pick(possible)
-        self.held[who].remove(thing)
-        self.lying[thing] = self.place[who]
-        fact = self._handle(who)
-        if who in self.moved:
-            self.left[thing] = sorted({self.moved[who], fact})
-        there = " there" if self.dice.chance(self.habits.drop_there) else ""
-        self.facts.append(f"{who} {self.dice.pick(DROPS)} the {thing}{there}.")
-        return True
-
-    def _give(self) -> bool:
-        possible = [
-            (person, thing, other)
-            for person in self.people
-            for thing in self.held[person]
-            for other in self.people
-            if other != person and self.place[other] == self.place[person]
-        ]
-        if not possible:
-            return False
-        who, thing, other = self.dice.pick(possible)
-        self.held[who].remove(thing)
-        self.held[other].append(thing)
-        fact = self._handle(who)
-        self._handle(other)
-        self.gifts.append(_Gift(who, thing, other, fact))
-        self.facts.append(f"{who} {self.dice.pick(GIVES)} the {thing} to {other}.")
-        return True
-
-    def _handle(self, who: str) -> int:
-        """Note that the next fact changes what `who` holds; its number."""
-        self.handled.setdefault(who, []).append(len(self.facts))
-        return len(self.facts)
-
-    def where_things_are(self) -> dict[str, tuple[str, list[int]]]:
-        """Things whose place follows from two facts: the place and the facts."""
-        known = {
-            thing: (self.place[person], sorted({self.moved[person], self.taken[thing]}))
-            for person in self.moved
-            for thing in self.held[person]
-        }
-        known.update({thing: (self.lying[thing], why) for thing, why in self.left.items()})
-        return known
-
-
 def where_is_person(dice: Dice) -> Story:
     """Type 1: the last place somebody went to."""
-    house = _House(dice, PEOPLE, _Habits())
+    house = House(dice, PEOPLE, Habits())
     house.live(dice.pick(range(2, 12, 2)))
     who = dice.pick(list(house.moved))
     return Story(house.facts, f"Where is {who}?", house.place[who], [house.moved[who]])
@@ -193,7 +21,7 @@ def where_is_person(dice: Dice) -> Story:
 
 def where_is_thing(dice: Dice) -> Story | None:
     """Type 2: where a thing is that somebody carries or has left."""
-    house = _House(dice, PEOPLE, _Habits(take=0.22, drop=0.15))
+    house = House(dice, PEOPLE, Habits(take=0.22, drop=0.15))
     house.live(dice.pick(range(2, 28, 2)))
     known = house.where_things_are()
     if not known:
@@ -208,7 +36,7 @@ def where_thing_was(dice: Dice) -> Story | None:
 
     Only places that the thing was at once are asked about, the place where it is now if it can be.
     """
-    house = _House(dice, PEOPLE, _Habits(take=0.25, drop=0.18, take_there=0.2))
+    house = House(dice, PEOPLE, Habits(take=0.25, drop=0.18, take_there=0.2))
     house.live(dice.pick(range(6, 82, 2)))
     once = [
         carried
@@ -225,7 +53,7 @@ def where_thing_was(dice: Dice) -> Story | None:
 
 def who_gave_what(dice: Dice) -> Story | None:
     """Type 5: giver, thing or receiver of a gift; all gifts that fit the question agree."""
-    house = _House(dice, GIVERS, _Habits(take=0.2, drop=0.11, give=0.28))
+    house = House(dice, GIVERS, Habits(take=0.2, drop=0.11, give=0.28))
     house.live(dice.pick(range(2, 36, 2)))
     # The words of a question, what it asks for, and what it tells of the gift.
     forms = dice.shuffled(
@@ -253,7 +81,7 @@ def who_gave_what(dice: Dice) -> Story | None:
 
 def is_person_there(dice: Dice) -> Story | None:
     """Type 6: whether somebody is at a place, yes as often as no."""
-    house = _House(dice, PEOPLE, _Habits(take=0.25, drop=0.1))
+    house = House(dice, PEOPLE, Habits(take=0.25, drop=0.1))
     house.live(dice.pick(range(2, 12, 2)))
     if not house.moved:
         return None
@@ -266,7 +94,7 @@ def is_person_there(dice: Dice) -> Story | None:
 
 def how_many_things(dice: Dice) -> Story | None:
     """Type 7: how many things somebody carries who had at least one."""
-    house = _House(dice, PEOPLE, _Habits(take=0.26, drop=0.13, give=0.2))
+    house = House(dice, PEOPLE, Habits(take=0.26, drop=0.13, give=0.2))
     house.live(dice.pick(range(2, 16, 2)))
     who = _pick_holder(house)
     if who is None:
@@ -277,7 +105,7 @@ def how_many_things(dice: Dice) -> Story | None:
 
 def which_things(dice: Dice) -> Story | None:
     """Type 8: the things that somebody carries, in the order in which they were taken."""
-    house = _House(dice, PEOPLE, _Habits(take=0.26, drop=0.12))
+    house = House(dice, PEOPLE, Habits(take=0.26, drop=0.12))
     house.live(dice.pick(range(2, 18, 2)))
     who = _pick_holder(house)
     if who is None:
@@ -286,7 +114,7 @@ def which_things(dice: Dice) -> Story | None:
     return Story(house.facts, f"What is {who} carrying?", answer, house.handled[who])
 
 
-def _pick_holder(house: _House) -> str | None:
+def _pick_holder(house: House) -> str | None:
     """Somebody who held something, every number of things now held as likely as the others."""
     if not house.handled:
         return None

@@ -3,8 +3,8 @@
 Directions between rooms, rules about kinds of animals, positions, sizes, paths and motives.
 """
 
-from memlm.evaluation.babilong.stories import Story
-from memlm.evaluation.babilong.world_words import (
+from memlm.data.stories.story import Story
+from memlm.data.stories.words import (
     OPPOSITES,
     PLACES,
     STEPS,

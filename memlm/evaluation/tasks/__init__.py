@@ -2,6 +2,7 @@
 
 from importlib import import_module
 
+from memlm.data.stories import HOPS
 from memlm.data.synthetic import GENERATORS
 from memlm.errors import UserError, nearest
 from memlm.evaluation.tasks.base import Task, Tools
@@ -34,6 +35,7 @@ TASKS = {
     "qa_1": ("ruler_qa", "QuestionAnswering"),
     "qa_2": ("ruler_qa", "QuestionAnswering"),
     **{f"babilong_qa{number}": _BABILONG for number in range(1, 21)},
+    **{f"stories_{hops}": ("stories", "Stories") for hops in HOPS},
     "retention": ("retention", "Retention"),
     **dict.fromkeys((*_SCBENCH, *_SCBENCH_DATA), ("scbench", "Scbench")),
     "mqar": ("mqar", "Mqar"),
@@ -45,6 +47,7 @@ RULER = tuple(list(TASKS)[3:16])
 GROUPS = {
     "ruler": RULER,
     "babilong": tuple(name for name in TASKS if name.startswith("babilong_")),
+    "stories": tuple(f"stories_{hops}" for hops in HOPS),
     "scbench": _SCBENCH,
 }
 

@@ -21,7 +21,7 @@ import numpy as np
 from memlm.errors import UserError
 from memlm.evaluation.babilong.labels import LABELS, answer_labels, is_right
 from memlm.evaluation.babilong.prompts import likely_answers, prompt_end, prompt_start
-from memlm.evaluation.babilong.sentences import Sentences
+from memlm.evaluation.babilong.scatter import ScatteredFacts
 from memlm.evaluation.babilong.stories import Story, find_stories, read_stories
 from memlm.evaluation.prompts import (
     Context,
@@ -59,7 +59,6 @@ _SUBJECTS = (
 _NEW_TOKENS = 20  # BABILong's
 _SPARE = 8  # tokens for names that are longer than those of the examples
 _TRIES = 64  # simulated stories, until one is short enough
-_EXCERPT = 60  # tokens shown on each side of a supporting fact
 
 
 class Babilong(PromptTask):
@@ -91,8 +90,7 @@ class Babilong(PromptTask):
         self.start = encode_prompt(tokenizer, prompt_start(self.number))
         longest = max(len(encode(tokenizer, answer)) for answer in likely_answers(self.number))
         self.new_tokens = _NEW_TOKENS if longest <= _NEW_TOKENS else longest + _SPARE
-        self.sentences = Sentences(tokenizer)
-        self.fact_ids: dict[tuple[str, str], np.ndarray] = {}
+        self.scattered = ScatteredFacts(tools)
         self.fitting: dict[int, list[Story]] = {}
         self.stories: list[Story] | None = None
         self.source = "simulated world"
@@ -114,19 +112,23 @@ class Babilong(PromptTask):
         rng = self.rng(length, index)
         body = length - len(self.start) - len(question) - self.new_tokens
         if variant == ABSENT:
-            pieces, starts = self._scatter([], body, rng)
+            pieces, starts = self.scattered.pieces([], body, rng)
         else:
-            pieces, starts = self._scatter(story.facts, body, rng)
+            pieces, starts = self.scattered.pieces(story.facts, body, rng)
         context = Context([self.start, *pieces])
         labels: dict[str, Any] = {"facts": len(starts)}
+        told = []
         if starts:
+            told = [
+                (story.facts[place], len(self.start) + starts[place]) for place in story.supporting
+            ]
             last = starts[story.supporting[-1]]
             labels |= {"depth": round(last / body, 1), "distance": body - last}
         return Trial(
             context,
             (Question(question, (story.answer,), self.new_tokens),),
             labels,
-            self._excerpt(context, story, starts),
+            self.scattered.excerpt(context, told, len(self.start)),
         )
 
     def score(self, question: Question, prediction: str) -> float:
@@ -189,70 +191,8 @@ class Babilong(PromptTask):
     def _least(self, story: Story) -> int:
         """Tokens of a prompt with the facts alone."""
         question = self._question(story)
-        facts = sum(map(len, self._facts(story.facts)))
+        facts = sum(map(len, self.scattered.facts(story.facts)))
         return len(self.start) + facts + len(question) + self.new_tokens
 
     def _question(self, story: Story) -> np.ndarray:
         return encode_behind(self.tools.tokenizer, ".", prompt_end(story.question))
-
-    def _facts(self, facts: list[str]) -> list[np.ndarray]:
-        """Ids of the facts where nothing stands before the first one."""
-        return [self._fact(fact, " " if place else "") for place, fact in enumerate(facts)]
-
-    def _fact(self, fact: str, space: str) -> np.ndarray:
-        """Ids of a fact behind a sentence, or without space at the start of the text."""
-        key = (space, fact)
-        if key not in self.fact_ids:
-            before = "." if space else "\n"
-            self.fact_ids[key] = encode_behind(self.tools.tokenizer, before, space + fact)
-        return self.fact_ids[key]
-
-    def _scatter(
-        self, facts: list[str], body: int, rng: np.random.Generator
-    ) -> tuple[list[Any], list[int]]:
-        """Pieces of `body` tokens with the facts between sentences, and where each fact starts.
-
-        The text is one stretch of the haystack; its last sentence is cut off, as in BABILong.
-        """
-        ids = self._facts(facts)
-        room = body - sum(map(len, ids))
-        if room == 0:
-            return ids, [int(start) for start in np.cumsum([0, *map(len, ids[:-1])])]
-        haystack = self.tools.haystack
-        offset = int(rng.integers(0, max(1, len(haystack) - body)))
-        offset = self.sentences.end_near(haystack.read, offset, 0, len(haystack))
-        # Behind the text the first fact has a space before it, which may be a token more.
-        spaced = [self._fact(fact, " ") for fact in facts]
-        latest = max(0, room - abs(len(spaced[0]) - len(ids[0]))) if facts else 0
-        places = np.sort(rng.integers(0, latest, size=len(facts), endpoint=True)).tolist()
-        ends = [
-            self.sentences.end_near(haystack.read, offset + place, offset, offset + latest)
-            for place in places
-        ]
-        if not ends or ends[0] > offset:
-            ids = spaced
-            offset = offset + self.sentences.leading_space(haystack.read(offset, offset + 64))
-        pieces: list[Any] = []
-        starts: list[int] = []
-        done, size = offset, 0
-        for end, fact in zip(ends, ids, strict=True):
-            text = haystack.piece(done, max(0, end - done))
-            done = max(done, end)
-            starts.append(size + len(text))
-            pieces += [text, fact]
-            size += len(text) + len(fact)
-        return [*pieces, haystack.piece(done, body - size)], starts
-
-    def _excerpt(self, context: Context, story: Story, starts: list[int]) -> str:
-        """The supporting facts and the text around them."""
-        spans: list[list[int]] = []
-        for place in story.supporting if starts else []:
-            start = len(self.start) + starts[place]
-            begin = max(len(self.start), start - _EXCERPT)
-            end = start + len(self._fact(story.facts[place], " ")) + _EXCERPT
-            if spans and begin <= spans[-1][1]:
-                spans[-1][1] = end
-            else:
-                spans.append([begin, end])
-        decode = self.tools.tokenizer.decode
-        return " … ".join(decode(context.read(*span).tolist()) for span in spans)

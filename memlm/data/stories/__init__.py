@@ -1,0 +1,4 @@
+"""Stories of a simulated world, with questions and the facts that their answers follow from."""
+
+HOPS = (1, 2, 3)  # facts that an answer may follow from
+LEAST_SENTENCES = 4  # of a story
