@@ -246,6 +246,44 @@ class ScbenchOptions:
 
 
 @dataclass
+class RecallCompletionOptions:
+    """Documents and cloze questions (Arora et al., 2024): files or names of Hub data sets.
+
+    Attributes:
+        swde, fda, squad: rows with a whole prompt as "text" and its "value".
+        triviaqa, nq, drop: rows with "context", "question" and "answers".
+    """
+
+    swde: str = "hazyresearch/based-swde-v2"
+    fda: str = "hazyresearch/based-fda"
+    squad: str = "hazyresearch/based-squad"
+    triviaqa: str = "hazyresearch/based_triviaqa"
+    nq: str = "hazyresearch/based_nq_512"
+    drop: str = "hazyresearch/based_drop"
+
+    def validate(self) -> None:
+        """Nothing that can be told from the values alone."""
+
+
+@dataclass
+class LongbenchOptions:
+    """Questions and tasks on long documents (Bai et al., 2023).
+
+    Attributes:
+        data: a folder with the published files, such as hotpotqa.jsonl, or the name of a Hub data
+            set.
+        cut_middle: rows that are too long for a length lose the middle of their prompt instead of
+            being left out; records tell how many tokens.
+    """
+
+    data: str = "THUDM/LongBench"
+    cut_middle: bool = False
+
+    def validate(self) -> None:
+        """Nothing that can be told from the values alone."""
+
+
+@dataclass
 class EvaluationConfig:
     """One evaluation.
 
@@ -279,6 +317,8 @@ class EvaluationConfig:
     stories: StoriesOptions = field(default_factory=StoriesOptions)
     retention: RetentionOptions = field(default_factory=RetentionOptions)
     scbench: ScbenchOptions = field(default_factory=ScbenchOptions)
+    recall_completion: RecallCompletionOptions = field(default_factory=RecallCompletionOptions)
+    longbench: LongbenchOptions = field(default_factory=LongbenchOptions)
     mqar: MqarOptions = field(default_factory=MqarOptions)
     synthetic: SyntheticOptions = field(default_factory=SyntheticOptions)
     perplexity: PerplexityOptions = field(default_factory=PerplexityOptions)

@@ -314,12 +314,16 @@ def input_hashes(config: EvaluationConfig) -> dict[str, str]:
     """SHA-256 of every file that the config names, by path, 16 hexadecimal digits."""
     entries = [*config.haystack, *config.perplexity.files]
     named = [config.ruler.squad, config.ruler.hotpotqa, config.retention.facts]
+    named += dataclasses.astuple(config.recall_completion)
     entries += [entry for entry in named if Path(entry).is_file()]
     paths = find_files(entries) if entries else []
     if config.babilong.stories is not None:
         paths += sorted(Path(config.babilong.stories).expanduser().glob("*.txt"))
     if config.scbench.data is not None:
         paths += sorted(Path(config.scbench.data).expanduser().glob("scbench_*.jsonl"))
+    longbench = Path(config.longbench.data).expanduser()
+    if longbench.is_dir():
+        paths += sorted(longbench.glob("*.jsonl"))
     return {str(path): file_hash(path)[:16] for path in paths}
 
 

@@ -16,6 +16,19 @@ _SCBENCH_DATA = (  # with --scbench.data only
     "scbench_repoqa", "scbench_qa_eng", "scbench_qa_chn", "scbench_choice_eng", "scbench_summary",
     "scbench_summary_with_needles", "scbench_repoqa_and_kv",
 )  # fmt: skip
+_RECALL_COMPLETION = ("swde", "fda", "squad_completion", "triviaqa", "nq", "drop")
+_LONGBENCH = tuple(
+    f"longbench_{name}"
+    for name in (
+        "narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "gov_report",
+        "qmsum", "multi_news", "trec", "triviaqa", "samsum", "passage_count",
+        "passage_retrieval_en", "lcc", "repobench-p",
+    )
+)  # fmt: skip
+_LONGBENCH_CHINESE = tuple(  # the last three have no score here, and say so
+    f"longbench_{name}"
+    for name in ("lsht", "passage_retrieval_zh", "multifieldqa_zh", "dureader", "vcsum")
+)
 
 TASKS = {
     "needle": ("needle", "NeedleTask"),
@@ -38,6 +51,8 @@ TASKS = {
     **{f"stories_{hops}": ("stories", "Stories") for hops in HOPS},
     "retention": ("retention", "Retention"),
     **dict.fromkeys((*_SCBENCH, *_SCBENCH_DATA), ("scbench", "Scbench")),
+    **dict.fromkeys(_RECALL_COMPLETION, ("recall_completion", "RecallCompletion")),
+    **dict.fromkeys((*_LONGBENCH, *_LONGBENCH_CHINESE), ("longbench", "Longbench")),
     "mqar": ("mqar", "Mqar"),
     "mqar_overwrite": ("mqar", "MqarOverwrite"),
     **dict.fromkeys(GENERATORS, ("synthetic", "Synthetic")),
@@ -49,6 +64,8 @@ GROUPS = {
     "babilong": tuple(name for name in TASKS if name.startswith("babilong_")),
     "stories": tuple(f"stories_{hops}" for hops in HOPS),
     "scbench": _SCBENCH,
+    "recall_completion": _RECALL_COMPLETION,
+    "longbench": _LONGBENCH,
 }
 
 

@@ -1,0 +1,1 @@
+"""LongBench's prompts and scores."""
