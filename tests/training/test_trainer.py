@@ -147,6 +147,40 @@ class DropStates(list):
         pass
 
 
+def test_a_run_ends_when_the_answers_of_its_last_stage_are_solved(make_config, corpus):
+    # Any loss is below 100 bits: only the first stage, and too few steps, keep the run from ending.
+    options = {
+        "steps": 40,
+        "curriculum": [Stage(length=64, until=0.25), Stage(length=128)],
+        "stop_answer_bits": 100.0,
+        "log_every": 50,
+        "save_every": 16,
+        "evaluation_rows": 4,
+    }
+    config = make_config(data=passkeys(corpus), **options)
+    first = Trainer(config)
+    summary = first.run()
+    assert summary.steps == 18
+    kept = complete_checkpoints(config.output_dir)
+    assert [path.name for path in kept] == ["step_000016", "step_000018"]
+    records = read_metrics(config.output_dir / METRICS_FILE)
+    assert [(r["step"], r.get("evaluation", False)) for r in records] == [
+        *[(0, True), (1, False), (18, False), (18, True)]
+    ]
+    assert records[2]["seconds_left"] == 0
+
+    # Half-way it stops at the same step, with the same weights; at the end nothing is left to do.
+    for source, left in zip(kept, ([(18, False), (18, True)], [(18, True)]), strict=True):
+        again = make_config(f"from {source.name}", data=passkeys(corpus), **options)
+        second = Trainer(again, resume=source)
+        assert second.run().steps == 18
+        found = read_metrics(again.output_dir / METRICS_FILE)
+        assert [(r["step"], r.get("evaluation", False)) for r in found] == left
+        assert found[-1] == records[-1]
+        for name, tensor in first.model.state_dict().items():
+            assert torch.equal(tensor, second.model.state_dict()[name]), name
+
+
 def test_curriculum_leaves_a_stage_when_the_answers_are_solved(make_config, corpus):
     stages = [
         Stage(length=64, digits=(1, 1), until=0.9, until_answer_bits=100.0),

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,10 +15,11 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from memlm.errors import UserError
-from memlm.evaluation.runner import device_name, input_hashes, versions
+from memlm.evaluation.runner import versions
 from memlm.evaluation.suite.cell import run_cell
 from memlm.evaluation.suite.cells import Cell
 from memlm.evaluation.suite.config import SuiteConfig
+from memlm.evaluation.suite.identity import check_identity, identity_of
 from memlm.evaluation.suite.points import make_points
 from memlm.evaluation.suite.workers import Outcome
 from memlm.files import replace_file, try_lock
@@ -64,7 +65,7 @@ def run_suite(
             for what a cell cannot be trained with.
     """
     with _held(folder):
-        _check_identity(folder / IDENTITY, _identity(suite, cells))
+        check_identity(folder / IDENTITY, identity_of(suite, cells))
         done = {cell.key: found for cell in cells if (found := _read(folder, cell)) is not None}
         left = [cell for cell in cells if cell.key not in done]
         if done and left:
@@ -202,54 +203,3 @@ def _held(folder: Path) -> Iterator[FileLock]:
         raise UserError(f"--output: another suite is writing into {folder}")
     with lock:
         yield lock
-
-
-def _identity(suite: SuiteConfig, cells: Iterable[Cell]) -> dict[str, Any]:
-    """Everything that the numbers depend on."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    inputs: dict[str, str] = {}
-    configs = {}
-    for cell in cells:
-        configs[cell.key] = cell.config.to_dict()
-        inputs |= input_hashes(cell.config.evaluate)
-    found = {name: value for name, value in versions().items() if name != "platform"}
-    named = {"suite": suite.name, "preset": suite.preset, "device": device_name(device)}
-    return named | {"versions": found, "inputs": inputs, "cells": configs}
-
-
-def _check_identity(path: Path, identity: dict[str, Any]) -> None:
-    """Raise UserError when the folder is of something else; add what is new.
-
-    A suite may get more memories, widths, learning rates or seeds.
-    """
-    wanted = json.loads(json.dumps(identity))
-    if path.exists():
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-            before, after = _leaves(there), _leaves(wanted)
-            grows = {**there["cells"], **wanted["cells"]}, {**there["inputs"], **wanted["inputs"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged; choose another folder with --output") from error
-        cells = there["cells"].keys() & wanted["cells"].keys()
-        for key in sorted(before.keys() | after.keys()):
-            group, *names = key
-            if group == "cells" and names[0] not in cells:
-                continue
-            if group == "inputs" and not (key in before and key in after):
-                continue
-            if before.get(key) != after.get(key):
-                raise UserError(
-                    f"{path.parent}: its {'.'.join(key)} is {before.get(key)!r}, now it is "
-                    f"{after.get(key)!r}; choose another folder with --output, or delete this one"
-                )
-        wanted |= {"cells": grows[0], "inputs": grows[1]}
-    replace_file(path, _json(wanted))
-
-
-def _leaves(value: Any, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """The values of nested mappings and lists by the way to them."""
-    if isinstance(value, dict | list) and value:
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        nested = (_leaves(item, (*prefix, str(key))) for key, item in items)
-        return {name: leaf for leaves in nested for name, leaf in leaves.items()}
-    return {prefix: value}

@@ -105,7 +105,7 @@ class _Worker:
         self.number, self.job = number, None
         context = multiprocessing.get_context("spawn")
         self.connection, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, function, not gpus), daemon=True)
+        self.process = context.Process(target=_serve, args=(other, function, not gpus))
         with _environment(number, gpus), _no_interrupts():
             self.process.start()
         other.close()
@@ -129,7 +129,9 @@ class _Worker:
         return Outcome(job, **{kind: value}), True
 
     def end(self) -> None:
-        """Wait until it has ended."""
+        """Let it end, if it has not, and wait for that."""
+        with contextlib.suppress(OSError):
+            self.connection.send(None)
         self.connection.close()
         self.process.join(timeout=10)
         if self.process.exitcode is None:
@@ -147,16 +149,15 @@ def _ending(code: int) -> str:
 
 
 def _serve(connection: Connection, function: Callable[..., Any], one_thread: bool) -> None:
-    """Do jobs until the connection closes."""
+    """Do jobs, given by their arguments, until None comes."""
     # Ctrl-C reaches all processes of a terminal; the one that was started decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if one_thread:
         torch.set_num_threads(1)
     while True:
-        try:
-            arguments = connection.recv()
-        except EOFError:
+        arguments = connection.recv()
+        if arguments is None:
             return
         try:
             answer = ("result", function(*arguments))
