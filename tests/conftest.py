@@ -77,6 +77,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
                 pytest.skip(f"native: {reason}")
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations write reports without pictures, which take seconds to draw."""
+    monkeypatch.setattr("memlm.evaluation.plots.draw_plots", lambda results, dark=False: {})
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Start every test from the same random state, whatever ran before it."""

@@ -27,6 +27,7 @@ TINY = [
 ]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_demo_writes_its_numbers_and_prints_them(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(TINY) == 0

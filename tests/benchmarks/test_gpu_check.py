@@ -26,12 +26,10 @@ def program(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_line_and_exit_code_2():
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_check"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "gpu_check: torch finds no CUDA GPU\n"
+def test_without_a_gpu_one_line_and_exit_code_2(capsys):
+    assert gpu_check.main([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err == "gpu_check: torch finds no CUDA GPU\n"
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 from memlm.memory import base, memory_class
 from tests.memory.contract import LAWS, Case, Spec
+from tests.memory.test_laws import check
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_memory.md"
 
@@ -33,17 +32,4 @@ def case() -> Iterator[Case]:
 @pytest.mark.parametrize("law", LAWS)
 def test_the_memory_of_the_page_obeys(law: str, case: Case) -> None:
     assert memory_class(case.memory).__module__ == "memory_of_the_page"
-
-    @settings(
-        max_examples=2,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],
-    )
-    @given(data=st.data())
-    def holds(data) -> None:
-        LAWS[law](case, data)
-
-    holds()
+    check(law, case, [], 1)

@@ -102,6 +102,7 @@ def test_needles_lie_out_of_reach(text_file):
     assert set(result["scores"]["160"]) == {*SWITCHED, "changed", "absent"}
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_command_line(folder, text_file, tmp_path, capsys):
     words = ["--model", str(folder), "--output", str(tmp_path / "out"), "--tasks", "needle"]
     words += ["--lengths", "160", "--trials", "4", "--needle.depths", "2"]

@@ -1,5 +1,5 @@
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -80,12 +80,15 @@ def test_whole_command(folder, text_file, tmp_path, capsys):
     assert "already holds results.json" in _fails(words, capsys)
 
 
-def test_entry_point(tmp_path):
+def test_entry_point(tmp_path, monkeypatch, capsys):
     script = Path(__file__).parents[2] / "eval.py"
-    command = [sys.executable, str(script), "--model", str(tmp_path / "no"), "--output", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: model: there is no folder")
+    words = [str(script), "--model", str(tmp_path / "no"), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: model: there is no folder")
     assert not (tmp_path / "out").exists()
 
 

@@ -36,18 +36,18 @@ MODELS = {
 }
 CONDITIONS = {"product_key": ["on", "off", "zeroed"], "transformer": ["on"]}
 CONTROLS = ["changed", "absent"]
+WRITTEN = ("gated_delta", "transformer")  # drawing a report takes seconds
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_memory_is_evaluated(tiny_model, tokenizer, text_file, tmp_path, name):
     model = tiny_model(**MODELS[name]).train()
-    out = tmp_path / "new" / "out"
+    out = tmp_path / "new" / "out" if name in WRITTEN else None
     results = evaluate(model, tokenizer, small(text_file), out, "the command", progress=False)
     assert model.training
     (run,) = results["runs"]
     conditions = CONDITIONS.get(name, ["on", "off", "reset", "swapped"])
     assert run["conditions"] == [*conditions, *CONTROLS]
-    assert json.loads((out / "results.json").read_text()) == results
     for task, found in run["tasks"].items():
         expected = [*conditions, *CONTROLS] if task == "needle" else conditions
         for scores in found["scores"].values():
@@ -58,9 +58,11 @@ def test_every_memory_is_evaluated(tiny_model, tokenizer, text_file, tmp_path, n
             assert cost["state_bytes"] == cost["memory_state_bytes"] + cost["key_value_bytes"]
             assert (cost["memory_state_bytes"] == 0) == (name in CONDITIONS)
             assert cost["peak_memory_bytes"] > 1e6
-    assert {"results.json", "report.html", "evaluation.json", "records"} < {
-        path.name for path in out.iterdir()
-    }
+    if out is not None:
+        assert json.loads((out / "results.json").read_text()) == results
+        assert {"results.json", "report.html", "evaluation.json", "records"} < {
+            path.name for path in out.iterdir()
+        }
 
 
 def test_results_repeat(gated_delta, tokenizer, text_file):
@@ -81,6 +83,7 @@ def test_segments_do_not_change_the_results(gated_delta, tokenizer, text_file):
         assert first["scores"] == second["scores"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("capacity", [64, 16])
 def test_the_config_is_part_of_a_model(tiny_model, tokenizer, text_file, tmp_path, capacity):
     """Weights alone do not tell how many entries a cache holds."""

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from transformers import MistralConfig, MistralForCausalLM
 
 from memlm.data import ByteTokenizer
@@ -22,6 +23,7 @@ MISTRAL = {
 }
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_models_are_evaluated_by_their_ids(client: Client, tmp_path: Path, capsys) -> None:
     MistralForCausalLM(MistralConfig(**MISTRAL)).push_to_hub("someone/mistral")
     ByteTokenizer().push_to_hub("someone/mistral")

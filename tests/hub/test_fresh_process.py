@@ -26,12 +26,15 @@ from tests.memory.contract import cases
 from tests.memory.test_knn_lm import CASE as KNN_LM
 from tests.models.attach_tools import base_model, trained
 
-FIRST_SITES = {str(case): case for case in [*cases(), KNN_LM] if case.site == case.spec.sites[0]}
+# One of each memory, and one with statistics in buffers; a law has every spec in one process.
+FIRST = {case.memory: case for case in reversed([*cases(), KNN_LM])}
+PLAIN = next(case for case in cases() if case.spec.label == "plain")
+FIRST_SITES = {str(case): case for case in [*FIRST.values(), PLAIN]}
 LAYERS = {
     "attention": {"mixer": "attention", "ffn": "swiglu"},
     "sliding_attention": {"mixer": {"type": "sliding_attention", "window": 5}, "ffn": "moe"},
 }
-ATTACHED = ("gated_delta", "knn_cache", "linear_attention", "min_gru", "titans")
+ATTACHED = ("gated_delta", "knn_cache", "titans")
 NAMES = [*FIRST_SITES, *LAYERS, *(f"attached-{name}" for name in ATTACHED)]
 
 FRESH = """

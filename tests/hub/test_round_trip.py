@@ -1,10 +1,9 @@
-"""A checkpoint goes to the Hub and comes back bit for bit; a data set streams from it.
+"""A checkpoint goes to the Hub and comes back bit for bit.
 
-What is sent, and the data set, have a process and an HF_HOME of their own, so nothing comes from a
-cache; test_fresh_process.py has what is fetched.
+What is sent has a process and an HF_HOME of its own, so nothing comes from a cache;
+test_fresh_process.py has what is fetched, test_stream_log.py the data sets.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -38,29 +37,6 @@ with torch.no_grad():
 model.push_to_hub("someone/tiny")
 load_tokenizer("bytes").push_to_hub("someone/tiny")
 model.save_pretrained(sys.argv[1])
-"""
-
-STREAM = """
-import json
-from huggingface_hub import create_repo, upload_file
-from memlm.data.config import HubSource
-from memlm.data.hub import hub_documents
-from memlm.errors import UserError
-
-create_repo("someone/text", repo_type="dataset")
-rows = "".join(json.dumps({"text": f"document {number}"}) + "\\n" for number in range(3))
-upload_file(
-    path_or_fileobj=rows.encode(),
-    path_in_repo="data/train.jsonl",
-    repo_id="someone/text",
-    repo_type="dataset",
-)
-documents = list(hub_documents(HubSource("someone/text"), seed=0))
-try:
-    list(hub_documents(HubSource("someone/absent"), seed=0))
-except UserError as error:
-    missing = str(error)
-print(json.dumps({"documents": documents, "missing": missing}))
 """
 
 
@@ -97,10 +73,3 @@ def test_a_checkpoint_comes_back_bit_for_bit(
     tokens = model.generate(ids, max_new_tokens=4, do_sample=False)[0].tolist()
     assert len(tokens) == len("Hub") + 4 and tokens[:3] == list(b"Hub")
     assert hub.asked("GET", "resolve", "config.json") and hub.asked("GET /objects/")
-
-
-def test_a_data_set_streams_and_a_missing_one_is_named(hub: HubServer, tmp_path: Path) -> None:
-    result = json.loads(run_with(hub, tmp_path / "home", STREAM))
-
-    assert result["documents"] == ["document 0", "document 1", "document 2"]
-    assert "someone/absent" in result["missing"]

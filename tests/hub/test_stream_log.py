@@ -1,7 +1,8 @@
-"""A stream that is written through stays at the commit it began with."""
+"""A data set streams from the Hub; a stream that is written through stays at its first commit."""
 
 import json
-from pathlib import Path
+
+import pytest
 
 from tests.hub.server import HubServer
 from tests.hub.test_round_trip import run_with
@@ -11,6 +12,8 @@ import json, sys
 import torch
 from huggingface_hub import create_repo, upload_file
 from memlm.data import DataConfig, PackedDataset, load_tokenizer, stream_log
+from memlm.data.config import HubSource
+from memlm.data.hub import hub_documents
 from memlm.errors import UserError
 
 stream_log._FIRST_CHUNK, stream_log._AHEAD = 2000, 0
@@ -35,24 +38,43 @@ def same(one, other):
 
 create_repo("someone/text", repo_type="dataset")
 upload("first")
+documents = list(hub_documents(HubSource("someone/text"), seed=0))
 expected = rows(None).batch(range(150))
 begun = rows(sys.argv[1]).batch(range(20))
 upload("other")
 result = {
+    "documents": documents,
     "begun": same(begun, rows(sys.argv[1]).batch(range(20))),
     "continued": same(rows(sys.argv[1]).batch(range(150)), expected),
     "anew": same(rows(sys.argv[1] + "2").batch(range(150)), expected),
 }
-try:
-    rows(sys.argv[1], "someone/absent")
-except UserError as error:
-    result["missing"] = str(error)
+for name, call in {
+    "missing": lambda: list(hub_documents(HubSource("someone/absent"), seed=0)),
+    "missing in shards": lambda: rows(sys.argv[1], "someone/absent"),
+}.items():
+    try:
+        call()
+    except UserError as error:
+        result[name] = str(error)
 print(json.dumps(result))
 """
 
 
-def test_a_later_commit_changes_no_row(hub: HubServer, tmp_path: Path) -> None:
-    result = json.loads(run_with(hub, tmp_path / "home", STREAM, tmp_path / "shards"))
+@pytest.fixture(scope="module")
+def result(hub: HubServer, tmp_path_factory) -> dict:
+    """What a process says that has an HF_HOME of its own, so nothing comes from a cache."""
+    folder = tmp_path_factory.mktemp("stream")
+    return json.loads(run_with(hub, folder / "home", STREAM, folder / "shards"))
+
+
+def test_a_data_set_streams(result: dict) -> None:
+    assert result["documents"] == [f"first {number} " * 20 for number in range(60)]
+
+
+def test_a_later_commit_changes_no_row(result: dict) -> None:
     assert result["begun"] and result["continued"] and not result["anew"]
-    assert "someone/absent" in result["missing"]
-    assert "\n" not in result["missing"]
+
+
+@pytest.mark.parametrize("reading", ["missing", "missing in shards"])
+def test_a_missing_one_is_named_in_one_line(result: dict, reading: str) -> None:
+    assert "someone/absent" in result[reading] and "\n" not in result[reading]

@@ -228,6 +228,7 @@ def test_a_checkpoint_of_something_else(attached, make_config):
         Trainer(attached("another", steps=2), resume=whole.output_dir)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_command_line_trains_and_evaluates(attached, corpus, tmp_path, capsys):
     config = attached(steps=2)
     save_config(config, tmp_path / "run.yaml")
