@@ -1,0 +1,1 @@
+"""Prompts and scores of our tasks as task files of lm-evaluation-harness."""
