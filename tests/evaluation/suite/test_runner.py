@@ -1,0 +1,180 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from memlm.errors import UserError
+from memlm.evaluation.suite.cells import make_cells
+from memlm.evaluation.suite.config import load_suite
+from memlm.evaluation.suite.main import main
+from memlm.evaluation.suite.runner import run_suite
+from memlm.evaluation.suite.workers import Outcome
+from memlm.files import try_lock
+
+
+def fake_cell(cell, folder, plot):
+    """A finished cell without training."""
+    (folder / "checkpoints").mkdir(parents=True)
+    score = (len(cell.memory) + cell.seed) / 20
+    return cell.place | {
+        "key": cell.key,
+        "parameters": 1,
+        "flops_per_token": 1,
+        "state_bytes": {"6": 4},
+        "memory_state_bytes": {"6": 4},
+        "scores": {"parity": {"6": {"on": score}, "12": {"on": score / 2}}},
+        "measures": {},
+        "held_out": {"answer_bits": score},
+        "steps": 8,
+        "seconds": 1.0,
+        "evaluation_seconds": 0.5,
+        "error": None,
+    }
+
+
+@pytest.fixture
+def suite(suite_file, tmp_path, monkeypatch):
+    """`suite(work, *overrides)`: runs one of four cells into tmp_path/out."""
+    monkeypatch.setattr("memlm.evaluation.suite.runner.run_cell", fake_cell)
+    path = suite_file(seeds=[0, 1])
+
+    def run(work, *overrides, folder="out", **options):
+        config = load_suite(path, None, overrides)
+        return run_suite(config, make_cells(config), tmp_path / folder, work, "repeat", **options)
+
+    return run
+
+
+def test_a_suite_that_was_stopped_goes_on_and_ends_like_one_that_was_not(
+    suite, here, tmp_path, capsys
+):
+    whole, missing = suite(here(), folder="whole")
+    assert missing == [] == whole["missing"]
+    said = capsys.readouterr().err.splitlines()
+    assert said[1].startswith(
+        "[2/4] parity_gated_delta_w8_lr0.003_s1: parity 6: 0.600, 12: 0.300 ("
+    )
+
+    with pytest.raises(KeyboardInterrupt):
+        suite(here(stop=2))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"suite.json", "cells", ".lock"}
+    again = here()
+    results, _ = suite(again)
+    # The longest ones come first, and those that are done not again.
+    assert again.jobs == ["parity_attention_w8_lr0.003_s0", "parity_attention_w8_lr0.003_s1"]
+    assert results == whole
+    for name in ("table.md", "plot.png", "results.json"):
+        found = [(tmp_path / folder / name).read_bytes() for folder in ("whole", "out")]
+        assert found[0] == found[1]
+    assert json.loads(found[0]) == json.loads(json.dumps(whole))
+    assert [cell["key"][-2:] for cell in whole["cells"]] == ["s0", "s1"] * 2
+    assert [point["memory"] for point in whole["points"]] == ["attention", "gated_delta"]
+    assert (whole["seconds"], whole["machine"]["processes"]) == (6.0, 1)
+
+    (tmp_path / "out" / "cells" / "parity_attention_w8_lr0.003_s0.json").write_text("{")
+    with pytest.raises(UserError, match=r"s0\.json: not a cell of a suite; delete it"):
+        suite(here())
+
+
+def test_run_folders_stay_where_that_is_wanted(suite, here, tmp_path):
+    suite(here(), keep_runs=True)
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 4
+
+
+def test_a_folder_holds_one_suite_with_one_setting_each(suite, here, tmp_path):
+    suite(here())
+    told = r"parity_attention_w8_lr0\.003_s0\.train\.steps is 8, now it is 9; choose another folder"
+    with pytest.raises(UserError, match=told):
+        suite(here(), "--base.train.steps", "9")
+    # It may grow, and have another title.
+    more = here()
+    results, _ = suite(more, "--seeds", "[0, 2]", "--title", "Other")
+    assert {name[-2:] for name in more.jobs} == {"s2"}
+    assert {cell["seed"] for cell in results["cells"]} == {0, 2}
+    with pytest.raises(UserError, match=r"s1\.train\.steps is 8"):
+        suite(here(), "--seeds", "[1]", "--base.train.steps", "9")
+
+    lock = try_lock(tmp_path / "out" / ".lock")
+    assert lock is not None
+    with lock, pytest.raises(UserError, match="another suite is writing into"):
+        suite(here())
+
+
+class Failing:
+    """Workers of which one dies."""
+
+    count, running = 1, ()
+
+    def __init__(self, count=None):
+        pass
+
+    def run(self, function, jobs):
+        for number, (name, arguments) in enumerate(jobs):
+            if number == 1:
+                yield Outcome(name, failure="its process was ended by SIGKILL")
+            else:
+                yield Outcome(name, function(*arguments))
+
+
+def test_a_cell_that_failed_is_told_and_tried_again(
+    suite_file, here, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("memlm.evaluation.suite.runner.run_cell", fake_cell)
+    monkeypatch.setattr("memlm.evaluation.suite.workers.Workers", Failing)
+    words = [suite_file(), "--output", str(tmp_path / "out"), "--seeds", "[0, 1]"]
+    assert main(words) == 1
+    printed = capsys.readouterr()
+    failed = "parity_gated_delta_w8_lr0.003_s1"
+    assert f"[2/4] {failed}: failed, its process was ended by SIGKILL; the others" in printed.err
+    assert f"1 of 4 cells failed ({failed}); the same command tries them again" in printed.err
+    # The report is of the others.
+    assert json.loads(printed.out.partition("\n\n")[0])[1]["seeds"] == [0]
+
+    again = here()
+    monkeypatch.setattr("memlm.evaluation.suite.workers.Workers", lambda count: again)
+    assert main(words) == 0
+    assert again.jobs == [failed]
+
+
+def test_ctrl_c_says_how_to_go_on(suite_file, here, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("memlm.evaluation.suite.runner.run_cell", fake_cell)
+    monkeypatch.setattr("memlm.evaluation.suite.workers.Workers", lambda count: here(stop=1))
+    words = [suite_file(), "--output", str(tmp_path / "out")]
+    assert main(words) == 130
+    *_, last = capsys.readouterr().err.splitlines()
+    command = f"python -m memlm.evaluation.suite {' '.join(words)}"
+    assert last == f"interrupted; finished cells are kept, go on with: {command}"
+
+
+def test_the_grid_without_training_and_the_list(suite_file, capsys, monkeypatch):
+    path = suite_file(seeds=[0, 1])
+    assert main([path, "--dry-run", "--only", "memory=attention"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"parity_attention_w8_lr0.003_s0 +\d+ +[\d,]+ +8 +64 +0\.003$", lines[1])
+    assert (len(lines), lines[-1]) == (4, "2 cells")
+
+    monkeypatch.setattr("memlm.evaluation.suite.main.FOLDER", Path(path).parent)
+    assert main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "tiny  Tiny: Does it run?"
+    assert lines[1].strip() == "memories: attention, gated_delta; presets: none"
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ([], "usage: python -m memlm.evaluation.suite NAME"),
+        (["FILE", "--processes", "0"], "--processes: must be at least 1, got 0"),
+        (["FILE", "--only", "seed=5"], "--only seed=5: no cell has it"),
+        (["FILE", "--base.train.stepz", "5"], "'train.stepz'"),
+        (["FILE", "rest"], "unexpected argument 'rest'"),
+    ],
+)
+def test_mistakes_on_the_command_line(suite_file, words, part, capsys):
+    path = suite_file()
+    assert main([path if word == "FILE" else word for word in words]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and part in printed
+    assert printed.count("\n") == 1
