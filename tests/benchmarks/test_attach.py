@@ -69,6 +69,14 @@ def test_runs_are_kept_and_told(tmp_path, monkeypatch, capsys):
     assert [name for name in runs if again[name] != runs[name]] == names
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A base model, pretrained once."""
+    folder = tmp_path_factory.mktemp("attach") / "base"
+    attach.pretrain(TINY, folder)
+    return folder
+
+
 def test_another_base_is_trained_anew(tmp_path, monkeypatch):
     config, folder, path = tiny_config(tmp_path), tmp_path / "base", tmp_path / "attach.json"
     attach.pretrain(TINY, folder)
@@ -80,9 +88,8 @@ def test_another_base_is_trained_anew(tmp_path, monkeypatch):
     assert json.loads(path.read_text())["runs"]["base"]["settings"]["seed"] == 1
 
 
-def test_pretraining_weighs_text_and_answers_alike(tmp_path):
-    attach.pretrain(TINY, tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+def test_pretraining_weighs_text_and_answers_alike(base):
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
     groups = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]])
     batch = {name: torch.randint(0, 256, (2, 4)) for name in ("input_ids", "labels")}
     loss = attach.pretraining_loss(model, batch | {"loss_groups": groups})
@@ -91,9 +98,8 @@ def test_pretraining_weighs_text_and_answers_alike(tmp_path):
 
 
 @pytest.mark.parametrize("name", attach.VARIANTS)
-def test_every_variant_fits_the_base(name, tmp_path):
-    attach.pretrain(TINY, tmp_path / "base")
-    config = attach.variant_config(name, CONFIG, tmp_path / "base")
+def test_every_variant_fits_the_base(name, base):
+    config = attach.variant_config(name, CONFIG, base)
     assert config.train.curriculum[-1].length == 1024
     model = build_model(config, ByteTokenizer(), None)
     assert {memory.name for memory in model.memories().values()} == {name.split(" ")[0]}
