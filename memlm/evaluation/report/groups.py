@@ -1,4 +1,4 @@
-"""The section of a group of tasks: RULER, BABILong."""
+"""The section of a group of tasks: RULER, BABILong and others."""
 
 from typing import Any
 
@@ -16,7 +16,14 @@ from memlm.evaluation.report.shape import (
 from memlm.evaluation.report.tasks import task_body
 from memlm.evaluation.report.terminal import effective_text
 
-TITLES = {"ruler": "RULER", "babilong": "BABILong"}
+TITLES = {
+    "ruler": "RULER",
+    "babilong": "BABILong",
+    "stories": "Stories",
+    "scbench": "SCBench",
+    "recall_completion": "Recall by completion",
+    "longbench": "LongBench",
+}
 
 
 def group_body(runs: Runs, group: str, tasks: list[str], light: Pictures, dark: Pictures) -> str:

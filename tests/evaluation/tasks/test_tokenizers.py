@@ -8,19 +8,29 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from memlm.data.synthetic import GENERATORS
 from memlm.errors import UserError
-from memlm.evaluation.config import RetentionOptions, RulerOptions
-from memlm.evaluation.tasks import TASKS, make_task
+from memlm.evaluation.config import (
+    RetentionOptions,
+    RulerOptions,
+    ScbenchOptions,
+    StoriesOptions,
+)
+from memlm.evaluation.tasks import GROUPS, TASKS, make_task
 from memlm.evaluation.tasks.base import PromptTask, Tools
 
-PROMPTS = [name for name in TASKS if name not in ("mqar", "mqar_overwrite", "perplexity")]
+# Tasks of token ids, and those that read whole prompts from published rows.
+OTHERS = ("mqar", "mqar_overwrite", "perplexity", *GENERATORS, *GROUPS["recall_completion"])
+PROMPTS = [name for name in TASKS if name not in OTHERS and not name.startswith("longbench")]
 # One of each family; the others differ in the words only.
-SOME = [name for name in PROMPTS if not name.startswith("babilong") or name == "babilong_qa3"]
+FAMILIES = {"babilong": ("babilong_qa3",), "scbench": GROUPS["scbench"]}
+SOME = [name for name in PROMPTS if name in FAMILIES.get(name.partition("_")[0], PROMPTS)]
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict:
-    """Options of tasks that need files: 40 articles of one paragraph, and as many pairs."""
+    """Options of tasks: files of 40 articles of one paragraph, and as many pairs; one question
+    per context, and lengths for settings."""
     texts = [
         f"The keeper of inn {number} is called Keeper{number}. " + 9 * "It is a quiet house. "
         for number in range(40)
@@ -57,6 +67,8 @@ def files(tmp_path: Path) -> dict:
     return {
         "ruler": RulerOptions(path, str(tmp_path / "hotpotqa.json")),
         "retention": RetentionOptions(path),
+        "scbench": ScbenchOptions(turns=1),
+        "stories": StoriesOptions([8], haystack=True),
     }
 
 
