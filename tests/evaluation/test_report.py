@@ -11,6 +11,7 @@ from memlm.evaluation.ledger import Batch, Done
 from memlm.evaluation.report import format_table, render_report
 from memlm.evaluation.report.__main__ import main
 from memlm.evaluation.report.failures import mark
+from memlm.evaluation.report.groups import TITLES
 from memlm.evaluation.report.html import inline, text
 from memlm.evaluation.report.numbers import bytes_text, seconds_text
 from memlm.evaluation.report.side_by_side import combine
@@ -391,3 +392,7 @@ def test_damaged_records_and_other_confidence(tmp_path):
 def test_help_says_how(capsys):
     assert main(["--help"]) == 0
     assert "DIR [DIR ...] --output NEWDIR" in capsys.readouterr().out
+
+
+def test_every_group_has_a_title():
+    assert set(TITLES) == set(GROUPS)
