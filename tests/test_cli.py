@@ -1,7 +1,8 @@
 """What the entry points share."""
 
 import gc
-import subprocess
+import multiprocessing
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,21 +13,29 @@ from torch import distributed
 from memlm.cli import run_entry_point
 from memlm.gloo import hold_gloo
 
-CODE = """
-import sys
-from memlm.cli import run_entry_point
-sys.exit(run_entry_point(lambda: [print("a line") for _ in range(100_000)] and None))
-"""
+
+def print_lines(pipe: Path, errors: Path) -> None:
+    """A program whose output is read through `pipe`."""
+    for number, path in ((1, pipe), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY), number)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False) for n in (1, 2))
+    sys.exit(run_entry_point(lambda: [print("a line") for _ in range(100_000)] and None))
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
-    process = subprocess.Popen(
-        [sys.executable, "-c", CODE], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout.readline() == b"a line\n"
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    assert process.wait(60) == 141
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    pipe, errors = tmp_path / "pipe", tmp_path / "errors"
+    os.mkfifo(pipe)
+    errors.touch()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["memlm.training.main"])
+    process = context.Process(target=print_lines, args=(pipe, errors))
+    process.start()
+    with pipe.open("rb") as reader:
+        assert reader.readline() == b"a line\n"
+    process.join(60)
+    assert process.exitcode == 141
+    assert errors.read_bytes() == b""
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are named in Linux only")

@@ -77,6 +77,7 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_another_base_is_trained_anew(tmp_path, monkeypatch):
     config, folder, path = tiny_config(tmp_path), tmp_path / "base", tmp_path / "attach.json"
     attach.pretrain(TINY, folder)

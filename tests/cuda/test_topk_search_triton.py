@@ -1,5 +1,7 @@
 """The Triton kernels of the search, in Triton's interpreter."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -92,8 +94,16 @@ HIDING = [
 ]
 
 
-@pytest.mark.parametrize("metric, valid, causal", HIDING, ids=str)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "metric", "valid", "causal"),
+    [
+        (sizes, *hiding)
+        for row, sizes in enumerate(SIZES)
+        for column, hiding in enumerate(HIDING)
+        if (row + column) % len(HIDING) < 2 or row == 0
+    ],
+    ids=str,
+)
 def test_finds_what_the_reference_finds(sizes, metric, valid, causal):
     batch, tokens, stored, channels, k = sizes
     queries = grid(batch, tokens, channels, dtype=FP16)
@@ -144,8 +154,16 @@ def test_one_lane_of_each_key_leaves_nothing_in_doubt(monkeypatch, calls):
     assert calls == {"lanes": 0, "eager": 0}
 
 
-@pytest.mark.parametrize("key_type", triton_limits.KEY_TYPES)
-@pytest.mark.parametrize("query_type", triton_limits.QUERY_TYPES)
+@pytest.mark.parametrize(
+    ("query_type", "key_type"),
+    [
+        pytest.param(
+            *types, marks=[] if FP16 in types or types[0] == types[1] else [pytest.mark.slow]
+        )
+        for types in itertools.product(triton_limits.QUERY_TYPES, triton_limits.KEY_TYPES)
+    ],
+    ids=str,
+)
 def test_types(query_type, key_type):
     queries, keys = grid(2, 3, 24, dtype=query_type), grid(2, 150, 24, seed=1).to(key_type)
     scales = None
@@ -155,9 +173,18 @@ def test_types(query_type, key_type):
         assert_same(queries, keys, 7, metric, scales=scales)
 
 
-@pytest.mark.parametrize("key_type", [FP16, FP32])
-@pytest.mark.parametrize("query_type", [FP16, FP32])
-@pytest.mark.parametrize("metric", ["dot", "cosine", "l2"])
+@pytest.mark.parametrize(
+    ("metric", "query_type", "key_type"),
+    [
+        ("dot", FP32, FP32),
+        ("dot", FP16, FP32),
+        ("cosine", FP32, FP16),
+        ("cosine", FP16, FP16),
+        ("l2", FP32, FP32),
+        ("l2", FP16, FP16),
+    ],
+    ids=str,
+)
 def test_scores_are_as_exact_as_float32(query_type, key_type, metric):
     queries, keys = torch.randn(1, 4, 128).to(query_type), torch.randn(1, 200, 128).to(key_type)
     scores, indices = topk_search(queries, keys, 9, metric)

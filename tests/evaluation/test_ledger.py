@@ -1,12 +1,9 @@
 """Nothing runs twice and nothing is lost, wherever an evaluation stops."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
-from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -19,7 +16,6 @@ from memlm.evaluation.main import main
 from memlm.evaluation.show_prompt import main as show_prompt
 from memlm.evaluation.tasks.base import Record
 
-SCRIPT = Path(__file__).parents[2] / "eval.py"
 MEASURED = {"seconds", "cost", "peak_memory_bytes"}
 
 
@@ -176,29 +172,46 @@ def folder(tiny_model, tokenizer, tmp_path):
     return path
 
 
-def _command(folder, text_file, output) -> list[str]:
+def _words(folder, text_file, output) -> list[str]:
     words = f"--model {folder} --tasks needle --lengths 150..600 --trials 12 --batch_size 2"
     words += f" --needle.distance 45 --needle.depths 2 --haystack {text_file} --output {output}"
-    return [sys.executable, str(SCRIPT), *words.split()]
+    return words.split()
 
 
+def _evaluate_slowly(words: list[str]) -> None:
+    """In a process of its own, which does not end before it is killed."""
+    add = Ledger.add
+
+    def slow(ledger: Ledger, done: Done) -> None:
+        add(ledger, done)
+        time.sleep(0.1)
+
+    with mock.patch.object(Ledger, "add", slow):
+        main(words)
+    time.sleep(120)
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_killed_at_any_moment(folder, text_file, tmp_path):
     """kill -9 while it writes its records; the numbers are those of a run in one go."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
     output = tmp_path / "killed"
-    process = subprocess.Popen(_command(folder, text_file, output), **quiet)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["memlm.evaluation.main"])
+    words = _words(folder, text_file, output)
+    process = context.Process(target=_evaluate_slowly, args=(words,))
+    process.start()
     records = output / "records" / "0.jsonl"
     deadline = time.monotonic() + 120
     while not (records.exists() and records.read_bytes().count(b"\n") >= 3):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     finished = records.read_bytes()
     finished = finished[: finished.rfind(b"\n") + 1]
     assert finished.count(b"\n") < 18 and not (output / "results.json").exists()
-    assert main(_command(folder, text_file, output)[2:]) == 0
-    assert main(_command(folder, text_file, tmp_path / "whole")[2:]) == 0
+    assert main(words) == 0
+    assert main(_words(folder, text_file, tmp_path / "whole")) == 0
     assert records.read_bytes().startswith(finished)
     keys = [done.batch.key for done in read_records(output)]
     assert len(keys) == len(set(keys)) == 18
