@@ -68,6 +68,8 @@ def run_suite(
         check_identity(folder / IDENTITY, identity_of(suite, cells))
         done = {cell.key: found for cell in cells if (found := _read(folder, cell)) is not None}
         left = [cell for cell in cells if cell.key not in done]
+        for key in done if not keep_runs else ():  # a kill may have come in between
+            _forget(key, folder)
         if done and left:
             print(f"{folder}: {len(done)} of {len(cells)} cells are done", file=sys.stderr)
         _run(left, folder, work, done, keep_runs)
@@ -162,10 +164,15 @@ def _keep(key: str, cell: dict[str, Any], folder: Path, keep_runs: bool) -> None
     (folder / CELLS).mkdir(exist_ok=True)
     replace_file(folder / CELLS / f"{key}.json", _json(cell))
     if not keep_runs:
-        shutil.rmtree(folder / RUNS / key, ignore_errors=True)
-        (folder / RUNS / f"{key}.log").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # others are at work there
-            (folder / RUNS).rmdir()
+        _forget(key, folder)
+
+
+def _forget(key: str, folder: Path) -> None:
+    """Delete the run folder of a finished cell."""
+    shutil.rmtree(folder / RUNS / key, ignore_errors=True)
+    (folder / RUNS / f"{key}.log").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # there are others
+        (folder / RUNS).rmdir()
 
 
 def _read(folder: Path, cell: Cell) -> dict[str, Any] | None:

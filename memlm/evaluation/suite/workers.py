@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from memlm.errors import UserError
 
@@ -153,6 +154,8 @@ def _serve(connection: Connection, function: Callable[..., Any], one_thread: boo
     # Ctrl-C reaches all processes of a terminal; the one that was started decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Its own would be a semaphore of the system, and told of as lost when the process is ended.
+    tqdm.set_lock(threading.RLock())
     if one_thread:
         torch.set_num_threads(1)
     while True:

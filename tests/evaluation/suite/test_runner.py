@@ -60,8 +60,12 @@ def test_a_suite_that_was_stopped_goes_on_and_ends_like_one_that_was_not(
         suite(here(stop=2))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"suite.json", "cells", ".lock"}
+    # Killed when a cell was written and its run folder was there.
+    left = tmp_path / "out" / "runs" / "parity_gated_delta_w8_lr0.003_s0"
+    left.mkdir(parents=True)
     again = here()
     results, _ = suite(again)
+    assert not left.parent.exists()
     # The longest ones come first, and those that are done not again.
     assert again.jobs == ["parity_attention_w8_lr0.003_s0", "parity_attention_w8_lr0.003_s1"]
     assert results == whole
