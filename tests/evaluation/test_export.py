@@ -250,6 +250,19 @@ def test_a_folder_that_holds_something_and_a_missing_tokenizer_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def test_answers_of_different_lengths_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], corpora: dict[str, str]
+) -> None:
+    rows = json.loads(Path(corpora["recall_completion.nq"]).read_text())
+    rows[0]["answers"].append("x" * 69)  # and a space: 70 bytes
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = f"--tasks nq --lengths 512 --tokenizer bytes --output {tmp_path / 'out'}"
+    assert main([*words.split(), "--recall_completion.nq", str(tmp_path / "rows.json")]) == 0
+    assert (
+        "memlm_nq_512: answers have at most 48 to 70 tokens in eval.py" in capsys.readouterr().err
+    )
+
+
 def test_the_command_reads_every_prompt_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

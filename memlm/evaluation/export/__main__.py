@@ -92,6 +92,13 @@ def export_files(source: str, config: EvaluationConfig, folder: Path) -> tuple[d
             documents = make_documents(task, setting)
             longest = max(longest, documents.tokens + documents.new_tokens)
             stem = f"memlm_{name}_{setting.label}"
+            least, most = documents.least_new_tokens, documents.new_tokens
+            if least < most:
+                print(
+                    f"{stem}: answers have at most {least} to {most} tokens in eval.py, each "
+                    f"question its own number; the harness gives all of them {most}",
+                    file=sys.stderr,
+                )
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in documents.rows]
             files[f"{stem}.jsonl"] = "".join(lines)
             about = {"seed": config.seed, "length": int(setting.label), "distance": distance}
@@ -100,7 +107,7 @@ def export_files(source: str, config: EvaluationConfig, folder: Path) -> tuple[d
                 f"{task.title}, {setting.label} tokens",
                 score,
                 folder / f"{stem}.jsonl",
-                documents.new_tokens,
+                most,
                 about,
             )
     files[f"{SCORES_MODULE}.py"] = Path(answer_scores.__file__).read_text(encoding="utf-8")

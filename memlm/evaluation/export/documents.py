@@ -22,11 +22,13 @@ class Documents:
 
     Attributes:
         rows: one per question.
-        new_tokens: most tokens of an answer.
+        least_new_tokens, new_tokens: most tokens of an answer, of the question that allows fewest
+            and of the one that allows most.
         tokens: of the longest prompt.
     """
 
     rows: list[dict[str, Any]]
+    least_new_tokens: int
     new_tokens: int
     tokens: int
 
@@ -38,7 +40,7 @@ def make_documents(task: PromptTask, setting: Setting) -> Documents:
         UserError: for a prompt whose text has other tokens than the prompt.
     """
     tokenizer = task.tools.tokenizer
-    rows, new_tokens, tokens = [], 0, 0
+    rows, new_tokens, tokens = [], [], 0
     for index, number, ids, question in _prompts(task, setting):
         where = f"{task.name}: length {setting.label}, trial {index}"
         text = checked_text(tokenizer, ids, where)
@@ -53,8 +55,9 @@ def make_documents(task: PromptTask, setting: Setting) -> Documents:
                 **_labels(task.name, tokenizer.decode(question.token_ids.tolist()), target),
             }
         )
-        new_tokens, tokens = max(new_tokens, question.new_tokens), max(tokens, len(ids))
-    return Documents(rows, new_tokens, tokens)
+        new_tokens.append(question.new_tokens)
+        tokens = max(tokens, len(ids))
+    return Documents(rows, min(new_tokens), max(new_tokens), tokens)
 
 
 def _prompts(task: PromptTask, setting: Setting) -> Iterator[tuple[int, int, np.ndarray, Question]]:
