@@ -1,7 +1,4 @@
 import copy
-import json
-import sys
-import types
 
 import pytest
 import yaml
@@ -42,16 +39,6 @@ SUITE = {
     "learning_rates": [3e-3],
     "seeds": [0],
 }
-
-
-@pytest.fixture(autouse=True)
-def plain_reports(monkeypatch):
-    """Reports are tested beside; drawing one takes longer than training the models."""
-    module = types.ModuleType("memlm.evaluation.suite.reports")
-    module.check_report = lambda report: None
-    module.make_table = lambda results: json.dumps(results["points"], indent=1)
-    module.draw_plot = lambda results: b"a picture"
-    monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
 @pytest.fixture
