@@ -11,7 +11,13 @@ from huggingface_hub.dataclasses import strict
 
 from memlm.evaluation.report.numbers import MISSING
 from memlm.evaluation.report.shape import in_order
-from memlm.evaluation.suite.reports.drawing import draw_legend, draw_scores, panels
+from memlm.evaluation.suite.reports.drawing import (
+    counts_axis,
+    draw_legend,
+    draw_scores,
+    logarithmic_axis,
+    panels,
+)
 from memlm.evaluation.suite.reports.reading import (
     FAILED,
     Point,
@@ -29,7 +35,7 @@ from memlm.evaluation.suite.reports.reading import (
 
 
 @strict
-@dataclass(frozen=True)
+@dataclass
 class Options:
     """Options of capacities.
 
@@ -117,7 +123,7 @@ def draw(results: dict[str, Any], options: Options) -> Any:
     figure, axes = panels(2 * len(tasks), len(memories))
     shown = [bits_of(results, point, options) for point in results["points"]]
     # A logarithmic axis has no place for a model that keeps nothing.
-    scale = "log" if all(one is None or one["low"] > 0 for one in shown) else "linear"
+    positive = all(one is None or one["low"] > 0 for one in shown)
     wanted = [(task, key) for task in tasks for key in ("parameters", "flops_per_token")]
     remarks: dict[str, set[str]] = {}
     for axis, (task, key) in zip(axes, wanted, strict=True):
@@ -132,8 +138,13 @@ def draw(results: dict[str, Any], options: Options) -> Any:
             pairs.sort(key=lambda pair: pair[0])
             if any(score is not None for _, score in pairs):
                 draw_scores(axis, number, memory, *zip(*pairs, strict=True), 1.0)
-        axis.set_xscale("log")
-        axis.set_yscale(scale)
+        logarithmic_axis(axis.xaxis)
+        if positive:
+            logarithmic_axis(axis.yaxis)
+        else:
+            axis.set_ylim(0, max(1.0, 1.05 * max(one["high"] for one in shown if one)))
+        counts_axis(axis.xaxis)
+        counts_axis(axis.yaxis)
         axis.grid(alpha=0.35, linewidth=0.5)
         axis.set_xlabel("parameters" if key == "parameters" else "FLOPs per token")
         if len(tasks) > 1:

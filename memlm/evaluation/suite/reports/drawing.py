@@ -11,6 +11,7 @@ from memlm.evaluation.suite.reports.reading import Score
 SINGLE, DOUBLE = 3.4, 7.0  # inches, columns of a paper
 _MOST_IN_SINGLE = 6  # memories
 _DOTS_PER_INCH = 200
+_LEGEND_LINE = 0.155  # inches
 _STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -50,7 +51,7 @@ def panels(count: int, memories: int, sharey: bool = True) -> tuple[Any, list[An
     rows = -(-count // columns)
     width = SINGLE if count == 1 and memories <= _MOST_IN_SINGLE else DOUBLE
     each = 2.3 if columns < 3 else 1.9
-    figure, axes = new_figure(width, rows * each + 0.3 + 0.16 * memories / 3, rows, columns, sharey)
+    figure, axes = new_figure(width, rows * each + 0.3, rows, columns, sharey)
     for axis in axes[count:]:
         axis.set_axis_off()
     return figure, axes[:count]
@@ -90,7 +91,7 @@ def draw_scores(
         marker=marker(number),
         linestyle=line(number),
         # Those below stay visible where markers lie on each other.
-        markersize=max(3.5, 6.0 - 0.2 * number),
+        markersize=max(4.0, 6.0 - 0.2 * number) + 2.0 * (marker(number) == "*"),
         markeredgecolor="white",
         markeredgewidth=0.4,
         linewidth=1.1,
@@ -108,6 +109,22 @@ def score_axis(axis: Any, loss: bool) -> None:
         axis.set_ylim(-4, 104)
         axis.set_yticks(range(0, 101, 25))
     axis.grid(axis="y", alpha=0.35, linewidth=0.5)
+
+
+def logarithmic_axis(axis: Any) -> None:
+    """Make an x or y axis logarithmic, with ticks at 1, 2 and 5 times powers of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+    axis.set_minor_locator(NullLocator())
+
+
+def counts_axis(axis: Any) -> None:
+    """Write the ticks as 500, 20k, 3M."""
+    from matplotlib.ticker import EngFormatter
+
+    axis.set_major_formatter(EngFormatter(sep=""))
 
 
 def draw_chance(axes: Sequence[Any], chance: float | None, factor: float) -> None:
@@ -139,9 +156,11 @@ def draw_legend(figure: Any, axes: Sequence[Any], order: Sequence[str], remarks:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             if label not in order:
                 handles.setdefault(label, handle)
-    # About eighteen letters of the legend's size fit into an inch; the sample line takes eight.
+    # Twenty-one letters of the legend's size fit into an inch; the sample line takes eleven.
     longest = max(map(len, handles))
-    columns = int(max(1, min(len(handles), figure.get_figwidth() * 18 // (longest + 8))))
+    columns = int(max(1, min(len(handles), figure.get_figwidth() * 21 // (longest + 11))))
+    lines = -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * (lines + 0.5))
     figure.legend(
         list(handles.values()),
         list(handles),

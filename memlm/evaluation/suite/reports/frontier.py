@@ -35,7 +35,7 @@ _MOST_TICKS = 5
 
 
 @strict
-@dataclass(frozen=True)
+@dataclass
 class Options:
     """Options of a frontier.
 
@@ -126,11 +126,11 @@ def draw(results: dict[str, Any], options: Options) -> Any:
                 draw_scores(axis, number, memory, *zip(*points, strict=True), factor)
             places += [size for size, _ in points]
         _byte_axis(axis, places)
+        axis.set_xlabel("state of a row")
         score_axis(axis, options.loss)
         shown = f"{evaluation or task}: {setting}"
         axis.set_title(shown if len(tasks) == 1 else f"{task}, {setting}")
     axes[0].set_ylabel("loss" if options.loss else "score (%)")
-    figure.supxlabel("state of a row", size=8)
     draw_chance(axes, options.chance, factor)
     draw_legend(figure, axes, memories, _remarks(results, memories))
     return figure

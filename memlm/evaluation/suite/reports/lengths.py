@@ -28,11 +28,11 @@ from memlm.evaluation.suite.reports.reading import (
     settings_of,
 )
 
-_SPREAD = 0.3  # octaves or settings, over which the memories' points at a setting are laid out
+_SPREAD = 0.4  # octaves or settings, over which the memories' points at a setting are laid out
 
 
 @strict
-@dataclass(frozen=True)
+@dataclass
 class Options:
     """Options of scores by length.
 
@@ -112,14 +112,13 @@ def draw(results: dict[str, Any], options: Options) -> Any:
                 at = [places.at(label, shift) for label in settings]
                 draw_scores(axis, number, memory, at, scores, factor)
         if settings:
-            places.mark(axis, "")
+            places.mark(axis, "setting")
         if options.trained is not None and settings and places.logarithmic:
             axis.axvline(options.trained, color=GREY, linewidth=0.9, linestyle="--",
                          label="trained length", zorder=1)  # fmt: skip
         score_axis(axis, options.loss)
         axis.set_title(task)
     axes[0].set_ylabel("loss" if options.loss else "score (%)")
-    figure.supxlabel("setting", size=8)
     draw_chance(axes, options.chance, factor)
     draw_legend(figure, axes, memories, _remarks(results, memories, options))
     return figure
@@ -139,7 +138,7 @@ def _remarks(results: dict[str, Any], memories: list[str], options: Options) -> 
         failed = [task for task, one in points.items() if one is not None and one["error"]]
         missing = [task for task, one in points.items() if one is None]
         said = [
-            text if len(tasks) == 1 else f"{', '.join(where)} {text}"
+            text if len(where) == len(tasks) else f"{text} in {len(where)} of {len(tasks)}"
             for where, text in ((failed, FAILED), (missing, "missing"))
             if where
         ]

@@ -29,7 +29,7 @@ _CELL = 0.24  # inches, the height of a row
 
 
 @strict
-@dataclass(frozen=True)
+@dataclass
 class Options:
     """Options of a matrix.
 
@@ -113,7 +113,7 @@ def draw(results: dict[str, Any], options: Options) -> Any:
             )  # fmt: skip
             if solved:
                 axis.add_patch(
-                    Rectangle((column - 0.42, row - 0.38), 0.84, 0.76, fill=False,
+                    Rectangle((column - 0.38, row - 0.38), 0.76, 0.76, fill=False,
                               edgecolor="black", linewidth=0.9)
                 )  # fmt: skip
     axis.set_xticks(
@@ -122,6 +122,7 @@ def draw(results: dict[str, Any], options: Options) -> Any:
     )  # fmt: skip
     axis.set_yticks(range(len(memories)), map(shorten, memories))
     axis.tick_params(length=0)
+    axis.set_xlabel(f"framed: solved, at least {100 * options.solved:g} %", size=7)
     for edge in range(len(columns) - 1):
         apart = columns[edge][0] != columns[edge + 1][0]
         axis.axvline(edge + 0.5, color="white", linewidth=3.5 if apart else 0.6)
@@ -133,7 +134,7 @@ def draw(results: dict[str, Any], options: Options) -> Any:
         axis.text(sum(places) / len(places), -0.62, group, ha="center", va="bottom", size=7.5)
     figure.colorbar(
         image, ax=axis, pad=0.015, aspect=25,
-        label=f"score (%); framed: at least {100 * options.solved:g}",
+        label="score (%)",
     ).outline.set_visible(False)  # fmt: skip
     return figure
 
