@@ -217,6 +217,15 @@ def test_suites_of_which_every_cell_failed(reports, kind):
     assert picture(reports, results).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("kind", ["frontier", "lengths", "capacity"])
+def test_memories_without_a_line_are_in_the_legend(reports, kind):
+    _, figure = drawn(
+        reports, suite([cell("attention", 8, {"4": 1.0})], kind=kind, condition="off")
+    )
+    said = "missing" if kind == "lengths" else "8 missing"
+    assert legend_of(figure) == [f"attention ({said})"]
+
+
 def test_cells_that_are_not_finished_are_named(reports):
     results = suite([cell("attention", 8, {"4": 1.0})], kind="lengths")
     results["missing"] = ["parity-delta-8"]
@@ -234,6 +243,10 @@ def test_cells_that_are_not_finished_are_named(reports):
         ({"kind": "matrix", "groups": {"Regular": "parity"}}, "expected a list of tasks"),
         ({"kind": "matrix", "groups": {"a": ["x"], "b": ["x"]}}, "in two groups"),
         ({"kind": "matrix", "solved": 90}, "must be in"),
+        ({"kind": "frontier", "setting": [[4]]}, "setting"),
+        ({"kind": "frontier", "chance": 5}, "must be a score"),
+        ({"kind": "lengths", "width": 0}, "must be at least 1"),
+        ({"kind": "capacity", "condition": "offf"}, "did you mean 'off'"),
     ],
 )
 def test_reports_that_are_refused(reports, report, said):

@@ -20,10 +20,12 @@ from memlm.evaluation.suite.reports.drawing import (
 )
 from memlm.evaluation.suite.reports.reading import (
     FAILED,
+    MISSING_POINT,
     Point,
     Score,
     bold_best,
     cells_of,
+    check_condition,
     check_setting,
     evaluation_of,
     markdown,
@@ -50,7 +52,8 @@ class Options:
     condition: str = "on"
 
     def check(self) -> None:
-        """All values of these types are valid."""
+        """Raise UserError for a condition that there is not."""
+        check_condition(self.condition)
 
 
 def shown_points(results: dict[str, Any], options: Options) -> list[Point]:
@@ -132,7 +135,7 @@ def draw(results: dict[str, Any], options: Options) -> Any:
             for point in points_of(results, task=task, memory=memory):
                 score = bits_of(results, point, options)
                 if score is None:
-                    why = FAILED if point["error"] is not None else "missing"
+                    why = FAILED if point["error"] is not None else MISSING_POINT
                     remarks.setdefault(memory, set()).add(f"{point['width']} {why}")
                 pairs.append((point[key], score))
             pairs.sort(key=lambda pair: pair[0])

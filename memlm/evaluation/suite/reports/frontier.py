@@ -16,9 +16,12 @@ from memlm.evaluation.suite.reports.drawing import (
 )
 from memlm.evaluation.suite.reports.reading import (
     FAILED,
+    MISSING_POINT,
     Point,
     Score,
     bold_best,
+    check_chance,
+    check_condition,
     check_setting,
     evaluation_of,
     markdown,
@@ -49,13 +52,15 @@ class Options:
     """
 
     task: str | None = None
-    setting: str | int | list | None = None
+    setting: str | int | list[str | int] | None = None
     condition: str = "on"
     chance: float | None = None
     loss: bool = False
 
     def check(self) -> None:
         """Raise UserError for values that are not valid."""
+        check_condition(self.condition)
+        check_chance(self.chance, self.loss)
         if isinstance(self.setting, list) and not 1 <= len(self.setting) <= _MOST_SETTINGS:
             raise UserError(f"report.setting: give 1 to {_MOST_SETTINGS}, got {len(self.setting)}")
 
@@ -112,15 +117,20 @@ def draw(results: dict[str, Any], options: Options) -> Any:
         for setting in chosen
     ]
     figure, axes = panels(len(wanted), len(memories))
+    remarks: dict[str, set[str]] = {}
     factor = 1.0 if options.loss else 100.0
     for axis, (task, evaluation, setting, settings) in zip(axes, wanted, strict=True):
         places = []
         for number, memory in enumerate(memories):
-            points = [
-                (size, _score(point, evaluation, setting, settings, options))
-                for point in points_of(results, task=task, memory=memory)
-                if (size := state_bytes(point, setting)) is not None
-            ]
+            points = []
+            for point in points_of(results, task=task, memory=memory):
+                size = state_bytes(point, setting)
+                score = _score(point, evaluation, setting, settings, options)
+                if size is None or score is None:
+                    why = MISSING_POINT if point["error"] is None else FAILED
+                    remarks.setdefault(memory, set()).add(f"{point['width']} {why}")
+                else:
+                    points.append((size, score))
             points.sort(key=lambda pair: pair[0])
             if points:
                 draw_scores(axis, number, memory, *zip(*points, strict=True), factor)
@@ -132,7 +142,8 @@ def draw(results: dict[str, Any], options: Options) -> Any:
         axis.set_title(shown if len(tasks) == 1 else f"{task}, {setting}")
     axes[0].set_ylabel("loss" if options.loss else "score (%)")
     draw_chance(axes, options.chance, factor)
-    draw_legend(figure, axes, memories, _remarks(results, memories))
+    said = {memory: ", ".join(sorted(texts)) for memory, texts in remarks.items()}
+    draw_legend(figure, axes, memories, said)
     return figure
 
 
@@ -172,19 +183,6 @@ def _score(
 ) -> Score | None:
     labels = settings if setting == "mean" else [setting]
     return score_at(point, evaluation, labels, options.condition)
-
-
-def _remarks(results: dict[str, Any], memories: list[str]) -> dict[str, str]:
-    found = {}
-    for memory in memories:
-        failed = {
-            str(point["width"])
-            for point in points_of(results, memory=memory)
-            if point["error"] is not None
-        }
-        if failed:
-            found[memory] = f"{', '.join(sorted(failed, key=int))} {FAILED}"
-    return found
 
 
 def _byte_axis(axis: Any, values: list[int]) -> None:

@@ -1,5 +1,6 @@
 """Score against length: how far beyond the trained length each memory holds."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,12 @@ from memlm.evaluation.suite.reports.drawing import (
 )
 from memlm.evaluation.suite.reports.reading import (
     FAILED,
+    MISSING_POINT,
     Point,
     bold_best,
+    check_chance,
+    check_condition,
+    check_positive,
     chosen,
     chosen_points,
     evaluation_of,
@@ -53,7 +58,10 @@ class Options:
     loss: bool = False
 
     def check(self) -> None:
-        """All values of these types are valid."""
+        """Raise UserError for values that are not valid."""
+        check_condition(self.condition)
+        check_chance(self.chance, self.loss)
+        check_positive(width=self.width, trained=self.trained)
 
 
 def shown_points(results: dict[str, Any], options: Options) -> list[Point]:
@@ -99,6 +107,7 @@ def draw(results: dict[str, Any], options: Options) -> Any:
     memories, tasks = names(results, "memory"), names(results, "task")
     figure, axes = panels(len(tasks), len(memories))
     factor = 1.0 if options.loss else 100.0
+    absent: dict[str, list[str]] = {}
     for axis, task in zip(axes, tasks, strict=True):
         evaluation = evaluation_of(results, task, options.task)
         settings = settings_of(points_of(results, task=task), evaluation)
@@ -111,6 +120,9 @@ def draw(results: dict[str, Any], options: Options) -> Any:
                 shift = _SPREAD * (number / (len(memories) - 1) - 0.5) if len(memories) > 1 else 0
                 at = [places.at(label, shift) for label in settings]
                 draw_scores(axis, number, memory, at, scores, factor)
+            else:
+                why = FAILED if point is not None and point["error"] else MISSING_POINT
+                absent.setdefault(memory, []).append(why)
         if settings:
             places.mark(axis, "setting")
         if options.trained is not None and settings and places.logarithmic:
@@ -120,7 +132,8 @@ def draw(results: dict[str, Any], options: Options) -> Any:
         axis.set_title(task)
     axes[0].set_ylabel("loss" if options.loss else "score (%)")
     draw_chance(axes, options.chance, factor)
-    draw_legend(figure, axes, memories, _remarks(results, memories, options))
+    said = {memory: _remark(reasons, len(tasks)) for memory, reasons in absent.items()}
+    draw_legend(figure, axes, memories, said)
     return figure
 
 
@@ -130,18 +143,9 @@ def _sizes(point: Point | None) -> list[str]:
     return [str(point["width"]), f"{point['parameters']:,}", f"{point['learning_rate']:g}"]
 
 
-def _remarks(results: dict[str, Any], memories: list[str], options: Options) -> dict[str, str]:
-    """Of memories whose line is missing in some panel."""
-    found, tasks = {}, names(results, "task")
-    for memory in memories:
-        points = {task: chosen(results, options.width, task=task, memory=memory) for task in tasks}
-        failed = [task for task, one in points.items() if one is not None and one["error"]]
-        missing = [task for task, one in points.items() if one is None]
-        said = [
-            text if len(where) == len(tasks) else f"{text} in {len(where)} of {len(tasks)}"
-            for where, text in ((failed, FAILED), (missing, "missing"))
-            if where
-        ]
-        if said:
-            found[memory] = "; ".join(said)
-    return found
+def _remark(reasons: list[str], tasks: int) -> str:
+    """Why a memory has no line, and in how many of the panels."""
+    counts = Counter(reasons)
+    return "; ".join(
+        why if count == tasks else f"{why} in {count} of {tasks}" for why, count in counts.items()
+    )

@@ -14,6 +14,8 @@ from memlm.evaluation.suite.reports.reading import (
     Point,
     Score,
     beyond,
+    check_condition,
+    check_positive,
     chosen,
     chosen_points,
     evaluation_of,
@@ -49,6 +51,8 @@ class Options:
 
     def check(self) -> None:
         """Raise UserError for groups that are no lists of tasks, or share some."""
+        check_condition(self.condition)
+        check_positive(width=self.width, beyond=self.beyond)
         tasks: list[str] = []
         for name, members in (self.groups or {}).items():
             if not isinstance(members, list) or not all(isinstance(one, str) for one in members):

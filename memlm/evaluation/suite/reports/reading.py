@@ -1,15 +1,37 @@
 """What reports read from the points of a suite, and how they write it."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from memlm.errors import UserError, nearest
+from memlm.evaluation.config import ALL_CONDITIONS
 from memlm.evaluation.report.numbers import MISSING, bytes_text, value_text
 from memlm.evaluation.report.shape import in_order, number_of
 
 Point = dict[str, Any]
 Score = dict[str, Any]  # {"mean", "low", "high"}
-FAILED = "failed"
+FAILED, MISSING_POINT = "failed", "missing"
+
+
+def check_condition(condition: str) -> None:
+    """Raise UserError for a condition that no evaluation has."""
+    if condition not in ALL_CONDITIONS:
+        hint = nearest(condition, ALL_CONDITIONS) or f" (valid: {', '.join(ALL_CONDITIONS)})"
+        raise UserError(f"report.condition: unknown condition {condition!r}{hint}")
+
+
+def check_chance(chance: float | None, loss: bool) -> None:
+    """Raise UserError for a level that no score can have."""
+    if chance is not None and not 0 <= chance <= (math.inf if loss else 1):
+        raise UserError(f"report.chance: must be a score in [0, 1], got {chance:g}")
+
+
+def check_positive(**options: int | None) -> None:
+    """Raise UserError for widths and lengths below one."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise UserError(f"report.{name}: must be at least 1, got {value}")
 
 
 def names(results: dict[str, Any], key: str) -> list[str]:
