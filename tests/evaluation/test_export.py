@@ -25,7 +25,7 @@ LENGTH = 2048
 TRIALS = 3
 TASKS = (
     *("needle", "passkey", "niah", "niah_single_1", "niah_multiquery", "vt", "qa_1", "retention"),
-    *("babilong_qa1", "babilong_qa8", "babilong_qa19", "nq", "swde"),
+    *("babilong_qa1", "babilong_qa8", "babilong_qa19", "nq", "swde", "stories_2"),
 )
 
 
@@ -81,7 +81,10 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def exported(corpora: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "tasks"
     named = [word for key, value in corpora.items() for word in (f"--{key}", value)]
-    words = f"--lengths {LENGTH} --trials {TRIALS} --tokenizer bytes --seed 3 --output {folder}"
+    words = (
+        f"--lengths {LENGTH} --trials {TRIALS} --tokenizer bytes --seed 3 --output {folder} "
+        "--stories.haystack true"
+    )
     assert main(["--tasks", ",".join(TASKS), *words.split(), *named]) == 0
     return folder
 
@@ -99,6 +102,7 @@ def tools(corpora: dict[str, str]) -> Tools:
         ),
     )
     config.ruler.squad = corpora["ruler.squad"]
+    config.stories.haystack = True
     return Tools(config, ByteTokenizer())
 
 

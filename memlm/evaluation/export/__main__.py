@@ -101,10 +101,10 @@ def export_files(source: str, config: EvaluationConfig, folder: Path) -> tuple[d
                 )
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in documents.rows]
             files[f"{stem}.jsonl"] = "".join(lines)
-            about = {"seed": config.seed, "length": int(setting.label), "distance": distance}
+            about = {"seed": config.seed, "setting": int(setting.label), "distance": distance}
             files[f"{stem}.yaml"] = task_yaml(
                 stem,
-                f"{task.title}, {setting.label} tokens",
+                f"{task.title}, {task.axis}: {setting.label}",
                 score,
                 folder / f"{stem}.jsonl",
                 most,

@@ -1,5 +1,6 @@
 """Trials as documents of lm-evaluation-harness: text that it tokenises to the same ids."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from memlm.evaluation.babilong.labels import LABELS, answer_labels, found_labels
 from memlm.evaluation.prompts import Question
 from memlm.evaluation.tasks.base import PromptTask, Setting
 
-_BABILONG = "babilong_qa"
+_LABELLED = re.compile(r"(?:babilong_qa|stories_)(\d+)")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def make_documents(task: PromptTask, setting: Setting) -> Documents:
     tokenizer = task.tools.tokenizer
     rows, new_tokens, tokens = [], [], 0
     for index, number, ids, question in _prompts(task, setting):
-        where = f"{task.name}: length {setting.label}, trial {index}"
+        where = f"{task.name}: {setting.label}, trial {index}"
         text = checked_text(tokenizer, ids, where)
         target, *_ = question.references
         rows.append(
@@ -94,10 +95,11 @@ def checked_text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, where: str
 
 
 def _labels(task: str, question: str, answer: str) -> dict[str, list[str]]:
-    """What BABILong's score needs beside the references."""
-    if not task.startswith(_BABILONG):
+    """What the score of BABILong and stories needs beside the references."""
+    found = _LABELLED.fullmatch(task)
+    if found is None:
         return {}
-    number = int(task.removeprefix(_BABILONG))
+    number = int(found[1])
     return {
         "labels": sorted(label.lower() for label in LABELS[number]),
         "asked": sorted(found_labels(number, question)),

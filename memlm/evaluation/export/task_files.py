@@ -33,7 +33,7 @@ SCORES = {
     "passkey": Score(pattern=r"0*(\d+)"),
     "niah": Score(function="contains_phrases"),
     **{name: _ANY if name.startswith("qa_") else _ALL for name in RULER},
-    **dict.fromkeys(GROUPS["babilong"], Score(function="names_labels")),
+    **dict.fromkeys((*GROUPS["babilong"], *GROUPS["stories"]), Score(function="names_labels")),
     "retention": Score(function="first_line_contains"),
     **dict.fromkeys(GROUPS["recall_completion"], Score(function="completes", until=("\n",))),
 }
@@ -52,10 +52,10 @@ def find_score(task: str) -> Score:
     elif task.startswith("scbench"):
         reason = "a conversation is no single question, and its turns have scores of their own"
     else:
-        reason = "it scores token ids or states that no text asks for"
+        reason = "it scores token ids that no text asks for"
     raise UserError(
         f"tasks: {task} cannot be exported: {reason} (valid: needle, passkey, niah, ruler, "
-        "babilong, retention, recall_completion)"
+        "babilong, stories, retention, recall_completion)"
     )
 
 
