@@ -42,6 +42,36 @@ def score_targets(
     return torch.cat(losses, dim=1), states
 
 
+def guess_and_score(
+    subject: Subject, inputs: Tensor, targets: Tensor, states: Any, use_memory: bool = True
+) -> tuple[Tensor, Tensor, Any]:
+    """The most likely answers and the losses of the right ones, going on from `states`.
+
+    Args:
+        subject: the model.
+        inputs: int64 [B, T], all of them read.
+        targets: int64 [B, T], the right answer behind each token; -100 = none is asked.
+        states: where the rows stand, may be used up; None = at the start of a document.
+        use_memory: False = memories give zero.
+
+    Returns:
+        Guesses int64 [B, T], losses float32 [B, T] in nats (0 where none is asked), both on the
+        CPU, and the states.
+    """
+    guesses, losses = [], []
+    size = subject.logits_at_once(len(inputs))
+    for tokens, wanted in zip(inputs.split(size, dim=1), targets.split(size, dim=1), strict=True):
+        logits, states = subject.score(tokens.to(subject.device), None, states, use_memory)
+        guesses.append(logits.argmax(-1).cpu())
+        asked = wanted != -100
+        loss = torch.zeros(wanted.shape)
+        at = asked.to(subject.device)
+        right = wanted[asked].to(subject.device)
+        loss[asked] = F.cross_entropy(logits[at].float(), right, reduction="none").cpu()
+        losses.append(loss)
+    return torch.cat(guesses, dim=1), torch.cat(losses, dim=1), states
+
+
 def pad_documents(documents: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Inputs and targets int64 [B, longest - 1]; targets are -100 behind the end of a document."""
     length = max(map(len, documents)) - 1

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from memlm.evaluation.conditions import make_plan
-from memlm.evaluation.scoring import score_targets
+from memlm.evaluation.scoring import guess_and_score, score_targets
 from memlm.evaluation.subject import MemorySubject
 
 
@@ -23,6 +23,21 @@ def test_scores_do_not_depend_on_how_many_logits_are_held(gated_delta, monkeypat
     rows = torch.nn.functional.cross_entropy(expected.transpose(1, 2), targets, reduction="none")
     torch.testing.assert_close(losses, rows, atol=1e-4, rtol=1e-4)
     assert torch.equal(guesses, expected.argmax(-1))
+
+
+@pytest.mark.parametrize("logits", [1, 5000, 1 << 26])
+def test_guesses_and_losses_of_one_pass(gated_delta, monkeypatch, logits):
+    monkeypatch.setattr("memlm.evaluation.subject._LOGITS", logits)
+    tokens, targets = torch.randint(0, 256, (2, 2, 41))
+    targets[0, 5:20] = targets[:, -7] = -100
+    with torch.no_grad():
+        guesses, losses, states = guess_and_score(_subject(gated_delta), tokens, targets, None)
+        expected = gated_delta(tokens).logits
+    rows = torch.nn.functional.cross_entropy(expected.transpose(1, 2), targets, reduction="none")
+    torch.testing.assert_close(losses, rows, atol=1e-4, rtol=1e-4)
+    assert torch.equal(guesses, expected.argmax(-1))
+    # What is not asked is read all the same.
+    assert states["position"].next_position.tolist() == [41, 41]
 
 
 def test_finished_rows_are_not_written(gated_delta):

@@ -22,6 +22,7 @@ GENERATORS = {
     "copying": ("copying", "Copying"),
     "selective_copying": ("copying", "SelectiveCopying"),
     "n_back": ("n_back", "NBack"),
+    "facts": ("facts", "Facts"),
     "group_word_problem": ("group_word_problem", "GroupWordProblem"),
 }
 

@@ -62,8 +62,17 @@ class Generator(ABC):
         """
         return {}
 
+    def loss_counts(self, example: Example, losses: np.ndarray) -> dict[str, float]:
+        """What the measures count of losses, under names of their own; added up like `counts`.
+
+        Args:
+            example: what was shown.
+            losses: float32 [T], cross-entropy of the right answers in nats, 0 where none is asked.
+        """
+        return {}
+
     def measures(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The task's own measures, beside accuracy, from the sums of `counts`."""
+        """The task's own measures, beside accuracy, from the sums of both counts."""
         return {}
 
 

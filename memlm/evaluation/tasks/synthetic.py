@@ -19,6 +19,7 @@ from memlm.errors import UserError
 from memlm.evaluation.conditions import Pass, Plan
 from memlm.evaluation.costs import Meter
 from memlm.evaluation.prompts import Context
+from memlm.evaluation.scoring import guess_and_score
 from memlm.evaluation.subject import Subject
 from memlm.evaluation.tasks.base import PLAIN, Record, Setting, Task, Tools
 
@@ -66,18 +67,22 @@ class Synthetic(Task):
                 continue
             for group in alike.values():
                 found = self._guess([drawn[index] for index in group], subject, one, meter)
-                for condition, guesses in found.items():
+                for condition, answers in found.items():
                     records += [
-                        self._record(setting, index, condition, drawn[index], row)
-                        for index, row in zip(group, guesses, strict=True)
+                        self._record(setting, index, condition, drawn[index], *row)
+                        for index, *row in zip(group, *answers, strict=True)
                     ]
         return records
 
     def _guess(
         self, examples: Sequence[Example], subject: Subject, one: Pass, meter: Meter
-    ) -> dict[str, np.ndarray]:
-        """The most likely answers to examples of one shape, int64 [B, T], by condition."""
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Answers to examples of one shape by condition.
+
+        Those that are most likely, int64 [B, T], and the losses of the right ones, float32 [B, T].
+        """
         ids = np.stack([example.input_ids for example in examples])
+        labels = np.stack([example.labels for example in examples])
         cut = examples[0].context_length
         found, states = {}, None
         with one.ablation():
@@ -92,25 +97,36 @@ class Synthetic(Task):
                 if condition == "swapped" and len(examples) == 1:
                     continue
                 start = subject.fork(subject.ablate(states, condition)) if cut else None
-                asked = torch.from_numpy(ids[:, cut:])
+                asked, right = torch.from_numpy(ids[:, cut:]), torch.from_numpy(labels[:, cut:])
                 with meter.measure("answer", asked.numel()):
-                    guesses, after = subject.guess(asked, start, one.use_memory)
+                    guesses, losses, after = guess_and_score(
+                        subject, asked, right, start, one.use_memory
+                    )
                 if condition not in _APART:
                     meter.saw(subject.state_bytes(after))
-                unasked = np.full((len(ids), cut), -1, dtype=np.int64)
-                found[condition] = np.concatenate([unasked, guesses.numpy()], axis=1)
+                found[condition] = (
+                    np.pad(guesses.numpy(), ((0, 0), (cut, 0)), constant_values=-1),
+                    np.pad(losses.numpy(), ((0, 0), (cut, 0))),
+                )
         meter.advance(ids.size)
         return found
 
     def _record(
-        self, setting: Setting, index: int, condition: str, example: Example, guesses: np.ndarray
+        self,
+        setting: Setting,
+        index: int,
+        condition: str,
+        example: Example,
+        guesses: np.ndarray,
+        losses: np.ndarray,
     ) -> Record:
+        counts = self.generator.counts(example, guesses)
         return Record(
             setting=setting.label,
             trial=index,
             condition=condition,
             score=accuracy(example, guesses),
-            labels={"counts": self.generator.counts(example, guesses)},
+            labels={"counts": counts | self.generator.loss_counts(example, losses)},
             tokens=len(example.input_ids),
             prompt=Context([example.input_ids]).fingerprint(),
         )
