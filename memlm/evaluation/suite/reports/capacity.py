@@ -145,7 +145,7 @@ def draw(results: dict[str, Any], options: Options) -> Any:
         if positive:
             logarithmic_axis(axis.yaxis)
         else:
-            axis.set_ylim(0, max(1.0, 1.05 * max(one["high"] for one in shown if one)))
+            axis.set_ylim(0, max(10.0, 1.05 * max(one["high"] for one in shown if one)))
         counts_axis(axis.xaxis)
         counts_axis(axis.yaxis)
         axis.grid(alpha=0.35, linewidth=0.5)

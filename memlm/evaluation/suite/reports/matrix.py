@@ -36,6 +36,7 @@ class Options:
     """Options of a matrix.
 
     Attributes:
+        task: the evaluation task; by default the only one, or the one with the suite task's name.
         groups: tasks of the suite by the names of their groups, in this order; the others follow.
         beyond: only settings larger than this, the longest trained one, count; by default all.
         solved: a task with at least this score is solved.
@@ -43,6 +44,7 @@ class Options:
         width: of the models; by default the largest of each memory.
     """
 
+    task: str | None = None
     groups: dict | None = None
     beyond: int | None = None
     solved: float = 0.9
@@ -157,7 +159,7 @@ def _grid(
     """By task: the point and the score of every memory."""
     found = {}
     for _, task in _ordered(results, options):
-        evaluation = evaluation_of(results, task, None)
+        evaluation = evaluation_of(results, task, options.task)
         settings = settings_of(points_of(results, task=task), evaluation)
         labels = beyond(settings, options.beyond)
         points = [
