@@ -23,6 +23,7 @@ GENERATORS = {
     "selective_copying": ("copying", "SelectiveCopying"),
     "n_back": ("n_back", "NBack"),
     "facts": ("facts", "Facts"),
+    "bigrams": ("bigrams", "Bigrams"),
     "random_projection": ("random_projection", "RandomProjection"),
     "group_word_problem": ("group_word_problem", "GroupWordProblem"),
 }
