@@ -50,7 +50,7 @@ class Workers:
 
     def __init__(self, count: int | None = None):
         self.gpus = visible_gpus()
-        self.count = count or len(self.gpus) or len(os.sched_getaffinity(0))
+        self.count = count or len(self.gpus) or os.cpu_count()
         self._workers: list[_Worker] = []
 
     @property
@@ -126,7 +126,7 @@ class _Worker:
             self.process.join()
             return Outcome(job, failure=_ending(self.process.exitcode)), False
         if kind == "mistake":
-            raise UserError(value)
+            raise UserError(f"{job}: {value}")
         return Outcome(job, **{kind: value}), True
 
     def end(self) -> None:

@@ -79,7 +79,7 @@ def children():
 
 
 def test_a_mistake_ends_all_of_it(forked):
-    with pytest.raises(UserError, match="wrong key"):
+    with pytest.raises(UserError, match="b: wrong key"):
         list(Workers(2).run(act, [("long", ("sleep", 60)), ("b", ("mistake", "wrong key"))]))
     assert children() == []
 
