@@ -92,9 +92,11 @@ def _cells_of(
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         size = wanted.hidden_size if isinstance(wanted, MemLMConfig) else width
-        for rate in axes.learning_rates or [config.train.learning_rate]:
+        # Muon trains the hidden matrices; the rate of AdamW beside it matters little.
+        swept = "muon_learning_rate" if config.train.optimizer == "muon" else "learning_rate"
+        for rate in axes.learning_rates or [getattr(config.train, swept)]:
             for seed in suite.seeds:
-                train = dataclasses.replace(config.train, learning_rate=rate, seed=seed)
+                train = dataclasses.replace(config.train, **{swept: rate}, seed=seed)
                 data = dataclasses.replace(config.data, seed=seed)
                 own = dataclasses.replace(config, train=train, data=data)
                 yield Cell(task, memory, size, rate, seed, own, *sizes)

@@ -22,7 +22,7 @@ class Axes:
 
     Attributes:
         widths: values of model.hidden_size.
-        learning_rates: values of train.learning_rate.
+        learning_rates: values of train.learning_rate, or of train.muon_learning_rate with Muon.
     """
 
     widths: list[int] | None = None

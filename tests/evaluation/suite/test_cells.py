@@ -46,6 +46,17 @@ def test_without_axes_there_is_the_cell_of_the_run_config(suite_file):
     assert first.parameters == (2 + 4) * 24 + 2 * 24 + 4 * 24 * 24
 
 
+def test_with_muon_its_own_rate_is_swept(suite_file):
+    train = {"optimizer": "muon", "muon_learning_rate": 0.02}
+    path = suite_file(learning_rates=[0.5], memories__attention__train=train)
+    muon, adamw = grid(path)
+    assert (muon.learning_rate, muon.config.train.muon_learning_rate) == (0.5, 0.5)
+    assert muon.config.train.learning_rate != 0.5
+    assert adamw.config.train.learning_rate == 0.5
+    (unswept, _) = grid(suite_file(learning_rates=None, memories__attention__train=train))
+    assert unswept.learning_rate == 0.02
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
