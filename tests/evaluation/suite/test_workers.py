@@ -74,17 +74,22 @@ def test_one_process_takes_the_jobs_in_turn_and_tells_of_the_one_it_is_at(forked
     assert "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] == "1"
 
 
+@pytest.fixture
 def children():
-    return psutil.Process().children(recursive=True)
+    """The processes that a test has started; other tests may have left servers of theirs."""
+    before = {one.pid for one in psutil.Process().children(recursive=True)}
+    return lambda: [
+        one for one in psutil.Process().children(recursive=True) if one.pid not in before
+    ]
 
 
-def test_a_mistake_ends_all_of_it(forked):
+def test_a_mistake_ends_all_of_it(forked, children):
     with pytest.raises(UserError, match="b: wrong key"):
         list(Workers(2).run(act, [("long", ("sleep", 60)), ("b", ("mistake", "wrong key"))]))
     assert children() == []
 
 
-def test_processes_end_when_nobody_waits_for_them_and_ctrl_c_is_not_theirs(forked):
+def test_processes_end_when_nobody_waits_for_them_and_ctrl_c_is_not_theirs(forked, children):
     with closing(Workers(2).run(act, [("a", ("sleep", 60)), ("b", ("sleep", 60))])) as outcomes:
         assert next(outcomes) is None
         time.sleep(0.2)
