@@ -88,11 +88,16 @@ def expand_tasks(names: list[str]) -> list[str]:
     return list(found)
 
 
+def task_class(name: str) -> type[Task]:
+    """The class of the task `name`."""
+    module, task = TASKS[name]
+    return getattr(import_module(f"memlm.evaluation.tasks.{module}"), task)
+
+
 def make_task(name: str, tools: Tools) -> Task:
     """The task `name`.
 
     Raises:
         UserError: for sizes that cannot work, a tokenizer that does not fit, a missing corpus.
     """
-    module, task = TASKS[name]
-    return getattr(import_module(f"memlm.evaluation.tasks.{module}"), task)(name, tools)
+    return task_class(name)(name, tools)

@@ -106,16 +106,16 @@ def length_cells():
         cell("attention", 16, {"16": 0.0, "32": 0.0}),
         cell("attention", 32, {"16": 1.0, "32": 0.5}),
         cell("delta", 32, {"16": 1.0, "32": None}),
-        cell("attention", 32, {"16": 0.5, "32": 0.25}, task="cycle"),
+        cell("attention", 32, {"16": 0.5, "32": 0.25}, task="induction"),
         cell("min_gru", 32, {}, error=FAILURE),
-        cell("min_gru", 32, {"16": 0.75, "32": 0.5}, task="cycle"),
+        cell("min_gru", 32, {"16": 0.75, "32": 0.5}, task="induction"),
     ]
 
 
 def test_table_by_length_has_the_largest_width(reports):
     results = suite(length_cells(), kind="lengths")
     table = reports.make_table(results)
-    first, second = table.split("**cycle**")
+    first, second = table.split("**induction**")
     assert [[row[0], row[1], *row[4:]] for row in rows(first)] == [
         ["memory", "width", "16 (%)", "32 (%)"],
         ["attention", "32", "100.0", "50.0"],
@@ -132,12 +132,14 @@ def test_table_by_length_has_the_largest_width(reports):
 
 def test_lines_by_length(reports):
     results = suite(length_cells(), kind="lengths", trained=20)
-    (parity, cycle), figure = drawn(reports, results)
+    (parity, induction), figure = drawn(reports, results)
     assert list(parity) == ["attention", "delta"]
     assert parity["attention"][1] == [100.0, 50.0]
     assert parity["delta"][1][0] == 100.0
     assert parity["delta"][1][1] != parity["delta"][1][1]  # not a number: a gap
-    assert cycle["min_gru"][1] == [75.0, 50.0]
+    assert induction["min_gru"][1] == [75.0, 50.0]
+    first = figure.axes[0]
+    assert (first.get_xlabel(), first.get_ylabel()) == ("length (tokens)", "accuracy (%)")
     # Moved to both sides of the length by the same factor, the one between them not at all.
     assert parity["attention"][0] == pytest.approx([16 * 2**-0.2, 32 * 2**-0.2])
     assert parity["delta"][0] == [16, 32]

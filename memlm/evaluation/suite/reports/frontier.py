@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 
 from memlm.errors import UserError
-from memlm.evaluation.report.numbers import bytes_text
+from memlm.evaluation.report.numbers import bytes_text, unit_of
 from memlm.evaluation.suite.reports.drawing import (
     draw_chance,
     draw_legend,
@@ -19,12 +19,14 @@ from memlm.evaluation.suite.reports.reading import (
     MISSING_POINT,
     Point,
     Score,
+    axis_of,
     bold_best,
     check_chance,
     check_condition,
     check_setting,
     evaluation_of,
     markdown,
+    metric_of,
     names,
     points_of,
     score_at,
@@ -138,9 +140,9 @@ def draw(results: dict[str, Any], options: Options) -> Any:
         _byte_axis(axis, places)
         axis.set_xlabel("state of a row")
         score_axis(axis, options.loss)
-        shown = f"{evaluation or task}: {setting}"
-        axis.set_title(shown if len(tasks) == 1 else f"{task}, {setting}")
-    axes[0].set_ylabel("loss" if options.loss else "score (%)")
+        shown = f"{setting} {unit_of(axis_of(evaluation))}" if setting.isdigit() else setting
+        axis.set_title(shown if len(tasks) == 1 else f"{task}, {shown}")
+    axes[0].set_ylabel(metric_of(wanted[0][1]))
     draw_chance(axes, options.chance, factor)
     said = {memory: ", ".join(sorted(texts)) for memory, texts in remarks.items()}
     draw_legend(figure, axes, memories, said)

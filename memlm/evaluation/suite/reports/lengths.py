@@ -18,6 +18,7 @@ from memlm.evaluation.suite.reports.reading import (
     FAILED,
     MISSING_POINT,
     Point,
+    axis_of,
     bold_best,
     check_chance,
     check_condition,
@@ -26,6 +27,7 @@ from memlm.evaluation.suite.reports.reading import (
     chosen_points,
     evaluation_of,
     markdown,
+    metric_of,
     names,
     points_of,
     score_at,
@@ -124,13 +126,13 @@ def draw(results: dict[str, Any], options: Options) -> Any:
                 why = FAILED if point is not None and point["error"] else MISSING_POINT
                 absent.setdefault(memory, []).append(why)
         if settings:
-            places.mark(axis, "setting")
+            places.mark(axis, axis_of(evaluation))
         if options.trained is not None and settings and places.logarithmic:
             axis.axvline(options.trained, color=GREY, linewidth=0.9, linestyle="--",
                          label="trained length", zorder=1)  # fmt: skip
         score_axis(axis, options.loss)
         axis.set_title(task)
-    axes[0].set_ylabel("loss" if options.loss else "score (%)")
+    axes[0].set_ylabel(metric_of(evaluation))
     draw_chance(axes, options.chance, factor)
     said = {memory: _remark(reasons, len(tasks)) for memory, reasons in absent.items()}
     draw_legend(figure, axes, memories, said)

@@ -8,6 +8,7 @@ from memlm.errors import UserError, nearest
 from memlm.evaluation.config import ALL_CONDITIONS
 from memlm.evaluation.report.numbers import MISSING, bytes_text, value_text
 from memlm.evaluation.report.shape import in_order, number_of
+from memlm.evaluation.tasks import task_class
 
 Point = dict[str, Any]
 Score = dict[str, Any]  # {"mean", "low", "high"}
@@ -65,6 +66,16 @@ def chosen_points(results: dict[str, Any], width: int | None) -> list[Point]:
         for memory in names(results, "memory")
     ]
     return [point for point in found if point is not None]
+
+
+def axis_of(evaluation: str | None) -> str:
+    """What a setting of an evaluation task is, with its unit."""
+    return "setting" if evaluation is None else task_class(evaluation).axis
+
+
+def metric_of(evaluation: str | None) -> str:
+    """What a score of an evaluation task is, with its unit."""
+    return "score" if evaluation is None else task_class(evaluation).metric
 
 
 def evaluation_of(results: dict[str, Any], task: str, wanted: str | None) -> str | None:
