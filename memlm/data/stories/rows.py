@@ -3,13 +3,11 @@
 import numpy as np
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from memlm.data.example_rows import IGNORED, ExampleRows
 from memlm.data.stories.make import make_story
 from memlm.data.stories.tokens import StoryTokens
-from memlm.data.text_rows import IGNORED
 from memlm.errors import UserError
 
-ANSWER_GROUP = 1  # loss group of the tokens of an answer
-_PADDING = 0
 _TRIES = 16  # stories, until one fits an empty row
 
 
@@ -47,30 +45,18 @@ class StoryRows:
         self._story(np.random.default_rng(seed), length, [sentences[0]] * _TRIES)
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows `indices` as arrays [len(indices), length] int64.
-
-        What is left of a row behind its stories is padding: segment 0, without targets.
-        """
-        shape = (len(indices), self.length)
-        rows = {
-            "input_ids": np.full(shape, _PADDING, dtype=np.int64),
-            "labels": np.full(shape, IGNORED, dtype=np.int64),
-            "segment_ids": np.zeros(shape, dtype=np.int64),
-            "position_ids": np.zeros(shape, dtype=np.int64),
-        }
+        """The rows `indices` as arrays [len(indices), length] int64; see `ExampleRows`."""
+        rows = ExampleRows(len(indices), self.length)
         for row, index in enumerate(indices):
             rng = np.random.default_rng([self.seed, int(index), self.number])
-            start, number = 0, 1
-            while (found := self._next(rng, self.length - start, first=number == 1)) is not None:
+            first = True
+            while (found := self._next(rng, rows.room(row), first)) is not None:
                 ids, answer = found
-                place = slice(start, start + len(ids) - 1)
-                rows["input_ids"][row, place] = ids[:-1]
-                rows["labels"][row, place.stop - answer : place.stop] = ids[-answer:]
-                rows["segment_ids"][row, place] = number
-                rows["position_ids"][row, place] = np.arange(len(ids) - 1)
-                start, number = place.stop, number + 1
-        groups = np.where(rows["labels"] != IGNORED, ANSWER_GROUP, 0)
-        return rows | {"loss_groups": groups}
+                labels = np.full(len(ids) - 1, IGNORED, dtype=np.int64)
+                labels[-answer:] = ids[-answer:]
+                rows.add(row, ids[:-1], labels)
+                first = False
+        return rows.batch()
 
     def _next(
         self, rng: np.random.Generator, room: int, first: bool

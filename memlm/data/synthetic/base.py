@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-IGNORED = -100
+from memlm.data.example_rows import IGNORED
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from memlm.data.synthetic.base import IGNORED, Generator
+from memlm.data.example_rows import ExampleRows
+from memlm.data.synthetic.base import Generator
 from memlm.errors import UserError
-
-_PADDING = 0
 
 
 class SyntheticRows:
@@ -39,28 +38,13 @@ class SyntheticRows:
             generator.check(size)
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The rows `indices` as arrays [len(indices), length] int64; answers in loss group 1.
-
-        What is left of a row behind its examples is padding: segment 0, without targets.
-        """
-        shape = (len(indices), self.length)
-        rows = {
-            "input_ids": np.full(shape, _PADDING, dtype=np.int64),
-            "labels": np.full(shape, IGNORED, dtype=np.int64),
-            "segment_ids": np.zeros(shape, dtype=np.int64),
-            "position_ids": np.zeros(shape, dtype=np.int64),
-        }
+        """The rows `indices` as arrays [len(indices), length] int64; see `ExampleRows`."""
+        rows = ExampleRows(len(indices), self.length)
+        shortest, longest = self.lengths
         for row, index in enumerate(indices):
             rng = np.random.default_rng([self.seed, int(index), self.number])
-            start, number = 0, 1
-            shortest, longest = self.lengths
-            while start + shortest <= self.length:
-                size = int(rng.integers(shortest, min(longest, self.length - start) + 1))
+            while (room := rows.room(row)) >= shortest:
+                size = int(rng.integers(shortest, min(longest, room) + 1))
                 example = self.generator.example(size, rng)
-                place = slice(start, start + len(example.input_ids))
-                rows["input_ids"][row, place] = example.input_ids
-                rows["labels"][row, place] = example.labels
-                rows["segment_ids"][row, place] = number
-                rows["position_ids"][row, place] = np.arange(len(example.input_ids))
-                start, number = place.stop, number + 1
-        return rows | {"loss_groups": (rows["labels"] != IGNORED).astype(np.int64)}
+                rows.add(row, example.input_ids, example.labels)
+        return rows.batch()
