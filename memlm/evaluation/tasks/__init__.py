@@ -66,6 +66,7 @@ GROUPS = {
     "scbench": _SCBENCH,
     "recall_completion": _RECALL_COMPLETION,
     "longbench": _LONGBENCH,
+    "chomsky": tuple(name for name in GENERATORS if name.startswith("chomsky_")),
 }
 
 
