@@ -5,8 +5,9 @@ import torch
 
 from memlm.memory import ProductKey, ProductKeyConfig, UsageStatistics
 from memlm.memory.base import CallContext
-from memlm.training import Trainer
+from memlm.training import Trainer, trainer
 from memlm.training.logs import METRICS_FILE, PLOT_FILE, read_metrics
+from memlm.training.plot import plot_run
 from memlm.training.usage import USAGE_PLOT_FILE, WINDOW, UsageLog, rank_curve
 
 FFN = {"type": "product_key", "num_keys": 6, "num_heads": 2, "top_k": 3}
@@ -29,10 +30,12 @@ def usage_of(config):
 
 
 @pytest.fixture
-def no_pictures():
-    """Here they are drawn."""
+def pictures(no_pictures, monkeypatch):
+    """They are drawn after all."""
+    monkeypatch.setattr(trainer, "plot_run", plot_run)
 
 
+@pytest.mark.usefixtures("pictures")
 def test_training_logs_and_draws_usage(make_config):
     config = make_config(model={"layers": [{**LAYER, "repeat": 2}]}, evaluation_rows=2)
     Trainer(config).run()
@@ -49,6 +52,7 @@ def test_training_logs_and_draws_usage(make_config):
     assert (config.output_dir / PLOT_FILE).stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("pictures")
 def test_without_product_keys_nothing_is_drawn(make_config):
     config = make_config(steps=1)
     Trainer(config).run()
@@ -68,17 +72,17 @@ def test_recomputed_tokens_and_padding_do_not_count(make_config, monkeypatch):
         Trainer(config).run()
     assert usage_of(saving) == usage_of(plain)
 
-    trainer = Trainer(make_config("padded", model={"layers": [LAYER]}, steps=1))
-    get = trainer.feed.get
+    run = Trainer(make_config("padded", model={"layers": [LAYER]}, steps=1))
+    get = run.feed.get
 
     def padded(step):
         batch = get(step)
         batch["segment_ids"][0, :30] = 0
         return batch
 
-    monkeypatch.setattr(trainer.feed, "get", padded)
-    trainer.run()
-    assert usage_of(trainer.config)[0][f"{SITE}.reads_per_slot"] == (256 - 30) * 2 * 3 / 36
+    monkeypatch.setattr(run.feed, "get", padded)
+    run.run()
+    assert usage_of(run.config)[0][f"{SITE}.reads_per_slot"] == (256 - 30) * 2 * 3 / 36
 
 
 def memory():
@@ -136,18 +140,18 @@ def test_rank_curve_is_relative_to_the_mean():
 
 def test_reads_of_skipped_steps_do_not_count(make_config):
     config = make_config(model={"layers": [LAYER]}, steps=4, log_every=4, reinit_keys_after=8)
-    trainer = Trainer(config)
-    passes = trainer.guard.passes
-    trainer.guard.passes = lambda *found: passes(*found) and trainer.step not in (0, 2)
+    run = Trainer(config)
+    passes = run.guard.passes
+    run.guard.passes = lambda *found: passes(*found) and run.step not in (0, 2)
     counted = []
-    after_step = trainer.dead_keys.after_step
+    after_step = run.dead_keys.after_step
 
     def watched(step, last=False):
-        counted.append(int(trainer.usage.recorders[SITE].half_keys.sum()))
+        counted.append(int(run.usage.recorders[SITE].half_keys.sum()))
         return after_step(step, last)
 
-    trainer.dead_keys.after_step = watched
-    trainer.run()
+    run.dead_keys.after_step = watched
+    run.run()
     reads = 256 * 2 * 3
     assert counted == [0, 2 * reads, 0, 2 * reads]
     reported = [record.get(f"{SITE}.reads_per_slot", 0) for record in usage_of(config)]
