@@ -246,6 +246,7 @@ def test_a_full_disk_leaves_whole_checkpoints_of_sharded_weights(make_config, sm
     options = {"steps": 40, "save_every": 1, "keep_checkpoints": 40, "log_every": 100}
     config = make_config("disk/run", **options)
     full = r"checkpoints/.*step_\d+.*: could not be written \(No space left on device\)"
+    (small_disk / "filler").write_bytes(bytes(600_000))
     with pytest.raises(AssertionError, match=full):
         train_in_two(Job(config, sharded=True))
     found = complete_checkpoints(config.output_dir)
