@@ -35,6 +35,7 @@ def test_two_processes_with_all_memories():
     require_the_same(2, worker.KINDS, [worker.ALL])
 
 
+@pytest.mark.slow
 def test_four_processes_with_all_memories():
     require_the_same(4, ("fsdp2",), [worker.ALL])
 
