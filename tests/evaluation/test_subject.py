@@ -55,7 +55,7 @@ def ids(length: int, seed: int = 0) -> np.ndarray:
 
 def ragged_trials() -> list[Trial]:
     """Contexts of 1 to 90 tokens, one to three questions of 1 to 20 tokens, answers of 2 to 7."""
-    asked = [(3,), (20, 1, 7), (5, 5), (1,), (9, 14)]
+    asked = [(3,), (20, 1, 7), (5, 5)]
     return [
         Trial(
             Context([ids(length, row)]),
@@ -64,7 +64,7 @@ def ragged_trials() -> list[Trial]:
                 for number, size in enumerate(sizes)
             ),
         )
-        for row, (length, sizes) in enumerate(zip((50, 90, 17, 1, 64), asked, strict=True))
+        for row, (length, sizes) in enumerate(zip((50, 90, 1), asked, strict=True))
     ]
 
 
@@ -110,7 +110,7 @@ def test_neighbours_change_nothing(make, name):
         together = subject.ask(trials, one, Meter())
         assert together == alone(subject, trials, one)
         for answers in together.values():
-            assert [len(row) for row in answers] == [1, 3, 2, 1, 2]
+            assert [len(row) for row in answers] == [1, 3, 2]
             assert len({answer for row in answers for answer in row}) > 4
 
 
@@ -119,7 +119,7 @@ def test_neighbours_change_nothing(make, name):
 def test_conditions_differ_and_leave_the_states(make, name):
     """What was asked before, and in which condition, changes no later answer."""
     subject = make(name)
-    trials = ragged_trials()[:3]
+    trials = ragged_trials()
     states = subject.read_contexts([trial.context for trial in trials])
     before = {key: state.clone().tensors() for key, state in states.items()}
     tokens = torch.full((3, 4), 65)
