@@ -99,7 +99,7 @@ def short_groups():
 @pytest.mark.parametrize(
     ("lengths", "D", "hidden", "refresh_every"),
     [
-        ((33, 16), 16, 32, 1),
+        ((33,), 16, 32, 1),
         ((40, 5), 12, 20, 2),
         ((17,), 16, 16, 0),
     ],
