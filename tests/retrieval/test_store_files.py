@@ -346,6 +346,7 @@ def save_forever(folder: Path, ready: Path) -> None:
             ready.touch()
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     stores = [make_store(seed, capacity=3000, written=3100) for seed in (20, 21)]
     random.seed(0)
