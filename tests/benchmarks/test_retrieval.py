@@ -1,10 +1,12 @@
 """The comparison with faiss: its data, what counts as agreement, and what the command tells."""
 
+import functools
 import json
 
 import pytest
 import torch
 
+from benchmarks import library
 from benchmarks.retrieval import __main__ as command
 from benchmarks.retrieval import cpu, measure
 from benchmarks.retrieval.measure import NAMES, OURS, PEER
@@ -13,6 +15,12 @@ from memlm.cuda.topk_search import native
 
 needs_native = pytest.mark.native(native.SOURCE)
 SMALL = Problem(1500, 16, 30, 8)
+
+
+@pytest.fixture
+def vectors_once(monkeypatch):
+    """The vectors of a problem, which take longer to make than to search, are made once."""
+    monkeypatch.setattr(Problem, "vectors", functools.cache(Problem.vectors))
 
 
 def test_vectors_are_always_the_same_unit_vectors():
@@ -69,9 +77,11 @@ def test_threads_are_set_back():
 
 
 @needs_native
+@pytest.mark.usefixtures("vectors_once")
 def test_quick_run(tmp_path, capsys, monkeypatch):
     # Memory without processes of their own, which take seconds to start.
     monkeypatch.setattr(measure, "peak_memory", measure.peak_growth)
+    monkeypatch.setattr(library.gc, "collect", lambda: 0)  # of all that pytest holds
     arguments = ["--device", "cpu", "--quick", "--repeats", "2", "--output", str(tmp_path)]
     assert command.main(arguments) == 0
     (path,) = tmp_path.glob("*/retrieval_cpu_quick.json")
@@ -90,6 +100,7 @@ def test_quick_run(tmp_path, capsys, monkeypatch):
 
 
 @needs_native
+@pytest.mark.usefixtures("vectors_once")
 def test_results_that_differ_end_with_1(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "peak_memory", lambda problem, name: 0)
     monkeypatch.setattr(measure, "ROUNDING", -1.0)
