@@ -1,4 +1,3 @@
-import gc
 import json
 import os
 import subprocess
@@ -344,7 +343,6 @@ class Saved:
 
 
 def most_saved(model, segment, length):
-    gc.collect()
     saved = Saved()
     with saved_tensors_hooks(saved.pack, lambda box: box.tensor):
         run(model, passes_of(model, segment), make_batch(length=length))
