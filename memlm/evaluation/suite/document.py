@@ -96,7 +96,9 @@ def _section(label: str, results: dict[str, Any], table: str, link: str) -> str:
         where.append(f"{machine['cores']} cores")
     if machine.get("gpu"):
         where.append(machine["gpu"])
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in results["versions"].items() if name != "platform"
+    )
     return "\n".join(
         [
             f"<!-- suite {label} -->",
