@@ -21,6 +21,7 @@ TITLES = {
     "babilong": "BABILong",
     "stories": "Stories",
     "scbench": "SCBench",
+    "chomsky": "Chomsky hierarchy",
     "recall_completion": "Recall by completion",
     "longbench": "LongBench",
 }
