@@ -38,11 +38,10 @@ def names() -> list[str]:
     return [*found, ALL]
 
 
-def all_layers(**stable: bool) -> list[dict[str, Any]]:
+def all_layers() -> list[dict[str, Any]]:
     """Every memory, with a table and a store that layers share.
 
-    Args:
-        stable: options of `lact` in which it does not amplify rounding.
+    The steps that orthogonalise the updates of lact would amplify the rounding of all others.
     """
 
     def entry(name: str, **options: Any) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def all_layers(**stable: bool) -> list[dict[str, Any]]:
     store = entry("knn_cache", **KNN_CACHE, share="store")
     mac = entry("titans", variant="mac", **TITANS, **TITANS_ATTENTION)
     heads = {"num_heads": 2, "head_dim": 8}
-    lact = entry("lact", **{**LACT, **stable}, parallel=True)
+    lact = entry("lact", **{**LACT, "orthogonalise": False}, parallel=True)
     linear = entry("linear_attention", **heads)
     return [
         {"mixer": entry("gated_delta", **GATED_DELTA), "memory": store, "ffn": table},
@@ -67,10 +66,7 @@ def all_layers(**stable: bool) -> list[dict[str, Any]]:
 def build(name: str, dtype: torch.dtype) -> MemLMForCausalLM:
     """The model of a case, the same on every process."""
     if name == ALL:
-        stable = {"orthogonalise": False} if dtype == torch.float32 else {}
-        return build_model(
-            all_layers(**stable), dtype, output={"type": "neural_cache", "capacity": 12}
-        )
+        return build_model(all_layers(), dtype, output={"type": "neural_cache", "capacity": 12})
     case = next(case for case in cases() if str(case) == name)
     stable = case.spec.stable if dtype == torch.float32 else {}
     return case.build(dtype, repeat=case.repeat, **stable)

@@ -8,7 +8,8 @@ from tests.memory.processes import run_processes
 from tests.training import parallel_worker as worker
 
 EXACT = 1e-9  # of float64, where another order of sums is all that may differ
-AMPLIFIED = 1e-8  # the steps that orthogonalise the updates of lact amplify that to 1.5e-9
+# Of lact as it is: on one process, weights that differ by 2e-16 already move its gradients by 1e-7.
+AMPLIFIED = 1e-5
 
 
 def require_the_same(count, kinds, names, dtype=torch.float64, tolerance=EXACT):
@@ -43,7 +44,9 @@ def test_four_processes_with_all_memories():
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "kinds"), [(2, worker.KINDS), (4, ("fsdp2",))])
 def test_each_memory(count, kinds):
-    require_the_same(count, kinds, worker.names(), tolerance=AMPLIFIED)
+    amplifying = [name for name in worker.names() if name.startswith("lact")]
+    require_the_same(count, kinds, [name for name in worker.names() if name not in amplifying])
+    require_the_same(count, kinds, amplifying, tolerance=AMPLIFIED)
 
 
 @pytest.mark.slow
