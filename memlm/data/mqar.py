@@ -144,15 +144,24 @@ def check_mqar_overwrite(vocab_size: int, length: int, pairs: int, overwritten: 
 
 
 class MqarRows:
-    """Training rows: row `index` is one MQAR sequence, a pure function of (seed, index)."""
+    """Training rows: row `index` is one MQAR sequence, a pure function of all arguments.
+
+    `number` is that of the source among those of MQAR, so that two do not draw the same rows.
+    """
 
     def __init__(
-        self, vocab_size: int, length: int, pairs: int | None, seed: int, random_filler: bool
+        self,
+        vocab_size: int,
+        length: int,
+        pairs: int | None,
+        seed: int,
+        random_filler: bool,
+        number: int = 0,
     ) -> None:
         self.pairs = max(1, length // 16) if pairs is None else pairs
         check_mqar(vocab_size, length, self.pairs)
         self.vocab_size, self.length, self.seed = vocab_size, length, seed
-        self.random_filler = random_filler
+        self.random_filler, self.number = random_filler, number
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The rows `indices` as arrays [len(indices), length] int64; targets in loss group 1."""
@@ -161,7 +170,7 @@ class MqarRows:
                 self.vocab_size,
                 self.length,
                 self.pairs,
-                np.random.default_rng([self.seed, int(index)]),
+                np.random.default_rng([self.seed, int(index), self.number]),
                 random_filler=self.random_filler,
             )
             for index in indices

@@ -197,20 +197,32 @@ class PackedDataset:
     def _make_rows(
         self, source: Source, lanes: int, number: int
     ) -> CorpusRows | StreamRows | PasskeyRows | MqarRows | StoryRows | SyntheticRows:
+        # Of the same type: one that is the only one of its type has the same rows at any place.
+        before = sum(type(one) is type(source) for one in self.sources[:number])
         if isinstance(source, PasskeySource):
             tokens = self.store.corpus(source, self.split).tokens
             return PasskeyRows(
-                tokens, self.tokenizer, self.length, self.seed, source.digits, source.queries
+                tokens,
+                self.tokenizer,
+                self.length,
+                self.seed,
+                source.digits,
+                source.queries,
+                before,
             )
         drawn = self.seed if self.split == "train" else _HELD_OUT_SEED
         if isinstance(source, MqarSource):
-            vocabulary = source.vocab_size or min(_MQAR_VOCABULARY, self.tokenizer.vocab_size)
+            vocabulary = source.vocab_size
+            if vocabulary is None:
+                vocabulary = min(_MQAR_VOCABULARY, self.tokenizer.vocab_size)
             if vocabulary > len(self.tokenizer):
                 raise UserError(
                     f"mqar: vocab_size {vocabulary} is larger than the tokenizer's "
                     f"{len(self.tokenizer)}"
                 )
-            return MqarRows(vocabulary, self.length, source.pairs, drawn, source.random_filler)
+            return MqarRows(
+                vocabulary, self.length, source.pairs, drawn, source.random_filler, before
+            )
         if isinstance(source, StoriesSource):
             return StoryRows(
                 self.tokenizer, self.length, drawn, source.hops, source.sentences, number

@@ -82,7 +82,9 @@ class PasskeyRows:
     than late (squared uniform depth), because long distances are the ones that need practice;
     the last copy comes at the last line boundary of the row and the others anywhere between, so
     all distances up to the row length occur. Fewer digits and copies are drawn where a row is too
-    short for more. Row `index` is a pure function of (corpus, length, seed, digits, queries).
+    short for more. Row `index` is a pure function of (corpus, length, seed, digits, queries,
+    number); `number` is that of the source among those of pass keys, so that two do not draw the
+    same rows.
     """
 
     def __init__(
@@ -93,9 +95,14 @@ class PasskeyRows:
         seed: int,
         digits: tuple[int, int],
         queries: tuple[int, int],
+        number: int = 0,
     ) -> None:
         self.pieces = passkey_tokens(tokenizer)
-        self.length, self.seed, self.digits, self.queries = length, seed, digits, queries
+        self.length, self.digits, self.queries = length, digits, queries
+        self.seed = seed
+        if number:
+            mixed = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)
+            self.seed = int(mixed[0])
         self.room = int(_LARGEST_SHARE * length)
         least = (queries[0] + 1) * (self.pieces.overhead + digits[0])
         if least > self.room:

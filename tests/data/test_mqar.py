@@ -188,6 +188,10 @@ def test_training_rows() -> None:
     assert batch["input_ids"].max() < 256
     assert not np.array_equal(batch["input_ids"][0], batch["input_ids"][1])
     assert np.array_equal(data.row(1)["input_ids"], batch["input_ids"][1])
-    with pytest.raises(UserError, match="vocab_size 1000 is larger"):
-        sources = [{"type": "mqar", "vocab_size": 1000}]
-        PackedDataset(DataConfig(sources=sources), tokenizer, "train", 128)
+    for vocab_size, message in (
+        (1000, "vocab_size 1000 is larger"),
+        (0, "8 pairs need a vocabulary of 18, got 0"),
+    ):
+        sources = [{"type": "mqar", "vocab_size": vocab_size}]
+        with pytest.raises(UserError, match=message):
+            PackedDataset(DataConfig(sources=sources), tokenizer, "train", 128)
