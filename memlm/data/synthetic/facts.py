@@ -10,6 +10,8 @@ import numpy as np
 from memlm.data.synthetic.base import IGNORED, Example, Generator
 from memlm.errors import UserError
 
+_MOST_FACTS = 100_000_000  # a table of 800 MB
+
 
 @dataclass(frozen=True)
 class Facts(Generator):
@@ -67,6 +69,11 @@ class Facts(Generator):
                 "facts: needs subjects >= 1, relations >= 1 and objects >= 2, got "
                 f"{self.subjects}, {self.relations} and {self.objects}"
             )
+        if self.facts > _MOST_FACTS:
+            raise UserError(
+                f"facts: {self.subjects} subjects and {self.relations} relations are {self.facts} "
+                f"facts; the most is {_MOST_FACTS}"
+            )
         if self.subject_tokens not in (1, 2):
             raise UserError(f"facts: subject_tokens must be 1 or 2, got {self.subject_tokens}")
         if self.world_seed < 0:
@@ -81,15 +88,24 @@ class Facts(Generator):
             )
 
     def example(self, length: int, rng: np.random.Generator) -> Example:
-        size = self.subject_tokens + 1
-        chosen = rng.choice(self.facts, size=length // size, replace=False)
+        size, symbols = self.subject_tokens + 1, self._symbols
+        count = length // size
+        # The same numbers either way; rows of single facts draw many, and `choice` is slow.
+        if count == 1:
+            chosen = rng.integers(self.facts, size=1)
+        else:
+            chosen = rng.choice(self.facts, size=count, replace=False)
         subjects, relations = np.divmod(chosen, self.relations)
-        symbols = np.divmod(subjects, self._symbols) if size == 3 else (subjects,)
-        input_ids = np.stack([*symbols, self._symbols + relations], axis=1).reshape(-1)
-        labels = np.full(len(input_ids), IGNORED, dtype=np.int64)
+        input_ids = np.empty((count, size), dtype=np.int64)
+        if size == 3:
+            input_ids[:, 0], input_ids[:, 1] = np.divmod(subjects, symbols)
+        else:
+            input_ids[:, 0] = subjects
+        input_ids[:, -1] = symbols + relations
+        labels = np.full((count, size), IGNORED, dtype=np.int64)
         table = _table(self.world_seed, self.facts, self.objects)
-        labels[size - 1 :: size] = self._symbols + self.relations + table[chosen]
-        return Example(input_ids, labels)
+        labels[:, -1] = symbols + self.relations + table[chosen]
+        return Example(input_ids.reshape(-1), labels.reshape(-1))
 
     def counts(self, example: Example, guesses: np.ndarray) -> dict[str, float]:
         asked = example.labels != IGNORED

@@ -57,6 +57,18 @@ def test_facts_are_documents_of_training_rows() -> None:
             assert labels[start + 2] == table[tuple(ids[start : start + 3])]
 
 
+def test_a_fact_alone_is_drawn_as_several_are() -> None:
+    """Rows of single facts are the same whichever of numpy's draws makes them."""
+    for facts in (60, 9999, 10_001, 4_000_000):
+        for seed in range(40):
+            one, other = np.random.default_rng(seed), np.random.default_rng(seed)
+            task = Facts(facts, 1, 5, subject_tokens=1)
+            for _ in range(3):
+                (subject, _) = task.example(3, one).input_ids
+                assert subject == other.choice(facts, size=1, replace=False)[0]
+            assert one.random() == other.random()
+
+
 def test_worlds_differ() -> None:
     one, other = (Facts(world_seed=seed).example(300, np.random.default_rng(0)) for seed in (0, 1))
     assert np.array_equal(one.input_ids, other.input_ids)
@@ -85,6 +97,7 @@ def test_measures_by_hand() -> None:
         ({"subjects": 0}, 3, "needs subjects >= 1"),
         ({"objects": 1}, 3, "objects >= 2, got 1024, 4 and 1"),
         ({"subject_tokens": 3}, 8, "subject_tokens must be 1 or 2, got 3"),
+        ({"subjects": 10**8}, 8, "are 400000000 facts; the most is 100000000"),
         ({"world_seed": -1}, 8, "world_seed must be >= 0, got -1"),
         ({}, 2, "a fact needs 3 tokens, got 2"),
         ({"subjects": 2, "relations": 2}, 15, "15 tokens hold 5 different facts, .* has 4"),
