@@ -31,5 +31,5 @@ def require_known(given: Iterable[str], known: Iterable[str], where: str) -> Non
     known = list(known)
     for key in given:
         if key not in known:
-            hint = nearest(key, known) or f" (valid: {', '.join(sorted(known))})"
+            hint = nearest(key, known) or f" (valid: {', '.join(sorted(known)) or 'none'})"
             raise UserError(f"{where}: unknown key {key!r}{hint}")

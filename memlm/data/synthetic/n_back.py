@@ -46,7 +46,9 @@ class NBack(Generator):
         # One may be the target, two may be lures.
         if self.symbols < 4:
             raise UserError(f"n_back: symbols must be >= 4, got {self.symbols}")
-        if not (0 < self.targets < 1 and 0 <= self.lures <= 1 - self.targets):
+        # 1 - 0.9 is less than 0.1 in floats.
+        together = self.targets + self.lures
+        if not (0 < self.targets < 1 and self.lures >= 0 and together <= 1 + 1e-9):
             raise UserError(
                 "n_back: needs targets in (0, 1) and lures in [0, 1 - targets], got "
                 f"{self.targets} and {self.lures}"

@@ -11,6 +11,7 @@ from memlm.data.synthetic.base import IGNORED, Example, Generator
 from memlm.errors import UserError
 
 _CHANNELS = 16  # of the base task
+_MOST_NOISE = 1000  # where no class can be told from another; squares of larger ones overflow
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,16 @@ class RandomProjection(Generator):
             ("classes", 2),
             ("dimensions", 1),
             ("levels", 2),
-            ("noise", 0),
             ("tasks", 0),
             ("world_seed", 0),
         ):
             value = getattr(self, name)
             if value < least:
                 raise UserError(f"random_projection: {name} must be >= {least}, got {value}")
+        if not 0 <= self.noise <= _MOST_NOISE:
+            raise UserError(
+                f"random_projection: noise must be in [0, {_MOST_NOISE}], got {self.noise}"
+            )
         size = self.dimensions + 1
         if length < size:
             raise UserError(

@@ -70,6 +70,7 @@ def test_a_task_is_a_source() -> None:
         ({"type": "induction", "tokens": 9.5}, r"sources\[0\].tokens: needs int, got 9.5"),
         ({"type": "induction", "tokens": True}, r"sources\[0\].tokens: needs int, got True"),
         ({"type": "group_word_problem", "group": 5}, r"sources\[0\].group: needs str, got 5"),
+        ({"type": "parity", "tokens": 3}, r"'tokens' \(valid: lengths, weight\)"),
         ({"type": "parity", "lengths": 8}, r"sources\[0\].lengths: needs a list of 2 values"),
         ({"type": "parity", "lengths": [8, 4]}, "lengths: needs 1 <= lowest <= highest"),
         ({"type": "parity", "lengths": [0, 4]}, "lengths: needs 1 <= lowest <= highest"),
@@ -135,14 +136,32 @@ def test_held_out_rows_are_none_of_training(source: dict) -> None:
         packed(source, seed=_HELD_OUT_SEED)
 
 
-def test_two_sources_of_a_task_have_rows_of_their_own() -> None:
-    data = packed({"type": "parity"}, {"type": "parity"})
-    assert len(row_set(data)) == 300
-    assert data.source_names == ["parity", "parity.2"]
-    alone = packed({"type": "parity"})
-    first = [index for index in range(300) if not int(data.sources_of([index])[0])]
-    rows = data.batch(first)["input_ids"]
+@pytest.mark.parametrize("kind", ["parity", "mqar", "passkey", "stories"])
+def test_two_sources_of_a_task_have_rows_of_their_own(kind: str, tmp_path) -> None:
+    tokenizer = "bytes" if kind in ("passkey", "stories") else "integers:64"
+    length = 400 if tokenizer == "bytes" else 32
+    source = {"type": kind}
+    if kind == "passkey":
+        (tmp_path / "text.txt").write_text("".join(f"line {i}\n" for i in range(999)))
+        source |= {"files": [str(tmp_path)]}
+
+    def data(*sources: dict) -> PackedDataset:
+        config = DataConfig(sources=list(sources), validation_fraction=0.0)
+        return PackedDataset(config, load_tokenizer(tokenizer), "train", length)
+
+    two, alone = data(source, source), data(source)
+    assert len(row_set(two, 100)) == 100
+    assert two.source_names == [kind, f"{kind}.2"]
+    first = [index for index in range(100) if not int(two.sources_of([index])[0])]
+    rows = two.batch(first)["input_ids"]
     assert torch.equal(rows, alone.batch(range(len(first)))["input_ids"])
+
+
+def test_another_source_before_it_does_not_change_the_rows_of_mqar() -> None:
+    alone, mixed = packed({"type": "mqar"}), packed({"type": "parity"}, {"type": "mqar"})
+    second = [index for index in range(100) if int(mixed.sources_of([index])[0])]
+    rows = mixed.batch(second)["input_ids"]
+    assert torch.equal(rows, alone.batch(range(len(second)))["input_ids"])
 
 
 def test_rows_are_mixed_with_text(tmp_path) -> None:

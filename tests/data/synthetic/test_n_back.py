@@ -101,9 +101,13 @@ def test_perfect_and_missing_answers_have_a_d_prime() -> None:
         ({"symbols": 3}, 9, "symbols must be >= 4, got 3"),
         ({"targets": 0.0}, 9, r"targets in \(0, 1\) and lures in \[0, 1 - targets\], got 0.0"),
         ({"lures": 0.6}, 9, r"got 0.5 and 0.6"),
+        ({"lures": -0.1}, 9, r"got 0.5 and -0.1"),
+        ({"targets": float("nan")}, 9, "got nan and 0.25"),
         ({"n": 3}, 3, "3 steps back need at least 4 tokens, got 3"),
     ],
 )
 def test_n_back_that_cannot_be(options: dict, length: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         NBack(**options).check(length)
+    for targets in (0.1, 0.3, 0.7, 0.9):
+        NBack(targets=targets, lures=round(1 - targets, 1)).check(9)

@@ -112,7 +112,9 @@ def test_measures_by_hand() -> None:
         ({"classes": 1}, 20, "classes must be >= 2, got 1"),
         ({"levels": 1}, 20, "levels must be >= 2, got 1"),
         ({"tasks": -1}, 20, "tasks must be >= 0, got -1"),
-        ({"noise": -0.5}, 20, "noise must be >= 0, got -0.5"),
+        ({"noise": -0.5}, 20, r"noise must be in \[0, 1000\], got -0.5"),
+        ({"noise": float("nan")}, 20, r"noise must be in \[0, 1000\], got nan"),
+        ({"noise": 1e300}, 20, r"noise must be in \[0, 1000\], got 1e\+300"),
         ({}, 4, "an input and its class are 5 tokens, got 4"),
     ],
 )

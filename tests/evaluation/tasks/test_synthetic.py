@@ -264,6 +264,7 @@ def test_a_tokenizer_of_as_many_numbers_is_enough(make_tools: MakeTools) -> None
         ({"options": {"paritty": {}}}, r"unknown task 'paritty'; did you mean 'parity'\?"),
         ({"options": {"induction": {"token": 4}}}, "synthetic.options.induction.*'token'; did you"),
         ({"options": {"induction": {"tokens": "4"}}}, "induction.tokens: needs int, got '4'"),
+        ({"options": {"parity": {"n": 4}}}, r"parity \(parity\): unknown key 'n' \(valid: none\)"),
         ({"options": {"parity": None}}, "synthetic.options.parity: needs a mapping of options"),
     ],
 )
