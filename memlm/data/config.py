@@ -6,7 +6,7 @@ import typing
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from memlm.data.stories import HOPS, LEAST_SENTENCES
+from memlm.data.stories import HOPS, LEAST_SENTENCES, MOST_SENTENCES_OF_THREE
 from memlm.data.synthetic import GENERATORS, Generator, generator_class
 from memlm.errors import UserError, nearest, require_known
 
@@ -87,6 +87,11 @@ class StoriesSource:
             raise UserError(
                 f"data.sources: stories sentences: {self.sentences[0]} is too small; the least is "
                 f"{LEAST_SENTENCES}"
+            )
+        if self.hops[1] == max(HOPS) and self.sentences[1] > MOST_SENTENCES_OF_THREE:
+            raise UserError(
+                f"data.sources: stories sentences: {self.sentences[1]} is too large for hops of "
+                f"{max(HOPS)}; the most is {MOST_SENTENCES_OF_THREE}"
             )
 
 

@@ -122,11 +122,23 @@ def test_long_stories_are_replaced_by_shorter_ones() -> None:
         ({"sentences": [2, 8]}, "2 is too small; the least is 4"),
         ({"sentence": [4, 8]}, "did you mean 'sentences'"),
         ({"hops": 2}, "needs a list of 2 values"),
+        ({"sentences": [4, 257]}, "257 is too large for hops of 3; the most is 256"),
     ],
 )
 def test_wrong_options(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         source(**options)
+
+
+def test_sentences_beyond_any_row_cost_nothing() -> None:
+    """Drawn with hardly a chance for one that fits, the shortest fill the rows."""
+    options = source(hops=[1, 2], sentences=[4, 10**9])
+    data = PackedDataset(options, ByteTokenizer(), "train", 400)
+    for index in range(4):
+        stories = read_stories(data.row(index), ByteTokenizer())
+        assert [len(story.facts) for story, _ in stories] == [4]
+    with pytest.raises(UserError, match="401 sentences need more than 401 tokens; rows of 400 t"):
+        PackedDataset(source(hops=[1, 2], sentences=[401, 401]), ByteTokenizer(), "train", 400)
 
 
 def test_rows_that_are_too_short() -> None:

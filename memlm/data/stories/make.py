@@ -23,7 +23,8 @@ def make_story(hops: int, sentences: int, rng: np.random.Generator) -> Story:
 
     Args:
         hops: supporting facts of the question, one of HOPS.
-        sentences: facts of the story, at least LEAST_SENTENCES.
+        sentences: facts of the story, at least LEAST_SENTENCES; with three hops at most
+            MOST_SENTENCES_OF_THREE, or it may take forever.
         rng: drawn from; how many numbers it gives differs between stories.
     """
     dice = Dice(rng)

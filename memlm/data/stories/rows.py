@@ -42,6 +42,8 @@ class StoryRows:
         self.tokens = StoryTokens(tokenizer)
         self.length, self.seed, self.number = length, seed, number
         self.hops, self.sentences = hops, sentences
+        if sentences[0] > length:
+            raise self._too_short(f"more than {sentences[0]}")
         self._story(np.random.default_rng(seed), length, [sentences[0]] * _TRIES)
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -65,6 +67,8 @@ class StoryRows:
         low, high = self.sentences
         drawn = int(rng.integers(low, high + 1))
         if not first:
+            if drawn > room:  # as every fact has a token; a long story takes long to make
+                return None
             ids, answer = self._draw(rng, drawn)
             return (ids, answer) if len(ids) - 1 <= room else None
         # An empty row gets a shorter one rather than none.
@@ -77,13 +81,18 @@ class StoryRows:
         """The first story of some numbers of sentences that fits `room`."""
         least = None
         for size in sizes:
+            if size > room:
+                continue
             ids, answer = self._draw(rng, size)
             if len(ids) - 1 <= room:
                 return ids, answer
             least = len(ids) - 1 if least is None else min(least, len(ids) - 1)
-        raise UserError(
-            f"data.sources: stories of {self.sentences[0]} sentences need about {least} tokens; "
-            f"rows of {self.length} tokens are too short"
+        raise self._too_short(f"about {least}")
+
+    def _too_short(self, tokens: str) -> UserError:
+        return UserError(
+            f"data.sources: stories of {self.sentences[0]} sentences need {tokens} tokens; rows of "
+            f"{self.length} tokens are too short"
         )
 
     def _draw(self, rng: np.random.Generator, sentences: int) -> tuple[np.ndarray, int]:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from memlm.data.stories import HOPS, MOST_SENTENCES_OF_THREE
 from memlm.data.stories.make import make_story
 from memlm.data.stories.story import Story
 from memlm.errors import UserError
@@ -38,13 +39,20 @@ class Stories(PromptTask):
         """Check that every story fits.
 
         Raises:
-            UserError: for a length that is too short for one, a tokenizer that cannot write.
+            UserError: for a length that is too short for one, sentences that are too many for a
+                question of three facts, a tokenizer that cannot write.
         """
         super().__init__(name, tools)
         self.hops = int(name.removeprefix("stories_"))
         self.title = f"Stories: {_TITLES[self.hops]}"
         self.options = tools.config.stories
         self.axis = "length (tokens)" if self.options.haystack else "facts (sentences)"
+        most = max(self.options.sentences)
+        if self.hops == max(HOPS) and most > MOST_SENTENCES_OF_THREE:
+            raise UserError(
+                f"{name}: stories.sentences: {most} is too large; the most is "
+                f"{MOST_SENTENCES_OF_THREE}"
+            )
         check_writes(tools.tokenizer, LABELS[self.hops], name)
         self.tokens = ScatteredFacts(tools)
         self.start = self.tokens.start()

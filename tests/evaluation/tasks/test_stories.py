@@ -143,6 +143,9 @@ def test_refusals(make_tools: Callable[..., Tools]) -> None:
     found = [context_of(task, task.trial(least, index)) for index in range(4)]
     # The longest story fills the length with its facts alone.
     assert sum(one == other for one, other in zip(alone, found, strict=True)) == 1
+    with pytest.raises(UserError, match="stories_3: stories.sentences: 300 .* most is 256"):
+        make("stories_3", make_tools, stories=StoriesOptions([8, 300]))
+    assert make("stories_2", make_tools, stories=StoriesOptions([8, 300])).settings()
     with pytest.raises(UserError, match="3 is too small; the least is 4"):
         StoriesOptions(sentences=[3]).validate()
     with pytest.raises(UserError, match="empty"):
