@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from memlm.data.config import parse_generator
 from memlm.data.sources import find_files
 from memlm.errors import UserError
 from memlm.evaluation.config import EvaluationConfig
@@ -324,6 +325,8 @@ def input_hashes(config: EvaluationConfig) -> dict[str, str]:
     longbench = Path(config.longbench.data).expanduser()
     if longbench.is_dir():
         paths += sorted(longbench.glob("*.jsonl"))
+    for name, options in config.synthetic.options.items():
+        paths += parse_generator(name, options, f"synthetic.options.{name}").input_files()
     return {str(path): file_hash(path)[:16] for path in paths}
 
 

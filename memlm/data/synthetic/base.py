@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -52,6 +53,10 @@ class Generator(ABC):
     @abstractmethod
     def example(self, length: int, rng: np.random.Generator) -> Example:
         """An example of at most `length` tokens, as long as the task allows; `check` passed."""
+
+    def input_files(self) -> list[Path]:
+        """The files that examples depend on; raises UserError where one is missing."""
+        return []
 
     def counts(self, example: Example, guesses: np.ndarray) -> dict[str, float]:
         """What the task's own measures count in one example, to be added up over examples.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from memlm.config import RunConfig
+from memlm.data.config import SyntheticSource
 from memlm.data.sources import find_files
 from memlm.errors import UserError
 from memlm.evaluation.runner import device_name, input_hashes, versions
@@ -41,7 +42,11 @@ def _files_hash(config: RunConfig) -> str:
         for source in config.data.parsed_sources()
         for entry in getattr(source, "files", None) or []
     ]
-    found |= {str(path): file_hash(path) for path in find_files(entries)} if entries else {}
+    paths = find_files(entries) if entries else []
+    for source in config.data.parsed_sources():
+        if isinstance(source, SyntheticSource):
+            paths += source.generator.input_files()
+    found |= {str(path): file_hash(path) for path in paths}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,13 +1,18 @@
 """Bigrams: followers of triggers, the chain elsewhere, measures by hand."""
 
 import math
+import os
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from memlm.data.synthetic.base import Example
-from memlm.data.synthetic.bigrams import Bigrams, _world
+from memlm.data.synthetic.bigrams import Bigrams
 from memlm.errors import UserError
+from memlm.evaluation.config import EvaluationConfig, SyntheticOptions
+from memlm.evaluation.runner import input_hashes
 
 
 @pytest.mark.parametrize("fixed", [True, False])
@@ -34,7 +39,7 @@ def test_kinds_and_followers(fixed: bool) -> None:
 
 def test_other_tokens_follow_the_chain() -> None:
     task = Bigrams(tokens=5, triggers=1, concentration=1.0, world_seed=3)
-    chain, start = _world(3, 5, 1.0)
+    chain, start = task.chain, task.start
     assert start @ chain == pytest.approx(start)
     counts = np.zeros((5, 5))
     for seed in range(30):
@@ -52,7 +57,7 @@ def test_other_tokens_follow_the_chain() -> None:
 
 def test_measures_by_hand() -> None:
     task = Bigrams(tokens=4, triggers=1, concentration=1.0)
-    chain, _ = _world(0, 4, 1.0)
+    chain = task.chain
     ids, labels = np.array([0, 1, 2, 0, 3, 0]), np.array([1, 2, 0, 3, 0, 1])
     example = Example(ids, labels, marks={"kinds": np.array([1, 0, 1, 1, 2, 2])})
     guesses = np.array([1, 2, 3, 3, 0, 0])  # of the chain two of three, of triggers one of two
@@ -68,6 +73,59 @@ def test_measures_by_hand() -> None:
             "global_kl_bits": (6 / math.log(2) - entropy) / 3,
         }
     )
+
+
+def test_a_chain_counted_in_texts_by_hand(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("c\u00e9cc", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("ca", encoding="utf-8")
+    task = Bigrams(triggers=1, files=[str(tmp_path)])
+    task.check(9)
+    # Circles: c-é-c-c-c and c-a-c. States: a, c, é.
+    assert task.vocabulary == 3
+    assert task.chain.tolist() == [[0, 1, 0], [1 / 4, 2 / 4, 1 / 4], [0, 1, 0]]
+    assert task.start == pytest.approx([1 / 6, 4 / 6, 1 / 6])
+    assert task.start @ task.chain == pytest.approx(task.start)
+    assert task.trigger_tokens().tolist() == [1]
+    example = task.example(50, np.random.default_rng(0))
+    assert set(example.labels[example.marks["kinds"] == 1].tolist()) <= {1}
+    hashes = input_hashes(
+        EvaluationConfig(synthetic=SyntheticOptions(options={"bigrams": {"files": task.files}}))
+    )
+    assert [Path(path).name for path in hashes] == ["a.txt", "b.txt"]
+
+
+def test_a_chain_counted_in_shakespeare() -> None:
+    data = os.environ.get("MEMLM_DATA")
+    if data is None:
+        pytest.skip("MEMLM_DATA is not set: the folder with tinyshakespeare/")
+    path = Path(data) / "tinyshakespeare" / "input.txt"
+    text = path.read_text(encoding="utf-8")
+    pairs, singles = Counter(zip(text, text[1:] + text[0], strict=True)), Counter(text)
+    task, characters = Bigrams(files=[str(path)]), sorted(singles)
+    assert task.vocabulary == len(characters) == 65
+    for first, row in zip(characters, task.chain, strict=True):
+        wanted = [pairs[first, second] / singles[first] for second in characters]
+        assert row == pytest.approx(wanted)
+    frequent = [characters[index] for index in task.trigger_tokens()]
+    assert frequent == [character for character, _ in singles.most_common(5)]
+
+
+def test_texts_that_cannot_be(tmp_path) -> None:
+    empty, one = tmp_path / "empty.txt", tmp_path / "one.txt"
+    empty.write_text("")
+    one.write_text("aaa")
+    many = tmp_path / "many.txt"
+    many.write_text("".join(map(chr, range(0x4E00, 0x4E00 + 4097))), encoding="utf-8")
+    for files, message in [
+        ([str(tmp_path / "none.txt")], "file .* does not exist"),
+        ([str(empty)], "file .* is empty"),
+        ([str(one)], "needs 1 <= triggers < tokens, got 5 and 1"),
+        ([str(many)], "4097 different characters; the most is 4096"),
+    ]:
+        with pytest.raises(UserError, match=f"^bigrams: .*{message}"):
+            Bigrams(files=files).check(9)
+    with pytest.raises(UserError, match="concentration is of a drawn chain"):
+        Bigrams(files=[str(one)], concentration=0.5).check(9)
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,17 @@ def test_a_folder_holds_one_suite_with_one_setting_each(suite, here, tmp_path):
         suite(here())
 
 
+def test_a_text_that_a_task_is_counted_in_may_not_change(suite, here, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abcabd")
+    source = f"[{{type: bigrams, triggers: 1, files: [{text}]}}]"
+    suite(here(), "--base.data.sources", source)
+    suite(here(), "--base.data.sources", source)
+    text.write_text("abcabc")
+    with pytest.raises(UserError, match=r"s0\.files is '\w+', now it is '\w+'; choose another"):
+        suite(here(), "--base.data.sources", source)
+
+
 class Failing:
     """Workers of which one dies."""
 
