@@ -15,8 +15,9 @@ class Copying(Generator):
     """Data tokens, noise, then a marker for each data token: they are asked in their order.
 
     The task is that of "Unitary Evolution Recurrent Neural Networks" (Arjovsky et al., 2016): how
-    long the data has to be kept is always the same. What is not data is noise, so that an example
-    is as long as it may be.
+    long the data has to be kept is always the same. There a single marker stands before blanks at
+    which the data is asked; here each answer has a marker. What is not data is noise, so that an
+    example is as long as it may be.
 
     Attributes:
         alphabet: ids: 0 is noise, the last the marker, those between are data.

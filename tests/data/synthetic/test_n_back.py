@@ -46,6 +46,20 @@ def test_shares_of_targets_and_lures(n: int) -> None:
     assert none.marks["lures"].sum() == 0
 
 
+def test_lures_come_from_both_sides_alike() -> None:
+    n = 2
+    example = NBack(n=n).example(20_000, np.random.default_rng(6))
+    ids, sides = example.input_ids.tolist(), []
+    for place in np.flatnonzero(example.marks["lures"]):
+        if place > n and ids[place - n - 1] != ids[place - n + 1]:
+            one, other = (ids[place] == ids[place - n + side] for side in (-1, 1))
+            assert one != other
+            # Where the other one shows the target's symbol, there was no choice.
+            if ids[place - n] not in (ids[place - n - 1], ids[place - n + 1]):
+                sides.append(one)
+    assert np.mean(sides) == pytest.approx(0.5, abs=4 * 0.5 / len(sides) ** 0.5)
+
+
 def test_symbols_that_are_neither_are_drawn_evenly() -> None:
     task, rng = NBack(n=2, symbols=6), np.random.default_rng(4)
     for taken in ({0}, {5}, {2, 3}, {0, 1, 5}):
