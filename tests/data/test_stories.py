@@ -7,7 +7,7 @@ from memlm.data import ByteTokenizer, DataConfig, PackedDataset
 from memlm.data.stories.make import make_story
 from memlm.data.stories.story import Story
 from memlm.errors import UserError
-from tests.data.story_worlds import possible_answers
+from tests.data.story_worlds import BEFORE, DROP, GIVE, MOVE, TAKE, possible_answers
 
 
 def without(facts: list[str], *places: int) -> list[str]:
@@ -29,6 +29,35 @@ def test_supporting_facts_are_enough_and_none_can_be_spared(hops: int, sentences
         for places in (*([place] for place in story.supporting), story.supporting):
             left = without(story.facts, *places)
             assert possible_answers(left, story.question) != {story.answer}
+
+
+def places_of(facts: list[str], thing: str) -> list[str]:
+    """Where a thing is, one place after another, as far as moves of its holder tell."""
+    where: dict[str, str] = {}
+    holder, found = None, []
+    for fact in facts:
+        if move := MOVE.fullmatch(fact):
+            where[move[1]] = move[2]
+        elif (taken := TAKE.fullmatch(fact)) and taken[2] == thing:
+            holder = taken[1]
+        elif (given := GIVE.fullmatch(fact)) and given[2] == thing:
+            holder = given[3]
+        elif (dropped := DROP.fullmatch(fact)) and dropped[2] == thing:
+            holder = None
+        if holder in where and found[-1:] != [where[holder]]:
+            found.append(where[holder])
+    return found
+
+
+def test_a_thing_has_come_once_to_the_place_it_was_somewhere_else_before() -> None:
+    visits = set()
+    for seed in range(60):
+        story = make_story(3, 16, np.random.default_rng([seed, 8]))
+        thing, after = BEFORE.fullmatch(story.question).groups()
+        places = places_of(story.facts, thing)
+        assert places.count(after) == 1
+        visits |= {places.count(place) for place in places}
+    assert max(visits) > 1
 
 
 def test_every_kind_of_event_and_every_place_is_asked_about() -> None:

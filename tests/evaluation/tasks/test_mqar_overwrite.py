@@ -94,6 +94,26 @@ def test_rows_are_regenerated(make_tools: MakeTools) -> None:
         assert (plain.example(8, index).stale == -100).all()
 
 
+@pytest.mark.parametrize("name", ["mqar", "mqar_overwrite"])
+def test_the_power_moves_the_queries(make_tools: MakeTools, name: str) -> None:
+    means = []
+    for power in (0.01, 1.0, 4.0):
+        options = MqarOptions(length=128, pairs=[4], overwritten=1.0, power=power)
+        task = make_task(name, make_tools({"mqar": options}))
+        examples = [task.example(4, index) for index in range(60)]
+        # From 0 at the end of the pairs to 1 at the end of the row.
+        places = [
+            (np.flatnonzero(example.labels != -100) - example.context_length)
+            / (128 - example.context_length)
+            for example in examples
+        ]
+        means.append(np.mean(places))
+    # Means of densities proportional to gap**(power - 1): 1/2 at power 1, 4/5 at 4.
+    assert means[0] < 0.35
+    assert means[1] == pytest.approx(0.5, abs=0.08)
+    assert means[2] == pytest.approx(0.8, abs=0.08)
+
+
 def test_no_row_is_one_of_training(make_tools: MakeTools) -> None:
     options = MqarOptions(length=128, pairs=[16])
     task = make_task("mqar", make_tools({"mqar": options, "seed": 3}))

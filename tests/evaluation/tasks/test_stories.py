@@ -13,7 +13,7 @@ from memlm.errors import UserError
 from memlm.evaluation.config import StoriesOptions
 from memlm.evaluation.prompts import Trial
 from memlm.evaluation.tasks import expand_tasks, make_task
-from memlm.evaluation.tasks.base import ABSENT, Tools
+from memlm.evaluation.tasks.base import ABSENT, Record, Tools
 from memlm.evaluation.tasks.stories import Stories
 
 NAMES = ("stories_1", "stories_2", "stories_3")
@@ -87,6 +87,18 @@ def test_scores(make_tools: Callable[..., Tools]) -> None:
     assert task.score(question, "") == 0
 
 
+def test_the_most_frequent_answer_of_the_trials(make_tools: Callable[..., Tools]) -> None:
+    task = make("stories_1", make_tools, stories=StoriesOptions([6]))
+    told = ["kitchen", "office", "kitchen", "garden", "kitchen"]
+    records = [
+        Record("6", trial, condition, 0.0, answers=[{"references": [place]}])
+        for condition in ("on", "off", "absent")
+        for trial, place in enumerate(told)
+        if condition != "off" or trial < 3  # however often a trial is asked
+    ]
+    assert task.details(records) == {"constant_answer": 3 / 5}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_absent_prompts_lack_the_supporting_facts_alone(
     name: str, make_tools: Callable[..., Tools]
@@ -123,7 +135,10 @@ def test_stories_in_a_haystack(name: str, make_tools: Callable[..., Tools], tmp_
             rest = re.sub("|".join(places), "", whole)
             assert "Nothing of note" in rest and not re.search("John|Mary|Daniel|Sandra", rest)
             end = len(trial.context) - trial.labels["distance"]
-            assert context_of(task, trial, end).endswith(story.facts[story.supporting[-1]])
+            last = story.facts[story.supporting[-1]]
+            assert context_of(task, trial, end).endswith(last)
+            depth = (end - len(last)) / len(trial.context)
+            assert trial.labels["depth"] == pytest.approx(depth, abs=0.051)
             absent = context_of(task, task.trial(length, index, ABSENT))
             assert len(absent) == len(whole)
             told = [story.facts[place] for place in story.supporting]

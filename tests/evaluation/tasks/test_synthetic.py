@@ -1,6 +1,7 @@
 """Synthetic tasks as evaluations: conditions, ragged examples, measures, what cannot be."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -203,6 +204,24 @@ def test_ragged_examples(make_tools: MakeTools, filled: bool) -> None:
         assert found.get(("swapped", index), found["off", index]).score == 0.0
 
 
+class RaggedLosses(Ragged):
+    """Counts the losses of answers, and those of all positions."""
+
+    def loss_counts(self, example: Example, losses: np.ndarray) -> dict[str, float]:
+        asked = example.labels != -100
+        return {"asked": float(losses[asked].sum()), "all": float(losses.sum())}
+
+
+def test_losses_stand_where_the_answers_do(make_tools: MakeTools) -> None:
+    task = make_task("parity", make_tools({"synthetic": SyntheticOptions(lengths=[8], rows=7)}))
+    task.generator = RaggedLosses(filled=True)
+    # The model gives its answer a logit of one and the other tokens none.
+    total = math.log(math.e + VOCABULARY - 1)
+    for record in run(task, Follower()):
+        loss = total - (record.condition == "on")
+        assert record.labels["counts"] == pytest.approx({"asked": loss, "all": loss})
+
+
 def test_examples_do_not_depend_on_what_else_is_asked(make_tools: MakeTools) -> None:
     def prompts(**options) -> dict:
         synthetic = SyntheticOptions(**({"lengths": [24], "rows": 6} | options))
@@ -236,6 +255,7 @@ def test_no_example_is_one_of_training(make_tools: MakeTools) -> None:
     [
         ("induction", {"lengths": [2]}, "2 occurrences need at least 3 tokens, got 2"),
         ("group_word_problem", {"options": {"group_word_problem": {"group": "q"}}}, "group 'q'"),
+        ("associative_recall", {"lengths": [8, 400]}, "198 pairs in 400 tokens need as many keys"),
         (
             "associative_recall",
             {"options": {"associative_recall": {"keys": 300}}},

@@ -169,6 +169,52 @@ def test_parts_are_of_any_length() -> None:
     assert heights == set(range(1, 10))
 
 
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("even_pairs", ["01"]),
+        ("parity_check", ["01"]),
+        ("cycle_navigation", ["012"]),
+        ("modular_arithmetic", ["01234", "+-*"]),
+        ("reverse_string", ["01"]),
+        ("stack_manipulation", ["01", "pab"]),
+        ("modular_arithmetic_brackets", ["01234", "+*"]),
+        ("duplicate_string", ["01"]),
+        ("missing_duplicate", ["01"]),
+        ("odds_first", ["01"]),
+        ("bucket_sort", ["01234"]),
+    ],
+)
+def test_symbols_are_drawn_evenly(name: str, kinds: list[str]) -> None:
+    text = "".join(draw(name, 41, seed)[0] for seed in range(300))
+    for kind in kinds:
+        counts = np.array([text.count(symbol) for symbol in kind])
+        assert np.abs(counts / counts.sum() - 1 / len(kind)).max() < 0.04
+
+
+def test_expressions_are_cut_anywhere() -> None:
+    """Of twelve tokens, the first part of `(first operator second)` has 1 to 8."""
+    sizes = []
+    for seed in range(800):
+        text, depth, before = draw("modular_arithmetic_brackets", 13, seed)[0], 0, "("
+        for place, symbol in enumerate(text):
+            depth += {"(": 1, ")": -1}.get(symbol, 0)
+            if depth == 1 and symbol in "+-*" and before in "01234)":
+                sizes.append(place - 1)
+            before = symbol
+    assert len(sizes) == 800
+    counts = np.bincount(sizes, minlength=9)
+    assert np.abs(counts[1:] - 100).max() < 4 * math.sqrt(100)
+    assert len(counts) == 9
+
+
+def test_any_number_of_an_equation_is_unknown() -> None:
+    """Of `(1+2)=3` three of five places lead to the first number: two before, one behind it."""
+    places = [draw("solve_equation", 8, seed)[0].index("x") for seed in range(1000)]
+    assert set(places) == {1, 3}
+    assert places.count(1) / 1000 == pytest.approx(3 / 5, abs=4 * math.sqrt(0.24 / 1000))
+
+
 def test_small_numbers_are_uniform() -> None:
     """Square roots of 1 .. 7, of three bits, and no 0."""
     texts = [draw("compute_sqrt", 5, seed)[0] for seed in range(1400)]
