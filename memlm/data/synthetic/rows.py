@@ -33,7 +33,9 @@ class SyntheticRows:
         self.generator, self.length, self.seed, self.number = generator, length, seed, number
         self.lengths = (length, length) if lengths is None else lengths
         if self.lengths[1] > length:
-            raise UserError(f"lengths: {list(self.lengths)} do not fit rows of {length} tokens")
+            raise UserError(
+                f"data.sources: lengths: {list(self.lengths)} do not fit rows of {length} tokens"
+            )
         for size in dict.fromkeys(self.lengths):
             generator.check(size)
 
