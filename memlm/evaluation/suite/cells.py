@@ -94,6 +94,11 @@ def _cells_of(
         size = wanted.hidden_size if isinstance(wanted, MemLMConfig) else width
         # Muon trains the hidden matrices; the rate of AdamW beside it matters little.
         swept = "muon_learning_rate" if config.train.optimizer == "muon" else "learning_rate"
+        if len(axes.learning_rates or []) > 1 and config.train.evaluation_rows == 0:
+            raise UserError(
+                f"{where}: train.evaluation_rows is 0, but one of the learning rates is chosen by "
+                "the loss on held-out rows; use at least 1, or one learning rate"
+            )
         for rate in axes.learning_rates or [getattr(config.train, swept)]:
             for seed in suite.seeds:
                 train = dataclasses.replace(config.train, **{swept: rate}, seed=seed)

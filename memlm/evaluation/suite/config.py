@@ -78,6 +78,11 @@ def load_suite(name: str, preset: str | None = None, overrides: Iterable[str] = 
         UserError: for a missing or broken file, an unknown key or a wrong value.
     """
     path = suite_path(name)
+    if path.parent == FOLDER and not FOLDER.is_dir():
+        raise UserError(
+            f"{path}: there is no folder {FOLDER} in {Path.cwd()}; start it where the project's "
+            "configs are, or give the path of a suite"
+        )
     tree = _unshared(read_yaml(path))
     require_known(tree, _KEYS, str(path))
     presets = _mapping(tree.pop("presets", None) or {}, f"{path}: presets")
@@ -125,6 +130,11 @@ def _build(tree: dict[str, Any], path: Path, preset: str | None) -> SuiteConfig:
         name: _sections(given, f"{path}: tasks.{name}")
         for name, given in _named(tree["tasks"], f"{path}: tasks").items()
     }
+    for group, members in (report.get("groups") or {}).items():
+        for task in members:
+            if task not in tasks:
+                hint = nearest(task, tasks) or f" (valid: {', '.join(tasks)})"
+                raise UserError(f"{path}: report.groups.{group}: unknown task {task!r}{hint}")
     base = _sections(_mapping(tree["base"], f"{path}: base"), f"{path}: base")
     seeds = [0] if tree.get("seeds") is None else tree["seeds"]
     return SuiteConfig(

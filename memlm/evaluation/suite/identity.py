@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import memlm
 from memlm.config import RunConfig
 from memlm.data.config import SyntheticSource
 from memlm.data.sources import find_files
@@ -16,7 +18,9 @@ from memlm.errors import UserError
 from memlm.evaluation.runner import device_name, input_hashes, versions
 from memlm.evaluation.suite.cells import Cell
 from memlm.evaluation.suite.config import SuiteConfig
-from memlm.files import file_hash, replace_file
+from memlm.files import file_hash, write_file
+
+_THEN = "give the same command again"
 
 
 def identity_of(suite: SuiteConfig, cells: Iterable[Cell]) -> dict[str, Any]:
@@ -50,17 +54,53 @@ def _files_hash(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_identity(path: Path, identity: dict[str, Any]) -> None:
+def code_revision(folder: Path | None = None) -> str | None:
+    """The git commit that last changed the package, with "+" where files differ from it.
+
+    Args:
+        folder: of the package; None = where memlm is.
+
+    Returns:
+        None where the package is not in a git checkout: then its version tells the code.
+    """
+    folder = Path(memlm.__file__).parent if folder is None else folder
+
+    def git(*words: str) -> str:
+        words = ("git", "-C", str(folder), *words)
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("log", "-1", "--format=%h", "--abbrev=12", "--", ".")
+        changed = commit and git("--no-optional-locks", "status", "--porcelain", "--", ".")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}{'+' if changed else ''}" if commit else None
+
+
+def check_identity(
+    path: Path, identity: dict[str, Any], revision: str | None = None
+) -> list[str | None]:
     """Raise UserError when the folder is of something else; add cells that are new.
 
     So a suite may get more memories, widths, learning rates or seeds.
+
+    Args:
+        path: suite.json, which is written.
+        identity: of `identity_of`.
+        revision: of the code. Another one is no error: most changes of code change no number.
+
+    Returns:
+        The revisions of the code that have worked on the folder, this one last; None for one that
+        is not known.
     """
     wanted = json.loads(json.dumps(identity))
+    revisions: list[str | None] = []
     if path.exists():
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
             cells = there["cells"] | wanted["cells"]
             same = there["cells"].keys() & wanted["cells"].keys()
+            revisions = list(there.pop("revisions", [None]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: damaged; choose another folder with --output") from error
         before, after = _leaves(there), _leaves(wanted)
@@ -73,7 +113,10 @@ def check_identity(path: Path, identity: dict[str, Any]) -> None:
                     f"{after.get(way)!r}; choose another folder with --output, or delete this one"
                 )
         wanted["cells"] = cells
-    replace_file(path, json.dumps(wanted, indent=1) + "\n")
+    revisions = [one for one in revisions if one != revision] + [revision]
+    content = wanted | {"revisions": revisions}
+    write_file(path, lambda new: new.write_text(json.dumps(content, indent=1) + "\n"), then=_THEN)
+    return revisions
 
 
 def _leaves(value: Any, prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

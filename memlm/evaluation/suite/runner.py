@@ -17,15 +17,17 @@ from tqdm import tqdm
 from memlm.errors import UserError
 from memlm.evaluation.runner import versions
 from memlm.evaluation.suite.cell import run_cell
-from memlm.evaluation.suite.cells import Cell
+from memlm.evaluation.suite.cells import AXES, Cell
 from memlm.evaluation.suite.config import SuiteConfig
-from memlm.evaluation.suite.identity import check_identity, identity_of
+from memlm.evaluation.suite.identity import check_identity, code_revision, identity_of
 from memlm.evaluation.suite.points import make_points
 from memlm.evaluation.suite.workers import Outcome
-from memlm.files import replace_file, try_lock
+from memlm.files import try_lock, write_file
 
 IDENTITY, CELLS, RUNS = "suite.json", "cells", "runs"
 RESULTS, TABLE, PLOT = "results.json", "table.md", "plot.png"
+_MAPPINGS = ("state_bytes", "memory_state_bytes", "scores", "measures", "held_out")
+_NUMBERS = ("steps", "seconds", "evaluation_seconds")
 
 
 class Work(Protocol):
@@ -65,19 +67,27 @@ def run_suite(
             for what a cell cannot be trained with.
     """
     with _held(folder):
-        check_identity(folder / IDENTITY, identity_of(suite, cells))
+        revisions = check_identity(folder / IDENTITY, identity_of(suite, cells), code_revision())
         done = {cell.key: found for cell in cells if (found := _read(folder, cell)) is not None}
         left = [cell for cell in cells if cell.key not in done]
         for key in done if not keep_runs else ():  # a kill may have come in between
             _forget(key, folder)
         if done and left:
             print(f"{folder}: {len(done)} of {len(cells)} cells are done", file=sys.stderr)
+        if done and len(revisions) > 1:
+            known = ", ".join(one or "unknown" for one in revisions)
+            print(
+                f"{folder}: code of several revisions has worked here ({known}); its cells can be "
+                "compared if the changes between them leave numbers alone",
+                file=sys.stderr,
+            )
         _run(left, folder, work, done, keep_runs)
         missing = [cell.key for cell in cells if cell.key not in done]
         if not done:
             return None, missing
         found = [done[cell.key] for cell in cells if cell.key in done]
-        results = make_results(suite, found, command, work.count) | {"missing": missing}
+        results = make_results(suite, found, command, work.count)
+        results |= {"missing": missing, "revisions": revisions}
         _write(results, folder)
     return results, missing
 
@@ -161,8 +171,7 @@ def _score(conditions: dict[str, float | None]) -> str:
 
 
 def _keep(key: str, cell: dict[str, Any], folder: Path, keep_runs: bool) -> None:
-    (folder / CELLS).mkdir(exist_ok=True)
-    replace_file(folder / CELLS / f"{key}.json", _json(cell))
+    _put(folder / CELLS / f"{key}.json", _json(cell))
     if not keep_runs:
         _forget(key, folder)
 
@@ -176,7 +185,11 @@ def _forget(key: str, folder: Path) -> None:
 
 
 def _read(folder: Path, cell: Cell) -> dict[str, Any] | None:
-    """A finished cell; None for one that is not."""
+    """A finished cell; None for one that is not.
+
+    Raises:
+        UserError: for a file that holds something else, or another cell.
+    """
     path = folder / CELLS / f"{cell.key}.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -184,15 +197,37 @@ def _read(folder: Path, cell: Cell) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a cell of a suite; delete it to train it again") from error
+    if not _is_cell(found):
+        raise UserError(f"{path}: not a cell of a suite; delete it to train it again")
+    if {"key": cell.key} | cell.place != {name: found.get(name) for name in ("key", *AXES)}:
+        raise UserError(
+            f"{path}: holds the cell {found.get('key')!r}; delete it to train its own again"
+        )
     return found
+
+
+def _is_cell(found: Any) -> bool:
+    """Whether it has what reports read of a cell."""
+    return (
+        isinstance(found, dict)
+        and all(isinstance(found.get(name), dict) for name in _MAPPINGS)
+        and all(isinstance(found.get(name), int | float) for name in _NUMBERS)
+        and {"parameters", "flops_per_token", "error"} <= found.keys()
+    )
 
 
 def _write(results: dict[str, Any], folder: Path) -> None:
     from memlm.evaluation.suite.reports import draw_plot, make_table
 
-    replace_file(folder / TABLE, make_table(results) + "\n")
-    replace_file(folder / PLOT, draw_plot(results))
-    replace_file(folder / RESULTS, _json(results))
+    _put(folder / TABLE, make_table(results) + "\n")
+    _put(folder / PLOT, draw_plot(results))
+    _put(folder / RESULTS, _json(results))
+
+
+def _put(path: Path, content: str | bytes) -> None:
+    """Write a file whole, in a folder that may be missing."""
+    data = content.encode() if isinstance(content, str) else content
+    write_file(path, lambda new: new.write_bytes(data), then="give the same command again")
 
 
 def _json(value: Any) -> str:

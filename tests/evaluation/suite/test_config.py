@@ -56,6 +56,10 @@ def test_preset_and_overrides_are_laid_over_the_file_in_this_order(suite_file):
         ({"tasks__parity__data": 3}, ["tasks.parity.data", "a mapping", "3"]),
         ({"memories__attention__width": [3]}, ["memories.attention", "'width'"]),
         ({"memories__attention__widths": []}, ["memories.attention: widths", "[]"]),
+        (
+            {"report": {"kind": "matrix", "groups": {"easy": ["party"]}}},
+            ["report.groups.easy", "unknown task 'party'", "'parity'"],
+        ),
     ],
 )
 def test_mistakes_are_told_in_a_line_with_file_and_key(suite_file, changes, parts):
@@ -67,11 +71,14 @@ def test_mistakes_are_told_in_a_line_with_file_and_key(suite_file, changes, part
         assert part in str(raised.value)
 
 
-def test_unknown_presets_files_and_overrides(suite_file):
+def test_unknown_presets_files_and_overrides(suite_file, tmp_path, monkeypatch):
     path = suite_file(presets={"small": {}, "paper": {}})
     with pytest.raises(UserError, match=r"no preset 'smal'; did you mean 'small'\?"):
         load_suite(path, "smal")
     with pytest.raises(UserError, match="configs/suites/mqarr.yaml: no such config file"):
         load_suite("mqarr")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"mqar\.yaml: there is no folder configs/suites in /"):
+        load_suite("mqar")
     with pytest.raises(UserError, match="unknown key 'seds'"):
         load_suite(path, None, ["--seds", "[0]"])

@@ -219,6 +219,18 @@ def test_suites_of_which_every_cell_failed(reports, kind):
     assert picture(reports, results).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("kind", ["frontier", "lengths", "matrix", "capacity"])
+def test_pretrained_models_have_no_width_and_no_size_until_they_ran(reports, kind):
+    sizes = {"parameters": None, "flops_per_token": None}
+    cells = [
+        cell("attention", 8, {"4": 1.0}),
+        cell("delta", 8, {}, error=FAILURE, **sizes),
+    ]
+    results = suite([one | {"width": None} for one in cells], kind=kind)
+    assert "failed" in reports.make_table(results)
+    assert picture(reports, results).startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("kind", ["frontier", "lengths", "capacity"])
 def test_memories_without_a_line_are_in_the_legend(reports, kind):
     _, figure = drawn(
@@ -249,6 +261,7 @@ def test_cells_that_are_not_finished_are_named(reports):
         ({"kind": "frontier", "chance": 5}, "must be a score"),
         ({"kind": "lengths", "width": 0}, "must be at least 1"),
         ({"kind": "capacity", "condition": "offf"}, "did you mean 'off'"),
+        ({"kind": "capacity", "setting": "mean"}, "have no mean"),
     ],
 )
 def test_reports_that_are_refused(reports, report, said):

@@ -1,5 +1,6 @@
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from memlm.errors import UserError
 from memlm.evaluation.suite.cells import make_cells
 from memlm.evaluation.suite.config import load_suite
+from memlm.evaluation.suite.identity import code_revision
 from memlm.evaluation.suite.main import main
 from memlm.evaluation.suite.runner import run_suite
 from memlm.evaluation.suite.workers import Outcome
@@ -83,9 +85,66 @@ def test_a_suite_that_was_stopped_goes_on_and_ends_like_one_that_was_not(
     assert [point["memory"] for point in whole["points"]] == ["attention", "gated_delta"]
     assert (whole["seconds"], whole["machine"]["processes"]) == (6.0, 1)
 
-    (tmp_path / "out" / "cells" / "parity_attention_w8_lr0.003_s0.json").write_text("{")
-    with pytest.raises(UserError, match=r"s0\.json: not a cell of a suite; delete it"):
+
+def test_a_file_that_is_not_the_cell_is_told_and_left_alone(suite, here, tmp_path):
+    suite(here())
+    cells = tmp_path / "out" / "cells"
+    path, other = (cells / f"parity_attention_w8_lr0.003_s{seed}.json" for seed in (0, 1))
+    whole = json.loads(path.read_text())
+    parts = [{key: value for key, value in whole.items() if key != gone} for gone in whole]
+    for content in ("{", "null", "[]", "{}", *map(json.dumps, parts)):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"s0\.json: (not a cell of a suite|holds the cell)"):
+            suite(here())
+        assert path.read_text() == content
+    # Counted as this seed it would narrow the range.
+    path.write_bytes(other.read_bytes())
+    with pytest.raises(
+        UserError, match=r"s0\.json: holds the cell 'parity_attention_w8_lr0\.003_s1'"
+    ):
         suite(here())
+
+
+def test_code_of_another_revision_is_told(suite, here, tmp_path, monkeypatch, capsys):
+    revision = "memlm.evaluation.suite.runner.code_revision"
+    monkeypatch.setattr(revision, lambda: "abc")
+    assert suite(here())[0]["revisions"] == ["abc"]
+    suite(here())
+    assert "revisions" not in capsys.readouterr().err
+    monkeypatch.setattr(revision, lambda: "def+")
+    assert suite(here())[0]["revisions"] == ["abc", "def+"]
+    assert "several revisions has worked here (abc, def+)" in capsys.readouterr().err
+    # A folder that is older than this note.
+    identity = tmp_path / "out" / "suite.json"
+    there = json.loads(identity.read_text())
+    del there["revisions"]
+    identity.write_text(json.dumps(there))
+    assert suite(here())[0]["revisions"] == [None, "def+"]
+
+
+def test_the_revision_is_that_of_the_package_alone(tmp_path):
+    def git(*words):
+        name = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *name, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    package = tmp_path / "package"
+    package.mkdir()
+    assert code_revision(package) is None
+    git("init")
+    (package / "code.py").write_text("1")
+    assert code_revision(package) is None
+    git("add", ".")
+    git("commit", "-m", "code")
+    first = code_revision(package)
+    assert re.fullmatch("[0-9a-f]{12}", first)
+    (tmp_path / "text").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "text")
+    assert code_revision(package) == first
+    (package / "code.py").write_text("2")
+    assert code_revision(package) == f"{first}+"
+    git("commit", "-am", "more code")
+    assert code_revision(package) not in (first, f"{first}+")
 
 
 def test_run_folders_stay_where_that_is_wanted(suite, here, tmp_path):

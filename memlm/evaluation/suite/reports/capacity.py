@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
+from memlm.errors import UserError
 from memlm.evaluation.report.numbers import MISSING
 from memlm.evaluation.report.shape import in_order
 from memlm.evaluation.suite.reports.drawing import (
@@ -27,6 +28,7 @@ from memlm.evaluation.suite.reports.reading import (
     cells_of,
     check_condition,
     check_setting,
+    count_text,
     evaluation_of,
     markdown,
     names,
@@ -52,8 +54,10 @@ class Options:
     condition: str = "on"
 
     def check(self) -> None:
-        """Raise UserError for a condition that there is not."""
+        """Raise UserError for a condition that there is not, and for a mean over settings."""
         check_condition(self.condition)
+        if self.setting == "mean":
+            raise UserError("report.setting: bits of several settings have no mean; name one")
 
 
 def shown_points(results: dict[str, Any], options: Options) -> list[Point]:
@@ -62,7 +66,11 @@ def shown_points(results: dict[str, Any], options: Options) -> list[Point]:
 
 
 def bits_of(results: dict[str, Any], point: Point, options: Options) -> Score | None:
-    """Bits stored, mean and range over the seeds; None where none was measured."""
+    """Bits stored, mean and range over the seeds; None where none was measured.
+
+    Raises:
+        UserError: for a setting that was not evaluated.
+    """
     evaluation = evaluation_of(results, point["task"], options.task)
     found = []
     for cell in cells_of(results, point):
@@ -107,8 +115,8 @@ def make_table(results: dict[str, Any], options: Options) -> str:
                 point["memory"],
                 str(point["width"]),
                 f"{point['learning_rate']:g}",
-                f"{point['parameters']:,}",
-                f"{point['flops_per_token']:,}",
+                count_text(point["parameters"]),
+                count_text(point["flops_per_token"]),
                 *(column[index] for column in columns),
             ]
             for index, point in enumerate(points)
@@ -137,7 +145,8 @@ def draw(results: dict[str, Any], options: Options) -> Any:
                 if score is None:
                     why = FAILED if point["error"] is not None else MISSING_POINT
                     remarks.setdefault(memory, set()).add(f"{point['width']} {why}")
-                pairs.append((point[key], score))
+                if point[key] is not None:
+                    pairs.append((point[key], score))
             pairs.sort(key=lambda pair: pair[0])
             if any(score is not None for _, score in pairs):
                 draw_scores(axis, number, memory, *zip(*pairs, strict=True), 1.0)

@@ -24,6 +24,7 @@ from memlm.evaluation.suite.reports.reading import (
     check_chance,
     check_condition,
     check_setting,
+    count_text,
     evaluation_of,
     markdown,
     metric_of,
@@ -95,7 +96,7 @@ def make_table(results: dict[str, Any], options: Options) -> str:
                 point["memory"],
                 str(point["width"]),
                 state_text(point),
-                f"{point['parameters']:,}",
+                count_text(point["parameters"]),
                 f"{point['learning_rate']:g}",
                 *(column[index] for column in columns),
             ]

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 
 from memlm.evaluation.plots.style import GREY, Places
+from memlm.evaluation.report.numbers import MISSING
 from memlm.evaluation.suite.reports.drawing import (
     draw_chance,
     draw_legend,
@@ -25,6 +26,7 @@ from memlm.evaluation.suite.reports.reading import (
     check_positive,
     chosen,
     chosen_points,
+    count_text,
     evaluation_of,
     markdown,
     metric_of,
@@ -141,8 +143,8 @@ def draw(results: dict[str, Any], options: Options) -> Any:
 
 def _sizes(point: Point | None) -> list[str]:
     if point is None:
-        return ["–"] * 3
-    return [str(point["width"]), f"{point['parameters']:,}", f"{point['learning_rate']:g}"]
+        return [MISSING] * 3
+    return [str(point["width"]), count_text(point["parameters"]), f"{point['learning_rate']:g}"]
 
 
 def _remark(reasons: list[str], tasks: int) -> str:

@@ -47,7 +47,8 @@ def points_of(results: dict[str, Any], **wanted: Any) -> list[Point]:
         for point in results["points"]
         if all(point[key] == value for key, value in wanted.items())
     ]
-    return sorted(found, key=lambda point: point["width"])
+    # A pretrained model has a width of its own: None.
+    return sorted(found, key=lambda point: point["width"] or 0)
 
 
 def chosen(results: dict[str, Any], width: int | None, **wanted: Any) -> Point | None:
@@ -211,6 +212,11 @@ def bold_best(
         for text, number in zip(texts, shown, strict=True)
         for value, space, rest in [text.partition(" ")]
     ]
+
+
+def count_text(count: int | None) -> str:
+    """Parameters or operations; those of a pretrained model that never ran are not known."""
+    return MISSING if count is None else f"{count:,}"
 
 
 def state_text(point: Point) -> str:
