@@ -1,8 +1,9 @@
 """SCBench's prompts, word for word (see NOTICE), and how long its answers may be.
 
-They are those for models without a chat template. One thing differs: there no empty line stands
-between context and question where every question is asked alone. Here one does, so that both modes
-read the same context.
+They are those for models without a chat template. Two things differ. There no empty line stands
+between context and question where every question is asked alone; here one does, so that both modes
+read the same context. And there a history shows several right answers (vt) as Python writes a list,
+['AB', 'CD']; here spaces join them.
 """
 
 import re
