@@ -48,13 +48,16 @@ def contains_share(turn: Turn, prediction: str) -> float:
 
 
 def first_number(turn: Turn, prediction: str) -> float:
-    """1 when the first number in the answer is the right one; whole numbers lose decimals."""
+    """1 when the first number in the answer is the right one.
+
+    Where that is written without decimals, those of the answer are cut off, as published.
+    """
     found = _NUMBER.search(prediction)
     if found is None:
         return 0.0
     wanted = float(turn.answers[0])
     number = float(found.group())
-    return float((int(number) if wanted.is_integer() else number) == wanted)
+    return float((int(number) if turn.answers[0].lstrip("+-").isdigit() else number) == wanted)
 
 
 def first_digits(turn: Turn, prediction: str) -> float:

@@ -20,6 +20,8 @@ CASES = [
     ("scbench_mf", ("12",), "13, not 12", 0),
     ("scbench_mf", ("12.5",), "12.5", 1),
     ("scbench_mf", ("12.5",), "12", 0),
+    ("scbench_mf", ("3.0",), "3.7", 0),
+    ("scbench_mf", ("3.0",), "3", 1),
     ("scbench_mf", ("12",), "none", 0),
     ("scbench_passkey", ("123",), "It is 123.4", 1),
     ("scbench_passkey", ("123",), "1234", 0),
