@@ -336,6 +336,8 @@ def _bigram_divergence(
     chain, weights = task.chain, task.start.copy()
     if task.fixed_triggers:
         weights[task.trigger_tokens()] = 0
+        if not weights.any():
+            raise UserError("probes: every token that the chain visits is a trigger; take fewer")
     logs = np.log(chain, out=np.zeros_like(chain), where=chain > 0)
     uniform = np.full_like(guessed, -math.log(task.vocabulary))
     divergences = (

@@ -227,6 +227,9 @@ def test_what_cannot_be_probed() -> None:
         probe_associations(make_model(layers, output="neural_cache"), TASK)
     with pytest.raises(UserError, match="bigrams: has 64 tokens, the model knows 8"):
         probe_associations(make_model(layers), Bigrams())
+    chained = Bigrams(tokens=4, triggers=3, concentration=0.01, world_seed=297)
+    with pytest.raises(UserError, match="every token that the chain visits is a trigger"):
+        probe_associations(make_model(layers), chained, length=8, rows=1)
     with pytest.raises(UserError, match="rows: must be at least 1, got 0"):
         probe_associations(make_model(layers), TASK, rows=0)
     llama = LlamaForCausalLM(
