@@ -22,16 +22,16 @@ _TITLES = {
 
 
 def make_table(results: dict[str, Any]) -> str:
-    """A row for every rule and number of channels."""
+    """A row for every rule and number of channels; step sizes in the order of the questions."""
     header = ["rule", "channels", "state", *(f"pairs, {title}" for title in _TITLES.values())]
-    header += ["bytes per pair", "step size"]
+    header += ["bytes per pair", "step sizes"]
     rows = []
     for rule in results["rules"]:
         for size in rule["sizes"]:
             found = size["capacities"]
             pairs = found["nearest"]["pairs"]
             each = f"{size['state_bytes'] / pairs:,.0f}" if pairs else "-"
-            steps = dict.fromkeys(f"{one['step_size']:g}" for one in found.values())
+            steps = (f"{found[question]['step_size']:g}" for question in _TITLES)
             rows.append(
                 [
                     rule["title"],
@@ -39,7 +39,7 @@ def make_table(results: dict[str, Any]) -> str:
                     bytes_text(size["state_bytes"]),
                     *(f"{found[question]['pairs']:,}" for question in _TITLES),
                     each,
-                    ", ".join(steps) if rule["step_sizes"] else "-",
+                    " / ".join(steps) if rule["step_sizes"] else "-",
                 ]
             )
     return markdown(header, rows)
@@ -47,7 +47,10 @@ def make_table(results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any]) -> bytes:
     """Pairs against bytes of state, a panel for every question; a PNG."""
+    from matplotlib.ticker import LogLocator
+
     titles = [rule["title"] for rule in results["rules"]]
+    sizes = [size["state_bytes"] for rule in results["rules"] for size in rule["sizes"]]
     with paper_style():
         figure, axes = panels(len(_TITLES), len(titles))
         for axis, (question, title) in zip(axes, _TITLES.items(), strict=True):
@@ -59,6 +62,8 @@ def draw(results: dict[str, Any]) -> bytes:
                 places = [size["state_bytes"] for size in rule["sizes"]]
                 draw_scores(axis, number, rule["title"], places, scores, 1.0)
             logarithmic_axis(axis.xaxis)
+            axis.xaxis.set_major_locator(LogLocator())
+            axis.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
             logarithmic_axis(axis.yaxis)
             counts_axis(axis.xaxis)
             counts_axis(axis.yaxis)
